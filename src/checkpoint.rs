@@ -1,0 +1,420 @@
+//! Self-describing safetensors: a model is rebuilt from the file alone.
+//!
+//! Beside the tensors, the file's `__metadata__` holds one key, `hashed_embedding_bag`, with one JSON string:
+//!
+//! ```json
+//! {"version":1,"layers":{"user":{"num_embeddings":6040,"embedding_dim":16,"mode":"sum","padding_idx":null,
+//!  "include_last_offset":false,"hash":{"kind":"mix","seed":0,"block":16,"signed":true}}}}
+//! ```
+//!
+//! The parameter of layer `user` is the tensor `user.hashed_weight` (of the layer with the empty name,
+//! `hashed_weight`). Any other reader of safetensors reads the file as it reads every other.
+//!
+//! ```
+//! use candle_core::{DType, Device, Module, Tensor};
+//! use candle_hashed_embedding_bag::{checkpoint, hashed_embedding_bag, Checkpoint};
+//! use candle_nn::{VarBuilder, VarMap};
+//!
+//! # fn main() -> candle_core::Result<()> {
+//! let device = Device::Cpu;
+//! let vars = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
+//! let layer = hashed_embedding_bag(1000, 16, Default::default(), vb.pp("items"))?;
+//! let linear = candle_nn::linear(16, 1, vb.pp("head"))?;
+//!
+//! let folder = tempfile::tempdir()?;
+//! let path = folder.path().join("model.safetensors");
+//! let tensors = vars.data().lock().unwrap().clone();
+//! let tensors = tensors.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone()));
+//! checkpoint::save(&path, tensors, [("items", &layer)])?;
+//!
+//! let checkpoint = Checkpoint::open(&path)?;
+//! let served = checkpoint.hashed_embedding_bag("items", DType::F32, &device)?;
+//! let head = candle_nn::linear(16, 1, checkpoint.var_builder(DType::F32, &device).pp("head"))?;
+//! let indices = Tensor::new(&[[1u32, 2, 3]], &device)?;
+//! let (before, after) = (linear.forward(&layer.forward(&indices)?)?, head.forward(&served.forward(&indices)?)?);
+//! assert_eq!(before.to_vec2::<f32>()?, after.to_vec2::<f32>()?);
+//! # Ok(())
+//! # }
+//! ```
+
+use crate::hash::Hash;
+use crate::layer::{
+    HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagConfig, HASHED_WEIGHT, INNER_BAG,
+};
+use crate::op::{Mode, WEIGHT_DTYPES};
+use candle_core::safetensors::Load;
+use candle_core::{bail, DType, Device, Error, Result, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use memmap2::Mmap;
+use safetensors::tensor::{Metadata, TensorView};
+use safetensors::SafeTensors;
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+/// The key in `__metadata__`.
+const METADATA_KEY: &str = "hashed_embedding_bag";
+const VERSION: u64 = 1;
+
+/// What a checkpoint says of one hashed layer: all but its parameter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct LayerSpec {
+    /// Rows of the virtual table.
+    pub num_embeddings: usize,
+    /// Columns of the virtual table.
+    pub embedding_dim: usize,
+    /// How the rows of a bag become one.
+    pub mode: Mode,
+    /// The index that is padding.
+    pub padding_idx: Option<i64>,
+    /// Whether offsets hold the end of the last bag.
+    pub include_last_offset: bool,
+    /// Where virtual elements find their slots.
+    pub hash: Hash,
+}
+
+impl From<&HashedEmbeddingBag> for LayerSpec {
+    fn from(layer: &HashedEmbeddingBag) -> Self {
+        Self {
+            num_embeddings: layer.num_embeddings(),
+            embedding_dim: layer.embedding_dim(),
+            mode: layer.mode(),
+            padding_idx: layer.padding_idx(),
+            include_last_offset: layer.include_last_offset(),
+            hash: layer.hash(),
+        }
+    }
+}
+
+impl LayerSpec {
+    /// The layer this describes, on `hashed_weight`.
+    fn build(&self, hashed_weight: Tensor) -> Result<HashedEmbeddingBag> {
+        let config = HashedEmbeddingBagConfig {
+            mode: self.mode,
+            hash: Some(self.hash),
+            padding_idx: self.padding_idx,
+            include_last_offset: self.include_last_offset,
+            ..Default::default()
+        };
+        HashedEmbeddingBag::new(
+            hashed_weight,
+            self.num_embeddings,
+            self.embedding_dim,
+            config,
+        )
+    }
+}
+
+/// The JSON of [`METADATA_KEY`], as it is written.
+#[derive(Serialize)]
+struct Header {
+    version: u64,
+    layers: BTreeMap<String, LayerSpec>,
+}
+
+/// The name of the parameter of layer `name`.
+fn weight_name(name: &str) -> String {
+    if name.is_empty() {
+        HASHED_WEIGHT.to_string()
+    } else {
+        format!("{name}.{HASHED_WEIGHT}")
+    }
+}
+
+/// Saves a model: its tensors, and its hashed layers by name (the prefix of their variable).
+///
+/// The parameter of layer `name` is written as `<name>.hashed_weight`; `tensors` may hold it too, as the variables of a
+/// `VarMap` do. A [`HashedEmbedding`] `emb` is saved as layer `emb.hashed_embedding_bag`: pass `emb.bag()`.
+///
+/// The file appears whole or not at all: it is written beside `path`, synced, and renamed over it.
+///
+/// # Errors
+/// A name given twice with different tensors, a dtype without a safetensors form in candle, or what the file system says.
+pub fn save<'a, N: Into<String>>(
+    path: impl AsRef<Path>,
+    tensors: impl IntoIterator<Item = (String, Tensor)>,
+    layers: impl IntoIterator<Item = (N, &'a HashedEmbeddingBag)>,
+) -> Result<()> {
+    let mut all: BTreeMap<String, Tensor> = BTreeMap::new();
+    let mut insert = |name: String, tensor: Tensor| match all.get(&name) {
+        Some(other) if other.id() != tensor.id() => {
+            bail!("checkpoint: two different tensors are named {name}")
+        }
+        _ => {
+            all.insert(name, tensor);
+            Ok(())
+        }
+    };
+    for (name, tensor) in tensors {
+        insert(name, tensor)?;
+    }
+    let mut header = Header {
+        version: VERSION,
+        layers: BTreeMap::new(),
+    };
+    for (name, layer) in layers {
+        let name = name.into();
+        insert(weight_name(&name), layer.hashed_weight().clone())?;
+        if header.layers.insert(name.clone(), layer.into()).is_some() {
+            bail!("checkpoint: two layers are named {name}");
+        }
+    }
+    // On the CPU first: the writer below has no way to report a failed copy.
+    let all = all
+        .into_iter()
+        .map(|(name, tensor)| {
+            if matches!(
+                tensor.dtype(),
+                DType::F6E2M3 | DType::F6E3M2 | DType::F4 | DType::F8E8M0
+            ) {
+                bail!(
+                    "checkpoint: tensor {name} has dtype {:?}, which candle cannot write",
+                    tensor.dtype()
+                );
+            }
+            Ok((name, tensor.to_device(&Device::Cpu)?))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let header = serde_json::to_string(&header).map_err(Error::wrap)?;
+    let metadata = HashMap::from([(METADATA_KEY.to_string(), header)]);
+    let path = path.as_ref();
+    replace(path, |temporary| {
+        Ok(safetensors::serialize_to_file(
+            all,
+            Some(metadata),
+            temporary,
+        )?)
+    })
+    .map_err(|e| e.with_path(path))
+}
+
+/// Writes a file beside `path`, syncs it and renames it over `path`.
+fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let mut temporary = tempfile::Builder::new();
+    temporary.prefix(".checkpoint-");
+    // As any new file: a server under another user must be able to read it.
+    #[cfg(unix)]
+    temporary.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let temporary = temporary.tempfile_in(folder)?;
+    write(temporary.path())?;
+    temporary.as_file().sync_all()?;
+    temporary.persist(path).map_err(|e| e.error)?;
+    // The rename itself lasts once the folder is synced.
+    #[cfg(unix)]
+    File::open(folder)?.sync_all()?;
+    Ok(())
+}
+
+/// A checkpoint file, opened: mapped, its description checked, no tensor read yet.
+///
+/// The file must not be changed in place while this is alive (as with every mapped file); [`save`] never does so.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    file: Arc<MappedFile>,
+    layers: BTreeMap<String, LayerSpec>,
+}
+
+impl Checkpoint {
+    /// Maps the file and checks what it says of its layers.
+    ///
+    /// # Errors
+    /// No such file, no safetensors file, no `hashed_embedding_bag` in its metadata, a missing or unknown version; and
+    /// by layer and field: an unknown hash, a value out of range, a missing tensor, a length that does not suit the
+    /// hash, a dtype that is no float.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let open = || {
+            let file = MappedFile::open(path)?;
+            let layers = file.layers()?;
+            Ok(Self {
+                file: Arc::new(file),
+                layers,
+            })
+        };
+        open().map_err(|e: Error| e.with_path(path))
+    }
+
+    /// The hashed layers, by name, in order.
+    pub fn layers(&self) -> impl Iterator<Item = (&str, &LayerSpec)> {
+        self.layers.iter().map(|(name, spec)| (name.as_str(), spec))
+    }
+
+    /// The hashed layer `name`, its parameter cast to `dtype` on `device`; untracked, for inference.
+    ///
+    /// # Errors
+    /// No such layer, or what the device says.
+    pub fn hashed_embedding_bag(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<HashedEmbeddingBag> {
+        let Some(spec) = self.layers.get(name) else {
+            let names: Vec<_> = self.layers.keys().map(String::as_str).collect();
+            bail!("checkpoint: no layer {name}, only {}", names.join(", "));
+        };
+        let hashed_weight = self.tensor(&weight_name(name), device)?;
+        spec.build(hashed_weight.to_dtype(dtype)?)
+    }
+
+    /// The [`HashedEmbedding`] `name`, saved as layer `<name>.hashed_embedding_bag`.
+    ///
+    /// # Errors
+    /// Those of [`hashed_embedding_bag`](Self::hashed_embedding_bag).
+    pub fn hashed_embedding(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<HashedEmbedding> {
+        let name = if name.is_empty() {
+            INNER_BAG.to_string()
+        } else {
+            format!("{name}.{INNER_BAG}")
+        };
+        self.hashed_embedding_bag(&name, dtype, device)
+            .map(HashedEmbedding::from)
+    }
+
+    /// The tensors of the file, for the layers that are not hashed. Reads what is asked for, and casts it to `dtype`.
+    pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
+        VarBuilder::from_backend(Box::new(Tensors(self.file.clone())), dtype, device.clone())
+    }
+
+    /// A tensor as it is stored, such as one of integers.
+    ///
+    /// # Errors
+    /// No such tensor, or a dtype candle does not have.
+    pub fn tensor(&self, name: &str, device: &Device) -> Result<Tensor> {
+        self.file.load(name, device)
+    }
+}
+
+/// A safetensors file in memory, and where in it each tensor lies.
+#[derive(Debug)]
+struct MappedFile {
+    map: Mmap,
+    data_start: usize,
+    metadata: Metadata,
+}
+
+impl MappedFile {
+    fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path)?;
+        // SAFETY: a map is sound as long as nobody truncates or rewrites the file under it. `save` renames a new file
+        // over the old one, which leaves the old one's pages alone; `Checkpoint` asks the same of everybody else.
+        let map = unsafe { Mmap::map(&file)? };
+        let (header_len, metadata) = SafeTensors::read_metadata(&map)?;
+        Ok(Self {
+            data_start: size_of::<u64>() + header_len,
+            map,
+            metadata,
+        })
+    }
+
+    /// Reads and checks the description of the hashed layers.
+    fn layers(&self) -> Result<BTreeMap<String, LayerSpec>> {
+        let metadata = self.metadata.metadata().as_ref();
+        let Some(header) = metadata.and_then(|metadata| metadata.get(METADATA_KEY)) else {
+            bail!("checkpoint: no {METADATA_KEY} in __metadata__");
+        };
+        let header: serde_json::Value = serde_json::from_str(header)
+            .map_err(|e| Error::msg(format!("checkpoint: {METADATA_KEY} is no JSON: {e}")))?;
+        match header
+            .get("version")
+            .map(|version| (version, version.as_u64()))
+        {
+            None => bail!("checkpoint: version is missing"),
+            Some((_, Some(VERSION))) => {}
+            Some((version, _)) => bail!("checkpoint: version must be {VERSION}, got {version}"),
+        }
+        let Some(layers) = header.get("layers").and_then(|layers| layers.as_object()) else {
+            bail!("checkpoint: layers is missing or no object");
+        };
+        layers
+            .iter()
+            .map(|(name, spec)| {
+                let spec = LayerSpec::deserialize(spec)
+                    .map_err(|e| Error::msg(format!("checkpoint: layer {name}: {e}")))?;
+                self.check_layer(name, &spec)?;
+                Ok((name.clone(), spec))
+            })
+            .collect()
+    }
+
+    fn check_layer(&self, name: &str, spec: &LayerSpec) -> Result<()> {
+        let weight = weight_name(name);
+        let Some(info) = self.metadata.info(&weight) else {
+            bail!("checkpoint: layer {name}: no tensor {weight}");
+        };
+        let dtype = DType::try_from(info.dtype).ok();
+        if !dtype.is_some_and(|dtype| WEIGHT_DTYPES.contains(&dtype)) {
+            bail!(
+                "checkpoint: layer {name}: {weight} must have a float dtype, got {:?}",
+                info.dtype
+            );
+        }
+        // The layer's own rules, on a stand-in of the right shape that holds no data.
+        let stand_in = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        stand_in
+            .broadcast_as(info.shape.as_slice())
+            .and_then(|hashed_weight| spec.build(hashed_weight))
+            .map_err(|e| Error::msg(format!("checkpoint: layer {name}: {e}")))?;
+        Ok(())
+    }
+
+    fn load(&self, name: &str, device: &Device) -> Result<Tensor> {
+        let Some(info) = self.metadata.info(name) else {
+            return Err(Error::CannotFindTensor {
+                path: name.to_string(),
+            }
+            .bt());
+        };
+        let (start, end) = info.data_offsets;
+        let data = &self.map[self.data_start + start..self.data_start + end];
+        TensorView::new(info.dtype, info.shape.clone(), data)?.load(device)
+    }
+}
+
+/// The file as the source of a `VarBuilder`.
+struct Tensors(Arc<MappedFile>);
+
+impl SimpleBackend for Tensors {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let tensor = self.get_unchecked(name, dtype, device)?;
+        if tensor.shape() != &shape {
+            return Err(Error::UnexpectedShape {
+                msg: format!("shape mismatch for {name}"),
+                expected: shape,
+                got: tensor.shape().clone(),
+            }
+            .bt());
+        }
+        Ok(tensor)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        self.0.load(name, device)?.to_dtype(dtype)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.metadata.info(name).is_some()
+    }
+}

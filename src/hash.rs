@@ -1,0 +1,579 @@
+//! From a virtual element `(row, column)` to its slot in `hashed_weight`.
+//!
+//! Pure integers: nothing here knows a tensor. All arithmetic is on `u64` and wraps; a row is an `i64` index
+//! reinterpreted as `u64`. `block` consecutive columns share one hash and lie next to each other.
+//!
+//! | family | slot of `(row, column)` in a `hashed_weight` of `len` values |
+//! |---|---|
+//! | [`Mix`] | `(((h >> 32) * (len / block)) >> 32) * block + column % block`, `h` = output `column / block` of SplitMix64 started at `row` |
+//! | [`Affine`] | `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block` |
+//!
+//! A [`Hash`] is bound to a length once, giving [`Slots`]: everything the loops need, `Copy` and `#[repr(C)]`, because
+//! the CUDA kernels take the very same struct. `kernels/hash.cuh` is the twin of this file; the shared vectors in
+//! `tests/hash.rs` tie the two.
+
+use candle_core::{bail, Result};
+use serde::{Deserialize, Serialize};
+
+/// The increment of SplitMix64: 2^64 divided by the golden ratio, made odd.
+const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// The finaliser of SplitMix64, a bijection of `u64` in which every input bit moves every output bit.
+const fn finalize(mut h: u64) -> u64 {
+    h = (h ^ (h >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    h = (h ^ (h >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    h ^ (h >> 31)
+}
+
+/// How a virtual element `(row, column)` finds its slot in `hashed_weight`.
+///
+/// | constructor | family | use it for |
+/// |---|---|---|
+/// | [`Hash::default_for`] | mix, signed | new models |
+/// | [`Hash::mix`] | mix | new models with a block or seed of your choice |
+/// | [`Hash::original`] | affine | weights trained with the PyTorch package HashedEmbeddingBag |
+/// | [`Hash::robe`] | affine | weights trained with ROBE (arXiv 2108.02191) |
+/// | [`Hash::affine`] | affine | any other member of the family |
+///
+/// ```
+/// use candle_hashed_embedding_bag::Hash;
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let (slot, sign) = Hash::mix(0, 16, true)?.slot(1, 0, 1_280_000)?;
+/// assert_eq!(slot, 725_184);
+/// assert!(sign == 1 || sign == -1);
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Hash {
+    /// The native family: mixes every bit, aligned blocks, optional signs.
+    Mix(Mix),
+    /// The family of HashedEmbeddingBag and ROBE: linear in row and block.
+    Affine(Affine),
+}
+
+/// A member of the native hash family; made by [`Hash::mix`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "MixFields", into = "MixFields")]
+pub struct Mix {
+    seed: u64,
+    block: u32,
+    signed: bool,
+}
+
+/// A member of the compatibility hash family; made by [`Hash::affine`], [`Hash::original`] or [`Hash::robe`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "AffineFields", into = "AffineFields")]
+pub struct Affine {
+    a: u64,
+    b: u64,
+    c: u64,
+    modulus: u64,
+    block: u32,
+    overflow: Overflow,
+}
+
+/// What an affine hash does where `row * a + (column / block) * b + c` leaves the signed 64-bit range.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Overflow {
+    /// Wraps modulo 2^64, as HashedEmbeddingBag does.
+    #[default]
+    Wrap,
+    /// A layer large enough to get there is refused: ROBE computes in signed integers, where the result would differ.
+    Refuse,
+}
+
+impl Hash {
+    /// The hash of the PyTorch package HashedEmbeddingBag, bit for bit: affine, block 1, unsigned.
+    pub const fn original() -> Self {
+        Self::Affine(Affine {
+            a: 9_824_516_537,
+            b: 57_857_966_300_227,
+            c: 104_729,
+            modulus: 117_130_198_221_199,
+            block: 1,
+            overflow: Overflow::Wrap,
+        })
+    }
+
+    /// The hash of a ROBE module with these `random_numbers` (its buffer; the first four count) and `block` columns per
+    /// hash (its `uma_chunk_size`).
+    ///
+    /// # Errors
+    /// Fewer than four numbers, a negative one, a modulus (`random_numbers[0]`) that is not positive, or a block outside
+    /// `1..=u32::MAX`. A layer whose rows could overflow ROBE's signed arithmetic is refused when it is built.
+    pub fn robe(random_numbers: &[i64], block: usize) -> Result<Self> {
+        let [modulus, c, b, a] = match random_numbers {
+            [r0, r1, r2, r3, ..] => [*r0, *r1, *r2, *r3],
+            short => bail!(
+                "hash: robe needs at least 4 random_numbers, got {}",
+                short.len()
+            ),
+        };
+        for (i, r) in [modulus, c, b, a].into_iter().enumerate() {
+            if r < 0 {
+                bail!("hash: robe random_numbers must not be negative, got {r} at position {i}");
+            }
+        }
+        Affine::checked(AffineFields {
+            a: a as u64,
+            b: b as u64,
+            c: c as u64,
+            modulus: modulus as u64,
+            block: block as u64,
+            overflow: Overflow::Refuse,
+        })
+        .map(Self::Affine)
+        .map_err(candle_core::Error::msg)
+    }
+
+    /// The affine hash `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block`.
+    ///
+    /// # Errors
+    /// A modulus of zero, or a block outside `1..=u32::MAX`.
+    pub fn affine(a: u64, b: u64, c: u64, modulus: u64, block: usize) -> Result<Self> {
+        Affine::checked(AffineFields {
+            a,
+            b,
+            c,
+            modulus,
+            block: block as u64,
+            overflow: Overflow::Wrap,
+        })
+        .map(Self::Affine)
+        .map_err(candle_core::Error::msg)
+    }
+
+    /// The native hash: SplitMix64 of `(seed, row, column / block)`.
+    ///
+    /// `signed` multiplies every value by +1 or -1, by a bit of the same hash: rows that share a block are then no
+    /// copies of each other. Signs are what makes long blocks, and so wide loads, cost next to no quality.
+    ///
+    /// # Errors
+    /// A block outside `1..=u32::MAX`, or above 32 when signed (one hash carries 32 sign bits).
+    pub fn mix(seed: u64, block: usize, signed: bool) -> Result<Self> {
+        Mix::checked(MixFields {
+            seed,
+            block: block as u64,
+            signed,
+        })
+        .map(Self::Mix)
+        .map_err(candle_core::Error::msg)
+    }
+
+    /// What a layer uses when its config names no hash: mix with seed 0, signed, and as block the largest power of two
+    /// that is at most `min(16, embedding_dim)`.
+    pub fn default_for(embedding_dim: usize) -> Self {
+        let widest = embedding_dim.clamp(1, 16);
+        Self::Mix(Mix {
+            seed: 0,
+            block: 1 << widest.ilog2(),
+            signed: true,
+        })
+    }
+
+    /// How many consecutive columns share one hash.
+    pub fn block(&self) -> usize {
+        match self {
+            Self::Mix(mix) => mix.block as usize,
+            Self::Affine(affine) => affine.block as usize,
+        }
+    }
+
+    /// Whether values carry a sign.
+    pub fn signed(&self) -> bool {
+        matches!(self, Self::Mix(mix) if mix.signed)
+    }
+
+    /// The slot of virtual element `(row, column)` in a `hashed_weight` of `len` values, and its sign (`1` or `-1`).
+    ///
+    /// `row` may be any `i64`, as it may be with [`BoundsCheck::Off`](crate::BoundsCheck::Off).
+    ///
+    /// # Errors
+    /// A `len` this hash cannot fill; see [`Hash::check_len`].
+    pub fn slot(&self, row: i64, column: usize, len: usize) -> Result<(usize, i8)> {
+        let block = self.block();
+        let (run, within) = (column / block, column % block);
+        let (start, signs) = match self.slots(len)? {
+            Slots::Mix(mix) => mix.locate(row as u64, run as u64),
+            Slots::Affine(affine) => affine.locate(row as u64, run as u64),
+        };
+        let negative = within < 32 && (signs >> within) & 1 == 1;
+        Ok((start + within, if negative { -1 } else { 1 }))
+    }
+
+    /// Whether a `hashed_weight` of `len` values suits this hash.
+    ///
+    /// # Errors
+    /// * mix: `len` is zero, is no multiple of the block, or holds 2^32 blocks or more;
+    /// * affine: `len` is smaller than the block.
+    pub fn check_len(&self, len: usize) -> Result<()> {
+        let block = self.block();
+        match self {
+            _ if len < block => bail!(
+                "hash: hashed_weight must hold at least one block of {block} values, got {len}"
+            ),
+            Self::Mix(_) if len % block != 0 => bail!(
+                "hash: the length of hashed_weight must be a multiple of the block, got {len} and block {block}"
+            ),
+            Self::Mix(_) if (len / block) as u64 > u64::from(u32::MAX) => bail!(
+                "hash: hashed_weight must hold fewer than 2^32 blocks, got {} of {block} values",
+                len / block
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// The smallest length of at least `len` that suits this hash: at least one block, whole blocks for mix.
+    pub(crate) fn round_up_len(&self, len: usize) -> usize {
+        let block = self.block();
+        match self {
+            Self::Mix(_) => len.max(1).div_ceil(block).saturating_mul(block),
+            Self::Affine(_) => len.max(block),
+        }
+    }
+
+    /// Refuses a table whose rows would leave the signed 64-bit range of [`Overflow::Refuse`].
+    pub(crate) fn check_table(&self, num_embeddings: usize, embedding_dim: usize) -> Result<()> {
+        if let Self::Affine(affine) = self {
+            let last_row = num_embeddings.saturating_sub(1) as u128;
+            let last_run = (embedding_dim.saturating_sub(1) / affine.block as usize) as u128;
+            let highest = last_row
+                .saturating_mul(u128::from(affine.a))
+                .saturating_add(last_run.saturating_mul(u128::from(affine.b)))
+                .saturating_add(u128::from(affine.c));
+            if affine.overflow == Overflow::Refuse && highest > i64::MAX as u128 {
+                bail!(
+                    "hash: {num_embeddings} rows of {embedding_dim} columns overflow the signed 64-bit arithmetic of this hash"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Binds the hash to a length.
+    pub(crate) fn slots(&self, len: usize) -> Result<Slots> {
+        self.check_len(len)?;
+        Ok(match self {
+            Self::Mix(mix) => Slots::Mix(MixSlots {
+                key: finalize(mix.seed),
+                num_blocks: (len / mix.block as usize) as u32,
+                block: mix.block,
+                sign_mask: if mix.signed { u32::MAX } else { 0 },
+            }),
+            Self::Affine(affine) => Slots::Affine(AffineSlots {
+                a: affine.a,
+                b: affine.b,
+                c: affine.c,
+                modulus: Divisor::new(affine.modulus),
+                starts: Divisor::new((len - affine.block as usize + 1) as u64),
+                block: affine.block,
+            }),
+        })
+    }
+}
+
+impl Mix {
+    /// The seed; two layers with different seeds fold their tables differently.
+    pub fn seed(&self) -> u64 {
+        self.seed
+    }
+
+    fn checked(fields: MixFields) -> std::result::Result<Self, String> {
+        let block = checked_block(fields.block)?;
+        if fields.signed && block > 32 {
+            return Err(format!(
+                "hash: a signed mix block must be at most 32, got {block}"
+            ));
+        }
+        Ok(Self {
+            seed: fields.seed,
+            block,
+            signed: fields.signed,
+        })
+    }
+}
+
+impl Affine {
+    /// The factor of the row.
+    pub fn a(&self) -> u64 {
+        self.a
+    }
+
+    /// The factor of `column / block`.
+    pub fn b(&self) -> u64 {
+        self.b
+    }
+
+    /// The constant.
+    pub fn c(&self) -> u64 {
+        self.c
+    }
+
+    /// The first modulus, before the length.
+    pub fn modulus(&self) -> u64 {
+        self.modulus
+    }
+
+    /// What happens past the signed 64-bit range.
+    pub fn overflow(&self) -> Overflow {
+        self.overflow
+    }
+
+    fn checked(fields: AffineFields) -> std::result::Result<Self, String> {
+        let block = checked_block(fields.block)?;
+        if fields.modulus == 0 {
+            return Err("hash: an affine modulus must be at least 1, got 0".into());
+        }
+        Ok(Self {
+            a: fields.a,
+            b: fields.b,
+            c: fields.c,
+            modulus: fields.modulus,
+            block,
+            overflow: fields.overflow,
+        })
+    }
+}
+
+fn checked_block(block: u64) -> std::result::Result<u32, String> {
+    match u32::try_from(block) {
+        Ok(0) | Err(_) => Err(format!(
+            "hash: block must lie in 1..=4294967295, got {block}"
+        )),
+        Ok(block) => Ok(block),
+    }
+}
+
+/// How a [`Mix`] stands in a checkpoint; reading one goes through the same checks as [`Hash::mix`].
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MixFields {
+    seed: u64,
+    block: u64,
+    signed: bool,
+}
+
+/// How an [`Affine`] stands in a checkpoint; reading one goes through the same checks as [`Hash::affine`].
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AffineFields {
+    a: u64,
+    b: u64,
+    c: u64,
+    modulus: u64,
+    block: u64,
+    #[serde(default, skip_serializing_if = "Overflow::is_wrap")]
+    overflow: Overflow,
+}
+
+impl Overflow {
+    fn is_wrap(&self) -> bool {
+        *self == Self::Wrap
+    }
+}
+
+impl TryFrom<MixFields> for Mix {
+    type Error = String;
+    fn try_from(fields: MixFields) -> std::result::Result<Self, String> {
+        Self::checked(fields)
+    }
+}
+
+impl From<Mix> for MixFields {
+    fn from(mix: Mix) -> Self {
+        Self {
+            seed: mix.seed,
+            block: mix.block.into(),
+            signed: mix.signed,
+        }
+    }
+}
+
+impl TryFrom<AffineFields> for Affine {
+    type Error = String;
+    fn try_from(fields: AffineFields) -> std::result::Result<Self, String> {
+        Self::checked(fields)
+    }
+}
+
+impl From<Affine> for AffineFields {
+    fn from(affine: Affine) -> Self {
+        Self {
+            a: affine.a,
+            b: affine.b,
+            c: affine.c,
+            modulus: affine.modulus,
+            block: affine.block.into(),
+            overflow: affine.overflow,
+        }
+    }
+}
+
+/// A hash bound to the length of one `hashed_weight`: what the loops and kernels run on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Slots {
+    Mix(MixSlots),
+    Affine(AffineSlots),
+}
+
+/// Where one block of columns lies: its first slot, and a sign bit for each of its (at most 32) columns.
+pub(crate) type Place = (usize, u32);
+
+/// What a loop asks of a bound hash; a trait, so that the loops are compiled once per family.
+pub(crate) trait Locate: Copy + Send + Sync {
+    /// Columns per hash.
+    fn block(&self) -> usize;
+    /// The place of block `run` of row `row`.
+    fn locate(&self, row: u64, run: u64) -> Place;
+}
+
+/// [`Mix`] bound to a length; twin of `MixSlots` in `kernels/hash.cuh`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct MixSlots {
+    key: u64,
+    num_blocks: u32,
+    pub(crate) block: u32,
+    sign_mask: u32,
+}
+
+impl Locate for MixSlots {
+    fn block(&self) -> usize {
+        self.block as usize
+    }
+
+    #[inline]
+    fn locate(&self, row: u64, run: u64) -> Place {
+        let steps = run.wrapping_add(1).wrapping_mul(GOLDEN);
+        let h = finalize(self.key.wrapping_add(row).wrapping_add(steps));
+        // The high half places the block without a division, the low half signs it.
+        let place = ((h >> 32) * u64::from(self.num_blocks)) >> 32;
+        (
+            place as usize * self.block as usize,
+            h as u32 & self.sign_mask,
+        )
+    }
+}
+
+/// [`Affine`] bound to a length; twin of `AffineSlots` in `kernels/hash.cuh`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub(crate) struct AffineSlots {
+    a: u64,
+    b: u64,
+    c: u64,
+    modulus: Divisor,
+    starts: Divisor,
+    pub(crate) block: u32,
+}
+
+impl Locate for AffineSlots {
+    fn block(&self) -> usize {
+        self.block as usize
+    }
+
+    #[inline]
+    fn locate(&self, row: u64, run: u64) -> Place {
+        let sum = row
+            .wrapping_mul(self.a)
+            .wrapping_add(run.wrapping_mul(self.b))
+            .wrapping_add(self.c);
+        (self.starts.rem(self.modulus.rem(sum)) as usize, 0)
+    }
+}
+
+/// Division by a number that is known once and used often: one multiplication instead of a division.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Divisor {
+    value: u64,
+    /// `floor((2^64 - 1) / value)`
+    reciprocal: u64,
+}
+
+impl Divisor {
+    /// `value` is not zero.
+    fn new(value: u64) -> Self {
+        Self {
+            value,
+            reciprocal: u64::MAX / value,
+        }
+    }
+
+    /// `x mod value`, exactly.
+    ///
+    /// The reciprocal is less than one below `2^64 / value`, so `x * reciprocal / 2^64` is less than one below
+    /// `x / value`: its floor is the quotient or one less, and one correction suffices.
+    #[inline]
+    fn rem(self, x: u64) -> u64 {
+        let quotient = ((u128::from(x) * u128::from(self.reciprocal)) >> 64) as u64;
+        let remainder = x - quotient * self.value;
+        if remainder >= self.value {
+            remainder - self.value
+        } else {
+            remainder
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The raw mix hash, before it is placed: `(seed, row, block) -> h`.
+    #[test]
+    fn mix_is_splitmix64() {
+        for (seed, row, run, want) in [
+            (0, 0, 0, 0xe220_a839_7b1d_cdaf),
+            (0, 0, 1, 0x6e78_9e6a_a1b9_65f4),
+            (0, 1, 0, 0x910a_2dec_8902_5cc1),
+            (42, 123_456_789, 7, 0x3502_a7e4_2ada_2c11),
+            (0, 1 << 40, 3, 0xeee0_c8b0_e2b2_6a14),
+            (0, -1i64 as u64, 0, 0xe4d9_7177_1b65_2c20),
+        ] {
+            // With 2^32 - 1 blocks of one value the slot is the high half of h (less a rounding), the signs the low.
+            let key = if seed == 0 { 0 } else { finalize(seed) };
+            let h = finalize(
+                key.wrapping_add(row)
+                    .wrapping_add((run + 1u64).wrapping_mul(GOLDEN)),
+            );
+            assert_eq!(h, want, "seed {seed} row {row} block {run}");
+        }
+    }
+
+    #[test]
+    fn divisor_is_exact_at_the_edges() {
+        let edges = |around: u64| [around.wrapping_sub(1), around, around.wrapping_add(1)];
+        for value in [
+            1,
+            2,
+            3,
+            5,
+            7,
+            117_130_198_221_199,
+            (1 << 32) - 5,
+            1 << 32,
+            1 << 63,
+            u64::MAX,
+        ] {
+            let divisor = Divisor::new(value);
+            for x in [
+                0,
+                value,
+                value.wrapping_mul(2),
+                u64::MAX / value * value,
+                u64::MAX,
+                1 << 63,
+            ]
+            .into_iter()
+            .flat_map(edges)
+            {
+                assert_eq!(divisor.rem(x), x % value, "{x} mod {value}");
+            }
+        }
+    }
+}
