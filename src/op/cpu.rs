@@ -268,18 +268,16 @@ impl<T: Element, I: Index, H: Locate> Bags<'_, T, I, H> {
             .filter(|&(_, row)| self.lookup.table.counts(row))
     }
 
-    /// What multiplies the row at `position` of a bag with `count` rows: its weight, or 1 / count for mean.
-    fn scale(&self, position: usize, mean: Option<T::Acc>) -> T::Acc {
-        match self.per_sample_weights {
-            Some(weights) => weights[position].widen(),
-            None => mean.unwrap_or(T::Acc::ONE),
-        }
+    /// What multiplies the row at `position` before it is added.
+    fn weight(&self, position: usize) -> T::Acc {
+        self.per_sample_weights
+            .map_or(T::Acc::ONE, |weights| weights[position].widen())
     }
 
-    /// 1 / (the number of rows of the bag) in mode mean.
-    fn mean(&self, bag: usize) -> Option<T::Acc> {
+    /// What divides the sum of a bag: the number of its rows in mode mean, else nothing.
+    fn divisor(&self, bag: usize) -> Option<T::Acc> {
         (self.lookup.table.mode == Mode::Mean)
-            .then(|| T::Acc::ONE / T::Acc::from_count(self.rows(bag).count().max(1)))
+            .then(|| T::Acc::from_count(self.rows(bag).count().max(1)))
     }
 
     /// Calls `f(columns, slots, signs)` for each block of a row: as many slots as columns, bit `i` of `signs` set where
@@ -355,17 +353,17 @@ impl Loop for Forward {
             if bags.lookup.table.mode == Mode::Max {
                 bags.max(bag, sums, |_, _, _| ());
             } else {
-                let mean = bags.mean(bag);
                 for (position, row) in bags.rows(bag) {
-                    let scale = bags.scale(position, mean);
+                    let scale = bags.weight(position);
                     bags.for_each_run(row, |columns, slots, signs| {
                         let values = &bags.hashed_weight[slots];
                         add_signed(&mut sums[columns], signs, scale, |i| values[i].widen());
                     });
                 }
             }
+            let divisor = bags.divisor(bag).unwrap_or(T::Acc::ONE);
             for (out, &sum) in out.iter_mut().zip(sums.iter()) {
-                *out = T::narrow(sum);
+                *out = T::narrow(sum / divisor);
             }
         };
         if bags.gathered_values() < 2 * MIN_VALUES_PER_THREAD {
@@ -413,9 +411,9 @@ impl Loop for GradWeight<'_> {
                     }
                     continue;
                 }
-                let mean = bags.mean(bag);
+                let divisor = bags.divisor(bag).unwrap_or(T::Acc::ONE);
                 for (position, row) in bags.rows(bag) {
-                    let scale = bags.scale(position, mean);
+                    let scale = bags.weight(position) / divisor;
                     bags.for_each_run(row, |columns, slots, signs| {
                         let grad = &grad[columns];
                         add_signed(&mut grad_weight[slots], signs, scale, |i| grad[i].widen());

@@ -1,0 +1,3 @@
+#include "instances.cuh"
+
+INSTANCES(__half, f16)

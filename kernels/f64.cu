@@ -1,0 +1,3 @@
+#include "instances.cuh"
+
+INSTANCES(double, f64)

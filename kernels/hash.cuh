@@ -1,0 +1,101 @@
+// From a virtual element (row, column) to its slot in hashed_weight: the twin of src/hash.rs, tied to it by the shared
+// vectors in tests/hash.rs. All arithmetic is on u64 and wraps; a row is an i64 index reinterpreted as u64.
+//
+// Both families offer the same to the loops:
+//   Hash::Place                     where one block of columns lies; Place::none() stands for "no row here"
+//   hash.column_part(run)           the share of block number `run` in the hash: once per thread
+//   hash.locate(row, column_part)   the place of that block of that row
+//   hash.slot(place)                its first slot
+//   flip(place, i, x)               x, negated where column i of the block is negative
+//   shuffle(mask, place, lane, n)   the place that thread `lane` of a group of n threads holds
+#pragma once
+#include <cstdint>
+
+// Division by a number that is known once and used often: a multiplication and one correction (see Divisor::rem).
+struct Divisor {
+  uint64_t value;
+  uint64_t reciprocal;
+
+  __device__ __forceinline__ uint64_t rem(uint64_t x) const {
+    uint64_t remainder = x - __umul64hi(x, reciprocal) * value;
+    return remainder >= value ? remainder - value : remainder;
+  }
+};
+
+struct MixPlace {
+  uint32_t block;  // at most 2^32 - 2, since there are fewer than 2^32 blocks
+  uint32_t signs;
+
+  static __device__ __forceinline__ MixPlace none() { return {0xFFFFFFFFu, 0}; }
+  __device__ __forceinline__ bool is_none() const { return block == 0xFFFFFFFFu; }
+};
+
+struct MixSlots {
+  uint64_t key;
+  uint32_t num_blocks;
+  uint32_t block;
+  uint32_t sign_mask;
+
+  using Place = MixPlace;
+
+  __device__ __forceinline__ uint64_t column_part(uint32_t run) const {
+    return key + (uint64_t(run) + 1) * 0x9E3779B97F4A7C15ull;
+  }
+
+  __device__ __forceinline__ Place locate(uint64_t row, uint64_t column_part) const {
+    uint64_t h = column_part + row;
+    h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9ull;
+    h = (h ^ (h >> 27)) * 0x94D049BB133111EBull;
+    h = h ^ (h >> 31);
+    return {__umulhi(uint32_t(h >> 32), num_blocks), uint32_t(h) & sign_mask};
+  }
+
+  __device__ __forceinline__ uint64_t slot(Place place) const { return uint64_t(place.block) * block; }
+};
+
+__device__ __forceinline__ float flip(MixPlace place, uint32_t i, float x) {
+  // Blocks longer than 32 carry no signs, so that any shift of them is right.
+  uint32_t sign = (place.signs << (31 - (i & 31))) & 0x80000000u;
+  return __uint_as_float(__float_as_uint(x) ^ sign);
+}
+
+__device__ __forceinline__ double flip(MixPlace place, uint32_t i, double x) {
+  return (place.signs >> (i & 31)) & 1 ? -x : x;
+}
+
+__device__ __forceinline__ MixPlace shuffle(uint32_t mask, MixPlace place, int lane, int threads) {
+  return {__shfl_sync(mask, place.block, lane, threads), __shfl_sync(mask, place.signs, lane, threads)};
+}
+
+struct AffinePlace {
+  uint64_t first_slot;
+
+  static __device__ __forceinline__ AffinePlace none() { return {~0ull}; }
+  __device__ __forceinline__ bool is_none() const { return first_slot == ~0ull; }
+};
+
+struct AffineSlots {
+  uint64_t a, b, c;
+  Divisor modulus;
+  Divisor starts;
+  uint32_t block;
+
+  using Place = AffinePlace;
+
+  __device__ __forceinline__ uint64_t column_part(uint32_t run) const { return run * b + c; }
+
+  __device__ __forceinline__ Place locate(uint64_t row, uint64_t column_part) const {
+    return {starts.rem(modulus.rem(row * a + column_part))};
+  }
+
+  __device__ __forceinline__ uint64_t slot(Place place) const { return place.first_slot; }
+};
+
+template <typename A>
+__device__ __forceinline__ A flip(AffinePlace, uint32_t, A x) {
+  return x;
+}
+
+__device__ __forceinline__ AffinePlace shuffle(uint32_t mask, AffinePlace place, int lane, int threads) {
+  return {__shfl_sync(mask, place.first_slot, lane, threads)};
+}

@@ -1,0 +1,93 @@
+// V consecutive values as one access, widened to the accumulator's type: f16 and bf16 are summed in f32.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+template <typename T>
+struct Accumulator {
+  using type = float;
+};
+template <>
+struct Accumulator<double> {
+  using type = double;
+};
+template <typename T>
+using Acc = typename Accumulator<T>::type;
+
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+
+__device__ __forceinline__ void narrow(__half &to, float x) { to = __float2half(x); }
+__device__ __forceinline__ void narrow(__nv_bfloat16 &to, float x) { to = __float2bfloat16(x); }
+__device__ __forceinline__ void narrow(float &to, float x) { to = x; }
+__device__ __forceinline__ void narrow(double &to, double x) { to = x; }
+
+// The widest access is 16 bytes.
+template <typename T>
+constexpr int WIDE = 16 / sizeof(T);
+
+// x[v] = from[v]. V is 1, or WIDE and `from` 16-byte aligned.
+template <int V, typename T>
+__device__ __forceinline__ void load(const T *__restrict__ from, Acc<T> (&x)[V]) {
+  static_assert(V == 1 || V == WIDE<T>, "one value, or 16 bytes");
+  if constexpr (V == 1) {
+    x[0] = widen(*from);
+  } else {
+    uint4 bytes = __ldg(reinterpret_cast<const uint4 *>(from));
+    T values[V];
+    memcpy(values, &bytes, sizeof(bytes));
+#pragma unroll
+    for (int v = 0; v < V; v++) x[v] = widen(values[v]);
+  }
+}
+
+// x[v] = from[v] for the first `n` values, zero for the others. Aligned as for `load` whenever n >= V.
+template <int V, typename T>
+__device__ __forceinline__ void load_row(const T *__restrict__ from, int n, bool aligned, Acc<T> (&x)[V]) {
+  if (n >= V && (V == 1 || aligned)) {
+    load<V>(from, x);
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; v++) x[v] = v < n ? widen(from[v]) : Acc<T>(0);
+  }
+}
+
+// to[v] = x[v] for the first `n` values.
+template <int V, typename T>
+__device__ __forceinline__ void store_row(T *to, int n, bool aligned, const Acc<T> (&x)[V]) {
+  T values[V];
+#pragma unroll
+  for (int v = 0; v < V; v++) narrow(values[v], x[v]);
+  if (V > 1 && n >= V && aligned) {
+    uint4 bytes;
+    memcpy(&bytes, values, sizeof(bytes));
+    *reinterpret_cast<uint4 *>(to) = bytes;
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; v++)
+      if (v < n) to[v] = values[v];
+  }
+}
+
+// to[v] += x[v], atomically: in vectors of 16 bytes where the chip has such reductions, else value by value. The order of
+// additions is the order of arrival, so the last bits of a sum may differ from run to run.
+template <int V, typename A>
+__device__ __forceinline__ void add_atomic(A *to, const A (&x)[V]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr bool vectors = V % 4 == 0 && sizeof(A) == 4;
+#else
+  constexpr bool vectors = false;
+#endif
+  if constexpr (vectors) {
+#pragma unroll
+    for (int v = 0; v < V; v += 4)
+      asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to + v)), "f"(x[v]),
+                   "f"(x[v + 1]), "f"(x[v + 2]), "f"(x[v + 3])
+                   : "memory");
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; v++) atomicAdd(to + v, x[v]);
+  }
+}
