@@ -206,8 +206,13 @@ fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     #[cfg(unix)]
     temporary.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let temporary = temporary.tempfile_in(folder)?;
-    write(temporary.path())?;
-    temporary.as_file().sync_all()?;
+    let permissions = temporary.as_file().metadata()?.permissions();
+    let temporary = temporary.into_temp_path();
+    write(&temporary)?;
+    // safetensors puts a file of its own in that place, for its owner alone and unsynced.
+    let written = File::options().write(true).open(&temporary)?;
+    written.set_permissions(permissions)?;
+    written.sync_all()?;
     temporary.persist(path).map_err(|e| e.error)?;
     // The rename itself lasts once the folder is synced.
     #[cfg(unix)]

@@ -1,0 +1,77 @@
+//! The whole way in one page: build a hashed embedding bag, look up ragged bags, train a step, save, open, look up again.
+//!
+//! ```text
+//! cargo run --release --example quickstart
+//! cargo run --release --example quickstart --features cuda    # on the first GPU, where there is one
+//! ```
+
+use anyhow::{ensure, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_hashed_embedding_bag::{
+    checkpoint, hashed_embedding_bag, Checkpoint, HashedEmbeddingBagConfig, Mode,
+};
+use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
+
+fn main() -> Result<()> {
+    let device = Device::cuda_if_available(0)?;
+
+    // 1000 categories of 16 columns: a table of 16,000 values, folded into 1,600.
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
+    let config = HashedEmbeddingBagConfig {
+        compression: 0.1,
+        mode: Mode::Sum,
+        ..Default::default()
+    };
+    let layer = hashed_embedding_bag(1000, 16, config, vb.pp("categories"))?;
+    println!(
+        "{} rows of {} columns in {} values, {:?}, on {:?}",
+        layer.num_embeddings(),
+        layer.embedding_dim(),
+        layer.hashed_weight().elem_count(),
+        layer.hash(),
+        device.location(),
+    );
+
+    // 18 bags of 0 to 5 categories: all indices in a row, and where each bag starts.
+    let lengths: Vec<u32> = (0..18).map(|bag| bag % 6).collect();
+    let nnz: u32 = lengths.iter().sum();
+    let offsets: Vec<u32> = lengths
+        .iter()
+        .scan(0, |next, len| Some(std::mem::replace(next, *next + len)))
+        .collect();
+    let indices: Vec<u32> = (0..nnz).map(|i| i * 389 % 1000).collect();
+    let (indices, offsets) = (
+        Tensor::new(indices, &device)?,
+        Tensor::new(offsets, &device)?,
+    );
+    let out = layer.forward_with_offsets(&indices, &offsets)?;
+    println!("18 bags of {nnz} indices -> {:?}", out.dims());
+
+    // A training step: the gradient is as small as the parameter.
+    let target = Tensor::ones(out.shape(), DType::F32, &device)?;
+    let loss = |out: &Tensor| (out - &target)?.sqr()?.mean_all();
+    let mut optimizer = AdamW::new_lr(vars.all_vars(), 0.01)?;
+    let before = loss(&out)?;
+    optimizer.backward_step(&before)?;
+    let out = layer.forward_with_offsets(&indices, &offsets)?;
+    let after = loss(&out)?;
+    println!("loss {before} -> {after}");
+
+    // Saved with all it takes to rebuild it, and opened from the file alone.
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("quickstart.safetensors");
+    checkpoint::save(&path, [], [("categories", &layer)])?;
+    let opened = Checkpoint::open(&path)?;
+    for (name, spec) in opened.layers() {
+        println!(
+            "{} bytes hold {name}: {spec:?}",
+            std::fs::metadata(&path)?.len()
+        );
+    }
+    let served = opened.hashed_embedding_bag("categories", DType::F32, &device)?;
+    let again = served.forward_with_offsets(&indices, &offsets)?;
+    ensure!(again.to_vec2::<f32>()? == out.to_vec2::<f32>()?);
+    println!("the opened layer gives the same output");
+    Ok(())
+}

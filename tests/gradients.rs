@@ -1,0 +1,228 @@
+//! The backward pass by two laws that need no oracle: the adjoint identity, and finite differences.
+
+mod common;
+
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode};
+use common::{floats, integers, on_each_device, to_vec, Draws};
+
+/// Values in (-1, 1) that are no multiples of anything.
+fn reals(draws: &mut Draws, n: usize) -> Vec<f64> {
+    (0..n)
+        .map(|_| draws.below(1 << 20) as f64 / f64::from(1 << 19) - 1.0)
+        .collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// Ragged bags, an empty one and padding among them, of 40 rows and 12 columns.
+struct Setup {
+    bag: HashedEmbeddingBag,
+    hashed_weight: Var,
+    indices: Tensor,
+    offsets: Tensor,
+    weights: Var,
+    grad_output: Tensor,
+}
+
+impl Setup {
+    fn new(seed: u64, hash: Hash, mode: Mode, dtype: DType, device: &Device) -> Result<Self> {
+        let mut draws = Draws::new(seed);
+        let rows: Vec<i64> = (0..20).map(|_| draws.below(40) as i64).collect();
+        let config = HashedEmbeddingBagConfig {
+            mode,
+            hash: Some(hash),
+            padding_idx: Some(rows[4]),
+            ..Default::default()
+        };
+        let hashed_weight = Var::from_tensor(&floats(&reals(&mut draws, 96), dtype, device)?)?;
+        Ok(Self {
+            bag: HashedEmbeddingBag::new(hashed_weight.as_tensor().clone(), 40, 12, config)?,
+            hashed_weight,
+            indices: integers(&rows, DType::I64, device)?,
+            offsets: integers(&[0, 3, 3, 11], DType::I64, device)?,
+            weights: Var::from_tensor(&floats(&reals(&mut draws, 20), dtype, device)?)?,
+            grad_output: floats(&reals(&mut draws, 4 * 12), dtype, device)?.reshape((4, 12))?,
+        })
+    }
+
+    fn forward(&self, weighted: bool) -> Result<Tensor> {
+        if weighted {
+            let offsets = Some(&self.offsets);
+            self.bag
+                .forward_weighted(&self.indices, offsets, &self.weights)
+        } else {
+            self.bag.forward_with_offsets(&self.indices, &self.offsets)
+        }
+    }
+
+    /// `<forward, grad_output>`, whose gradient is the backward of grad_output.
+    fn objective(&self, weighted: bool) -> Result<Tensor> {
+        (self.forward(weighted)? * &self.grad_output)?.sum_all()
+    }
+}
+
+fn hashes() -> [Hash; 3] {
+    [
+        Hash::original(),
+        Hash::mix(5, 4, true).unwrap(),
+        Hash::mix(5, 3, true).unwrap(),
+    ]
+}
+
+/// `<f(w), g> = <w, f*(g)>` for every mode that is linear in the weights, in f64 and in f32.
+#[test]
+fn backward_is_the_adjoint_of_forward() -> Result<()> {
+    on_each_device(|device| {
+        for (dtype, tolerance) in [(DType::F64, 1e-13), (DType::F32, 1e-5)] {
+            for (seed, hash) in hashes().into_iter().enumerate() {
+                for (mode, weighted) in [
+                    (Mode::Sum, false),
+                    (Mode::Sum, true),
+                    (Mode::Mean, false),
+                    // Max is linear along the ray through w: its winners stay.
+                    (Mode::Max, false),
+                ] {
+                    let setup = Setup::new(seed as u64, hash, mode, dtype, device)?;
+                    let grads = setup.objective(weighted)?.backward()?;
+                    let forward = dot(
+                        &to_vec(&setup.forward(weighted)?)?,
+                        &to_vec(&setup.grad_output)?,
+                    );
+                    let vars = [
+                        Some(&setup.hashed_weight),
+                        weighted.then_some(&setup.weights),
+                    ];
+                    for var in vars.into_iter().flatten() {
+                        let grad = grads.get(var).expect("a gradient");
+                        let backward = dot(&to_vec(var)?, &to_vec(grad)?);
+                        assert!(
+                            (forward - backward).abs() <= tolerance * forward.abs().max(1.0),
+                            "{hash:?} {mode:?} {dtype:?}: {forward} against {backward}"
+                        );
+                    }
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Central differences of every single parameter, in f64.
+#[test]
+fn gradients_are_the_finite_differences() -> Result<()> {
+    on_each_device(|device| {
+        for (seed, hash) in hashes().into_iter().enumerate() {
+            for (mode, weighted) in [
+                (Mode::Sum, false),
+                (Mode::Sum, true),
+                (Mode::Mean, false),
+                (Mode::Max, false),
+            ] {
+                let setup = Setup::new(seed as u64 + 9, hash, mode, DType::F64, device)?;
+                let grads = setup.objective(weighted)?.backward()?;
+                let vars = [
+                    Some(&setup.hashed_weight),
+                    weighted.then_some(&setup.weights),
+                ];
+                for var in vars.into_iter().flatten() {
+                    let grad = to_vec(grads.get(var).expect("a gradient"))?;
+                    let values = to_vec(var)?;
+                    // Smaller than any distance between two values that compete in a maximum.
+                    let step = 1e-7;
+                    for i in 0..values.len() {
+                        let at = |delta: f64| -> Result<f64> {
+                            let mut moved = values.clone();
+                            moved[i] += delta;
+                            var.set(&floats(&moved, DType::F64, device)?)?;
+                            setup.objective(weighted)?.to_scalar::<f64>()
+                        };
+                        let slope = (at(step)? - at(-step)?) / (2.0 * step);
+                        assert!(
+                            (slope - grad[i]).abs() < 1e-6,
+                            "{hash:?} {mode:?} parameter {i}: {slope} against {}",
+                            grad[i]
+                        );
+                    }
+                    var.set(&floats(&values, DType::F64, device)?)?;
+                }
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Only what is tracked gets a gradient, and a frozen hashed_weight still lets the sample weights learn.
+#[test]
+fn only_variables_get_gradients() -> Result<()> {
+    on_each_device(|device| {
+        let setup = Setup::new(1, Hash::default_for(12), Mode::Sum, DType::F32, device)?;
+        let config = HashedEmbeddingBagConfig {
+            padding_idx: setup.bag.padding_idx(),
+            ..Default::default()
+        };
+        let frozen = HashedEmbeddingBag::new(setup.hashed_weight.detach(), 40, 12, config)?;
+        let out = frozen.forward_with_offsets(&setup.indices, &setup.offsets)?;
+        assert!(!out.track_op());
+        let out = frozen.forward_weighted(&setup.indices, Some(&setup.offsets), &setup.weights)?;
+        let grads = out.sum_all()?.backward()?;
+        assert!(grads.get(&setup.hashed_weight).is_none());
+        let with_both = setup.forward(true)?.sum_all()?.backward()?;
+        assert_eq!(
+            to_vec(grads.get(&setup.weights).unwrap())?,
+            to_vec(with_both.get(&setup.weights).unwrap())?
+        );
+        Ok(())
+    })
+}
+
+/// Two uses of one layer add their gradients; a step of gradient descent lowers the loss.
+#[test]
+fn trains() -> Result<()> {
+    on_each_device(|device| {
+        let setup = Setup::new(3, Hash::default_for(12), Mode::Sum, DType::F32, device)?;
+        let indices = setup.indices.reshape((4, 5))?;
+        let loss = || -> Result<Tensor> {
+            let twice = (setup.bag.forward(&indices)? + setup.forward(false)?)?;
+            (twice - 1.0)?.sqr()?.mean_all()
+        };
+        let before = loss()?;
+        let grads = before.backward()?;
+        let grad = grads.get(&setup.hashed_weight).unwrap();
+        let stepped = (setup.hashed_weight.as_tensor() - (grad * 0.1)?)?;
+        setup.hashed_weight.set(&stepped)?;
+        let (before, after) = (before.to_scalar::<f32>()?, loss()?.to_scalar::<f32>()?);
+        assert!(after < before, "{after} is not below {before}");
+        Ok(())
+    })
+}
+
+/// More values than one thread takes: the same bits from pools of 1, 2 and 5 threads.
+#[test]
+fn cpu_results_do_not_depend_on_the_number_of_threads() -> Result<()> {
+    let (device, mut draws) = (Device::Cpu, Draws::new(8));
+    let rows: Vec<i64> = (0..20_000).map(|_| draws.below(5_000) as i64).collect();
+    let indices = integers(&rows, DType::U32, &device)?.reshape((1_000, 20))?;
+    for mode in [Mode::Sum, Mode::Mean, Mode::Max] {
+        let config = HashedEmbeddingBagConfig {
+            mode,
+            ..Default::default()
+        };
+        let weight = Var::from_tensor(&floats(&reals(&mut draws, 1_600), DType::F32, &device)?)?;
+        let bag = HashedEmbeddingBag::new(weight.as_tensor().clone(), 5_000, 32, config)?;
+        let run = || -> Result<(Vec<f64>, Vec<f64>)> {
+            let out = bag.forward(&indices)?;
+            let grads = out.sqr()?.sum_all()?.backward()?;
+            Ok((to_vec(&out)?, to_vec(grads.get(&weight).unwrap())?))
+        };
+        let want = run()?;
+        for threads in [1, 2, 5] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+            let got = pool.build().unwrap().install(run)?;
+            assert_eq!(got, want, "{mode:?} with {threads} threads");
+        }
+    }
+    Ok(())
+}
