@@ -56,7 +56,8 @@ fn main() -> Result<()> {
     optimizer.backward_step(&before)?;
     let out = layer.forward_with_offsets(&indices, &offsets)?;
     let after = loss(&out)?;
-    println!("loss {before} -> {after}");
+    let (before, after) = (before.to_scalar::<f32>()?, after.to_scalar::<f32>()?);
+    println!("loss {before:.4} -> {after:.4}");
 
     // Saved with all it takes to rebuild it, and opened from the file alone.
     let folder = tempfile::tempdir()?;

@@ -1,4 +1,45 @@
 //! Hashed embedding bags for [candle](https://github.com/huggingface/candle).
+//!
+//! An embedding bag whose table does not exist: its `num_embeddings * embedding_dim` values are folded by a hash into one
+//! short 1-D parameter, `hashed_weight`, and virtual element `(row, column)` is `sign * hashed_weight[slot(row, column)]`.
+//! 10x to 1000x less memory at nearly the same accuracy, on CPU and CUDA, forward and backward.
+//!
+//! | you want to | use |
+//! |---|---|
+//! | pool bags of rows in a model | [`hashed_embedding_bag()`], [`HashedEmbeddingBag`] |
+//! | look up single rows | [`hashed_embedding()`], [`HashedEmbedding`] |
+//! | choose where values go, or match weights trained in PyTorch | [`Hash`] |
+//! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_hashed_embedding_bag::{hashed_embedding_bag, HashedEmbeddingBagConfig};
+//! use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
+//!
+//! # fn main() -> candle_core::Result<()> {
+//! let device = Device::Cpu;
+//! let vars = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
+//! let config = HashedEmbeddingBagConfig { compression: 1.0 / 64.0, ..Default::default() };
+//! // A million rows of 32 columns in 500,000 values.
+//! let layer = hashed_embedding_bag(1_000_000, 32, config, vb)?;
+//! assert_eq!(layer.hashed_weight().dims(), [500_000]);
+//!
+//! // Three bags: rows 7 and 999,999, no row, row 7 twice.
+//! let indices = Tensor::new(&[7u32, 999_999, 7, 7], &device)?;
+//! let offsets = Tensor::new(&[0u32, 2, 2], &device)?;
+//! let out = layer.forward_with_offsets(&indices, &offsets)?;
+//! assert_eq!(out.dims(), [3, 32]);
+//!
+//! // It trains like any other layer.
+//! let mut optimizer = AdamW::new_lr(vars.all_vars(), 1e-3)?;
+//! optimizer.backward_step(&out.sqr()?.sum_all()?)?;
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The feature `cuda` adds the kernels; it needs `nvcc`, and a driver at least as new as the toolkit.
+
 #![warn(missing_docs)]
 
 mod bags;
