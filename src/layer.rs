@@ -362,7 +362,9 @@ impl Module for HashedEmbedding {
     fn forward(&self, indices: &Tensor) -> Result<Tensor> {
         let mut dims = indices.dims().to_vec();
         dims.push(self.bag.embedding_dim());
-        let bags_of_one = indices.flatten_all()?.unsqueeze(1)?;
+        let bags_of_one = op::contiguous_indices(indices)?
+            .flatten_all()?
+            .unsqueeze(1)?;
         self.bag.forward(&bags_of_one)?.reshape(dims)
     }
 }

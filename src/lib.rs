@@ -56,3 +56,8 @@ pub use layer::{
     HashedEmbeddingBagConfig,
 };
 pub use op::Mode;
+
+/// Compiles and runs the README's Rust.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -11,7 +11,9 @@ use candle_core::cuda_backend::cudarc::driver::{
     CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg, ValidAsZeroBits,
 };
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
-use candle_core::{bail, CudaStorage, DType, Result, Storage};
+use candle_core::{
+    bail, CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Storage,
+};
 use half::{bf16, f16};
 
 macro_rules! ptx {
@@ -368,6 +370,73 @@ fn dispatch(pass: Pass, lookup: &Lookup, operands: &Operands<CudaStorage>) -> Re
     }
 }
 
+const INDICES_MODULE: &str = "candle-hashed-embedding-bag-indices";
+const INDICES_PTX: &str = ptx!("indices");
+
+/// `Strides` of kernels/indices.cu.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Strides {
+    dims: [i64; 8],
+    strides: [i64; 8],
+    rank: u32,
+}
+
+// SAFETY: plain `#[repr(C)]` integers, the twin of the C struct.
+unsafe impl DeviceRepr for Strides {}
+
+/// The contiguous copy of a strided i32 tensor, which candle has no kernel for.
+pub(super) struct ContiguousI32;
+
+impl CustomOp1 for ContiguousI32 {
+    fn name(&self) -> &'static str {
+        "hashed-embedding-bag-contiguous-i32"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        bail!("{}: no cpu implementation, candle has its own", self.name())
+    }
+
+    fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let (device, rank) = (storage.device(), layout.dims().len());
+        let mut shape = Strides {
+            dims: [1; 8],
+            strides: [0; 8],
+            rank: rank as u32,
+        };
+        if rank > shape.dims.len() {
+            bail!("hashed-embedding-bag: indices must have rank 8 at most, got {rank}");
+        }
+        for d in 0..rank {
+            shape.dims[d] = layout.dims()[d] as i64;
+            shape.strides[d] = layout.stride()[d] as i64;
+        }
+        let n = layout.shape().elem_count();
+        let mut to = device.alloc_zeros::<i32>(n.max(1))?;
+        if n > 0 {
+            let from = storage
+                .as_cuda_slice::<i32>()?
+                .slice(layout.start_offset()..);
+            let count = n as i64;
+            let function = device.get_or_load_custom_func(
+                "hashed_embedding_bag_copy_i32",
+                INDICES_MODULE,
+                INDICES_PTX,
+            )?;
+            let mut args = function.builder();
+            args.arg(&from); // const int32_t *from
+            args.arg(&mut to); // int32_t *to
+            args.arg(&count); // int64_t n
+            args.arg(&shape); // Strides shape
+                              // SAFETY: the arguments are those of hashed_embedding_bag_copy_i32, which writes n elements and reads them
+                              // where the layout says they lie.
+            unsafe { args.launch(grid(n, 1, 1)) }.w()?;
+        }
+        let to = CudaStorage::wrap_cuda_slice(to, device.clone());
+        Ok((to, layout.shape().clone()))
+    }
+}
+
 pub(super) struct Cuda;
 
 impl Backend for Cuda {
@@ -396,8 +465,8 @@ impl Backend for Cuda {
         let kernel = |name: &str| {
             device.get_or_load_custom_func(
                 &format!("hashed_embedding_bag_check_{name}"),
-                "candle-hashed-embedding-bag-check",
-                ptx!("check"),
+                INDICES_MODULE,
+                INDICES_PTX,
             )
         };
 

@@ -134,8 +134,8 @@ pub(crate) fn hashed_embedding_bag(
     }
 
     let hashed_weight = hashed_weight.contiguous()?;
-    let indices = indices.contiguous()?;
-    let offsets = offsets.map(Tensor::contiguous).transpose()?;
+    let indices = contiguous_indices(indices)?;
+    let offsets = offsets.map(contiguous_indices).transpose()?;
     let lookup = Lookup { table, bags };
     if bounds_check == BoundsCheck::Error {
         lookup.check_bounds(&indices, offsets.as_ref())?;
@@ -151,6 +151,15 @@ pub(crate) fn hashed_embedding_bag(
             Ternary(WeightedBags { lookup, offsets }),
         ),
     }
+}
+
+/// `Tensor::contiguous` for indices of any dtype: on CUDA, candle itself cannot copy i32.
+pub(crate) fn contiguous_indices(indices: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if indices.device().is_cuda() && indices.dtype() == DType::I32 && !indices.is_contiguous() {
+        return indices.apply_op1_no_bwd(&cuda::ContiguousI32);
+    }
+    indices.contiguous()
 }
 
 pub(crate) const WEIGHT_DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];

@@ -339,9 +339,7 @@ pub fn integers(values: &[i64], dtype: DType, device: &Device) -> Result<Tensor>
     }?;
     if n == 0 && device.is_cuda() {
         // An allocation of nothing is an error of the driver: an empty view of something.
-        return Tensor::zeros(1, DType::U32, device)?
-            .to_dtype(dtype)?
-            .narrow(0, 0, 0);
+        return integers(&[0], dtype, device)?.narrow(0, 0, 0);
     }
     tensor.to_device(device)
 }
