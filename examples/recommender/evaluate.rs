@@ -1,0 +1,100 @@
+//! How good the scores are: the area under the ROC curve, and the logloss.
+
+use anyhow::Result;
+use candle_core::Device;
+use smartcore::metrics::{auc::AUC, Metrics as _};
+
+use crate::data::{Catalog, Rating};
+use crate::model::{Batch, Dlrm};
+
+/// Pairs scored at once: large enough to amortise a launch, small enough for any memory.
+const CHUNK: usize = 8192;
+
+#[derive(Clone, Copy, Debug)]
+pub struct Metrics {
+    pub auc: f64,
+    pub logloss: f64,
+}
+
+/// The model's logits of (user row, movie row) pairs.
+pub fn logits(
+    model: &Dlrm,
+    catalog: &Catalog,
+    pairs: &[(u32, u32)],
+    device: &Device,
+) -> Result<Vec<f64>> {
+    let mut logits = Vec::with_capacity(pairs.len());
+    for chunk in pairs.chunks(CHUNK) {
+        let scored = model
+            .forward(&Batch::new(catalog, chunk, device)?)?
+            .to_vec1::<f32>()?;
+        logits.extend(scored.into_iter().map(f64::from));
+    }
+    Ok(logits)
+}
+
+/// The metrics of the model on some ratings.
+pub fn evaluate(
+    model: &Dlrm,
+    catalog: &Catalog,
+    ratings: &[Rating],
+    device: &Device,
+) -> Result<Metrics> {
+    let pairs: Vec<_> = ratings.iter().map(Rating::pair).collect();
+    let labels: Vec<_> = ratings.iter().map(|rating| rating.liked).collect();
+    Ok(Metrics::of(
+        &logits(model, catalog, &pairs, device)?,
+        &labels,
+    ))
+}
+
+impl Metrics {
+    /// From logits; the AUC counts a tie as half and is NaN where all labels are equal.
+    pub fn of(logits: &[f64], labels: &[bool]) -> Self {
+        let targets: Vec<f64> = labels
+            .iter()
+            .map(|&liked| f64::from(u8::from(liked)))
+            .collect();
+        let losses = logits
+            .iter()
+            .zip(&targets)
+            .map(|(logit, target)| softplus(*logit) - target * logit);
+        Self {
+            auc: AUC::new().get_score(&targets, &logits.to_vec()),
+            logloss: losses.sum::<f64>() / logits.len() as f64,
+        }
+    }
+}
+
+/// `ln(1 + e^x)`, without overflow.
+fn softplus(x: f64) -> f64 {
+    x.max(0.0) + (-x.abs()).exp().ln_1p()
+}
+
+pub fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auc_counts_ties_as_half() {
+        // Of the six (liked, not liked) pairs: 2 > 1, 2 > 0, 2 > -1 and 1 > 0, 1 > -1 are right, 1 = 1 is half.
+        let metrics = Metrics::of(
+            &[2.0, 1.0, 1.0, 0.0, -1.0],
+            &[true, true, false, false, false],
+        );
+        assert!((metrics.auc - 5.5 / 6.0).abs() < 1e-12);
+        assert_eq!(Metrics::of(&[0.5; 4], &[true, false, true, false]).auc, 0.5);
+        assert!(Metrics::of(&[1.0, 2.0], &[true, true]).auc.is_nan());
+    }
+
+    #[test]
+    fn logloss_of_known_probabilities() {
+        let metrics = Metrics::of(&[0.0, 3f64.ln()], &[true, false]);
+        assert!((metrics.logloss - (2f64.ln() + 4f64.ln()) / 2.0).abs() < 1e-12);
+        assert!(Metrics::of(&[1e9, -1e9], &[true, false]).logloss.abs() < 1e-12);
+    }
+}
