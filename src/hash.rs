@@ -8,8 +8,8 @@
 //! | [`Mix`] | `(((h >> 32) * (len / block)) >> 32) * block + column % block`, `h` = output `column / block` of SplitMix64 started at `row` |
 //! | [`Affine`] | `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block` |
 //!
-//! A [`Hash`] is bound to a length once, giving [`Slots`]: everything the loops need, `Copy` and `#[repr(C)]`, because
-//! the CUDA kernels take the very same struct. `kernels/hash.cuh` is the twin of this file; the shared vectors in
+//! A [`Hash`] is bound to a length once, giving [`Slots`]: all that the kernels need, `Copy` and `#[repr(C)]`, because the
+//! CUDA kernels take the very same struct. The CPU loops see it through [`Locate`]. `kernels/hash.cuh` is the twin of this file; the shared vectors in
 //! `tests/hash.rs` tie the two.
 
 use candle_core::{bail, Result};
@@ -198,8 +198,12 @@ impl Hash {
         let block = self.block();
         let (run, within) = (column / block, column % block);
         let (start, signs) = match self.slots(len)? {
-            Slots::Mix(mix) => mix.locate(row as u64, run as u64),
-            Slots::Affine(affine) => affine.locate(row as u64, run as u64),
+            Slots::Mix(mix) => {
+                let mut place = [0];
+                mix.locate(row as u64, &[mix.run(run as u64)], &mut place);
+                (mix.slot(place[0]), mix.signs(place[0]))
+            }
+            Slots::Affine(affine) => (affine.plain_slot(row as u64, run as u64), 0),
         };
         let negative = within < 32 && (signs >> within) & 1 == 1;
         Ok((start + within, if negative { -1 } else { 1 }))
@@ -420,15 +424,24 @@ pub(crate) enum Slots {
     Affine(AffineSlots),
 }
 
-/// Where one block of columns lies: its first slot, and a sign bit for each of its (at most 32) columns.
-pub(crate) type Place = (usize, u32);
+/// Where one block of columns of one row lies, packed into a word: see [`Locate`].
+pub(crate) type Place = u64;
 
-/// What a loop asks of a bound hash; a trait, so that the loops are compiled once per family.
+/// What the CPU loops ask of a bound hash; a trait, so that the loops are compiled once per family.
 pub(crate) trait Locate: Copy + Send + Sync {
+    /// What is the same for block `run` of every row, computed once per call.
+    type Run: Copy + Send + Sync;
+
     /// Columns per hash.
     fn block(&self) -> usize;
-    /// The place of block `run` of row `row`.
-    fn locate(&self, row: u64, run: u64) -> Place;
+    /// The constants of block `run`.
+    fn run(&self, run: u64) -> Self::Run;
+    /// The places of the blocks `runs` of row `row`.
+    fn locate(&self, row: u64, runs: &[Self::Run], places: &mut [Place]);
+    /// The first slot of a place.
+    fn slot(&self, place: Place) -> usize;
+    /// A sign bit for each of the (at most 32) columns of a place; zero where there are no signs.
+    fn signs(&self, place: Place) -> u32;
 }
 
 /// [`Mix`] bound to a length; twin of `MixSlots` in `kernels/hash.cuh`.
@@ -441,21 +454,40 @@ pub(crate) struct MixSlots {
     sign_mask: u32,
 }
 
+/// A place is the number of the block in its high half and the signs in its low half.
 impl Locate for MixSlots {
+    /// The start of SplitMix64 for this block of row 0.
+    type Run = u64;
+
+    #[inline(always)]
     fn block(&self) -> usize {
         self.block as usize
     }
 
-    #[inline]
-    fn locate(&self, row: u64, run: u64) -> Place {
+    #[inline(always)]
+    fn run(&self, run: u64) -> u64 {
         let steps = run.wrapping_add(1).wrapping_mul(GOLDEN);
-        let h = finalize(self.key.wrapping_add(row).wrapping_add(steps));
-        // The high half places the block without a division, the low half signs it.
-        let place = ((h >> 32) * u64::from(self.num_blocks)) >> 32;
-        (
-            place as usize * self.block as usize,
-            h as u32 & self.sign_mask,
-        )
+        self.key.wrapping_add(steps)
+    }
+
+    #[inline(always)]
+    fn locate(&self, row: u64, runs: &[u64], places: &mut [Place]) {
+        for (place, run) in places.iter_mut().zip(runs) {
+            let h = finalize(run.wrapping_add(row));
+            // The high half places the block without a division, the low half signs it.
+            let block = (h >> 32) * u64::from(self.num_blocks);
+            *place = (block & !0xFFFF_FFFF) | (h & u64::from(self.sign_mask));
+        }
+    }
+
+    #[inline(always)]
+    fn slot(&self, place: Place) -> usize {
+        (place >> 32) as usize * self.block as usize
+    }
+
+    #[inline(always)]
+    fn signs(&self, place: Place) -> u32 {
+        place as u32
     }
 }
 
@@ -468,21 +500,144 @@ pub(crate) struct AffineSlots {
     c: u64,
     modulus: Divisor,
     starts: Divisor,
-    pub(crate) block: u32,
+    block: u32,
 }
 
-impl Locate for AffineSlots {
-    fn block(&self) -> usize {
-        self.block as usize
+impl AffineSlots {
+    /// The slot of a wrapped sum, by the formula.
+    fn plain(&self, sum: u64) -> u64 {
+        self.starts.rem(self.modulus.rem(sum))
     }
 
-    #[inline]
-    fn locate(&self, row: u64, run: u64) -> Place {
+    /// The first slot of block `run` of row `row`, by the formula.
+    fn plain_slot(&self, row: u64, run: u64) -> usize {
         let sum = row
             .wrapping_mul(self.a)
-            .wrapping_add(run.wrapping_mul(self.b))
-            .wrapping_add(self.c);
-        (self.starts.rem(self.modulus.rem(sum)) as usize, 0)
+            .wrapping_add(run.wrapping_mul(self.b));
+        self.plain(sum.wrapping_add(self.c)) as usize
+    }
+}
+
+/// [`AffineSlots`] for the CPU: the rows of a table without a division per value.
+///
+/// Write `m` for the modulus, `s` for `starts`, and split the sum of a row and a block into the row's share and the
+/// block's, each with its remainders known. `row + run` is congruent to `row mod m + run mod m` modulo `m`, less
+/// `2^64 mod m` where the sum wraps; that lies between `-m` and `2m`, so its remainder is at most one `m` away. The slot
+/// follows modulo `s` from the same parts: `row mod m mod s + run mod m mod s`, and one of five corrections, one for each
+/// combination of "wraps" and "one `m` away".
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AffineRows {
+    slots: AffineSlots,
+    /// `2^64 mod m`
+    wrapped: i64,
+    corrections: Corrections,
+    /// Whether `2m` and `3s` fit a signed word; else every value is divided.
+    fits: bool,
+}
+
+/// What to add modulo `s`, by whether the sum wraps and where its remainder has to go.
+#[derive(Debug, Clone, Copy)]
+struct Corrections {
+    down: u64,
+    wraps: u64,
+    wraps_up: u64,
+    wraps_down: u64,
+}
+
+/// The share of one block of columns in an affine hash.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AffineRun {
+    /// `run * b mod 2^64`
+    sum: u64,
+    /// `sum mod m`
+    rest: i64,
+    /// `rest mod s`
+    slot: u64,
+}
+
+impl From<AffineSlots> for AffineRows {
+    fn from(slots: AffineSlots) -> Self {
+        let (m, s) = (slots.modulus.value, slots.starts.value);
+        let wrapped = ((1u128 << 64) % u128::from(m)) as u64;
+        // A multiple of s large enough to subtract from: all corrections are kept in 0..s.
+        let modulo = |up: u64, down: u64| {
+            let sum = u128::from(up % s) + u128::from(s - down % s);
+            (sum % u128::from(s)) as u64
+        };
+        let both = ((u128::from(wrapped % s) + u128::from(m % s)) % u128::from(s)) as u64;
+        Self {
+            slots,
+            wrapped: wrapped as i64,
+            corrections: Corrections {
+                down: modulo(0, m),
+                wraps: modulo(0, wrapped),
+                wraps_up: modulo(m, wrapped),
+                wraps_down: modulo(0, both),
+            },
+            fits: m <= 1 << 61 && s <= 1 << 61,
+        }
+    }
+}
+
+/// A place is its first slot.
+impl Locate for AffineRows {
+    type Run = AffineRun;
+
+    #[inline(always)]
+    fn block(&self) -> usize {
+        self.slots.block as usize
+    }
+
+    fn run(&self, run: u64) -> AffineRun {
+        let sum = run.wrapping_mul(self.slots.b);
+        let rest = self.slots.modulus.rem(sum);
+        AffineRun {
+            sum,
+            rest: rest as i64,
+            slot: self.slots.starts.rem(rest),
+        }
+    }
+
+    #[inline(always)]
+    fn locate(&self, row: u64, runs: &[AffineRun], places: &mut [Place]) {
+        let row_sum = row.wrapping_mul(self.slots.a).wrapping_add(self.slots.c);
+        if !self.fits {
+            for (place, run) in places.iter_mut().zip(runs) {
+                *place = self.slots.plain(row_sum.wrapping_add(run.sum));
+            }
+            return;
+        }
+        let (modulus, starts) = (self.slots.modulus.value as i64, self.slots.starts.value);
+        let row_rest = self.slots.modulus.rem(row_sum);
+        let row_slot = self.slots.starts.rem(row_rest);
+        let row_rest = row_rest as i64;
+        let corrections = self.corrections;
+        for (place, run) in places.iter_mut().zip(runs) {
+            let wraps = row_sum.wrapping_add(run.sum) < row_sum;
+            let rest = row_rest + run.rest - if wraps { self.wrapped } else { 0 };
+            let down = rest >= modulus;
+            let whole = if down { corrections.down } else { 0 };
+            let part = if down {
+                corrections.wraps_down
+            } else {
+                corrections.wraps
+            };
+            let part = if rest < 0 { corrections.wraps_up } else { part };
+            let sum = row_slot + run.slot + if wraps { part } else { whole };
+            // Below 3s: off come at most two s, each only where that leaves a number that is not negative.
+            let sum = sum.min(sum.wrapping_sub(starts));
+            *place = sum.min(sum.wrapping_sub(starts));
+        }
+    }
+
+    #[inline(always)]
+    fn slot(&self, place: Place) -> usize {
+        place as usize
+    }
+
+    #[inline(always)]
+    fn signs(&self, _: Place) -> u32 {
+        0
     }
 }
 
@@ -542,6 +697,42 @@ mod tests {
                     .wrapping_add((run + 1u64).wrapping_mul(GOLDEN)),
             );
             assert_eq!(h, want, "seed {seed} row {row} block {run}");
+        }
+    }
+
+    /// The incremental form against the formula, over parameters that wrap, that do not, and that do not fit.
+    #[test]
+    fn affine_rows_are_the_formula() {
+        let mut state = 1u64;
+        let mut draw = |bits: u32| {
+            state = state.wrapping_add(GOLDEN);
+            finalize(state) >> (64 - bits)
+        };
+        for round in 0..2_000 {
+            let bits = |draw: &mut dyn FnMut(u32) -> u64| 1 + (draw(6) as u32) % 64;
+            let (wide, narrow) = (bits(&mut draw), bits(&mut draw).min(40));
+            let hash = match round {
+                0 => Hash::original(),
+                _ => Hash::affine(draw(64), draw(64), draw(64), draw(wide).max(1), 1).unwrap(),
+            };
+            let len = (draw(narrow) as usize).max(1);
+            let Ok(Slots::Affine(slots)) = hash.slots(len) else {
+                panic!("{hash:?} suits {len}");
+            };
+            let rows = AffineRows::from(slots);
+            let runs: Vec<_> = (0..40).map(|run| rows.run(run)).collect();
+            let mut places = vec![0; runs.len()];
+            for _ in 0..20 {
+                let row = draw(64);
+                rows.locate(row, &runs, &mut places);
+                for (run, &place) in places.iter().enumerate() {
+                    let want = slots.plain_slot(row, run as u64);
+                    assert_eq!(
+                        place as usize, want,
+                        "{hash:?} len {len} row {row} block {run}"
+                    );
+                }
+            }
         }
     }
 

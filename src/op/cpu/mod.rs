@@ -1,83 +1,32 @@
-//! The loops on the CPU: slices in, slices out.
+//! The CPU: slices in, slices out. This file takes the tensors apart and chooses the loop; the loops are in
 //!
-//! * forward: bags are divided among threads; each owns its output rows.
-//! * grad_weight: bags are divided into parts whose number depends on the sizes alone, each adds into a buffer of its
-//!   own, and the buffers are added in order: the result does not depend on the number of threads. Parts are few enough
-//!   that the buffers together hold no more values than are gathered.
-//! * f16 and bf16 accumulate in f32.
+//! | | |
+//! |---|---|
+//! | `forward.rs` | the pooled rows, bags divided among threads |
+//! | `backward.rs` | the gradients; how the work is divided so that no result depends on the number of threads |
+//! | `places.rs` | hashing rows ahead of their use, and prefetching what they name |
+//! | `element.rs` | dtypes |
+//!
+//! There is one source for every instruction set: the loops are plain Rust that the compiler vectorises, compiled for
+//! AVX-512, AVX2 and the portable baseline by `pulp`, which picks one at run time. That reaches as far as functions are
+//! inlined, which is why the loops say `inline(always)`.
+
+mod backward;
+mod element;
+mod forward;
+mod places;
 
 use super::{Backend, Lookup, Mode, Operands, View};
 use crate::bags::{bad_offset, bad_row, first_bad_offset, first_bad_row, Index};
-use crate::hash::{Locate, Slots};
+use crate::hash::{AffineRows, Locate, Slots};
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType};
+use element::{Accumulator, Element};
 use half::{bf16, f16};
-use rayon::prelude::*;
-use std::ops::{AddAssign, Mul, Neg, Range};
+use std::ops::Range;
 
 /// Fewer gathered values than this are not worth waking a second thread for.
 const MIN_VALUES_PER_THREAD: usize = 1 << 15;
-
-/// The most parts of [`grad_weight`].
-const MAX_PARTS: usize = 8;
-
-/// A dtype of `hashed_weight`, and the dtype its sums are kept in.
-trait Element: WithDType {
-    type Acc: Accumulator;
-    fn widen(self) -> Self::Acc;
-    fn narrow(acc: Self::Acc) -> Self;
-}
-
-trait Accumulator:
-    WithDType + AddAssign + Mul<Output = Self> + Neg<Output = Self> + Send + Sync
-{
-    const ZERO: Self;
-    const ONE: Self;
-    fn from_count(count: usize) -> Self;
-    fn is_nan(self) -> bool;
-}
-
-macro_rules! accumulator {
-    ($t:ty) => {
-        impl Accumulator for $t {
-            const ZERO: $t = 0.0;
-            const ONE: $t = 1.0;
-            fn from_count(count: usize) -> Self {
-                count as $t
-            }
-            fn is_nan(self) -> bool {
-                <$t>::is_nan(self)
-            }
-        }
-        impl Element for $t {
-            type Acc = $t;
-            fn widen(self) -> $t {
-                self
-            }
-            fn narrow(acc: $t) -> $t {
-                acc
-            }
-        }
-    };
-}
-accumulator!(f32);
-accumulator!(f64);
-
-macro_rules! half_element {
-    ($t:ty) => {
-        impl Element for $t {
-            type Acc = f32;
-            fn widen(self) -> f32 {
-                self.to_f32()
-            }
-            fn narrow(acc: f32) -> $t {
-                <$t>::from_f32(acc)
-            }
-        }
-    };
-}
-half_element!(f16);
-half_element!(bf16);
 
 pub(super) struct Cpu;
 
@@ -114,7 +63,7 @@ impl Backend for Cpu {
     }
 
     fn forward(lookup: &Lookup, operands: &Operands<CpuStorage>) -> Result<CpuStorage> {
-        dispatch(Forward, lookup, operands)
+        dispatch(forward::Forward, lookup, operands)
     }
 
     fn grad_weight(
@@ -122,7 +71,7 @@ impl Backend for Cpu {
         grad_output: View<CpuStorage>,
         operands: &Operands<CpuStorage>,
     ) -> Result<CpuStorage> {
-        dispatch(GradWeight { grad_output }, lookup, operands)
+        dispatch(backward::GradWeight { grad_output }, lookup, operands)
     }
 
     fn grad_per_sample_weights(
@@ -130,7 +79,8 @@ impl Backend for Cpu {
         grad_output: View<CpuStorage>,
         operands: &Operands<CpuStorage>,
     ) -> Result<CpuStorage> {
-        dispatch(GradPerSampleWeights { grad_output }, lookup, operands)
+        let pass = backward::GradPerSampleWeights { grad_output };
+        dispatch(pass, lookup, operands)
     }
 }
 
@@ -163,58 +113,88 @@ fn check_offsets<O: Index + WithDType>(nnz: usize, offsets: View<CpuStorage>) ->
     }
 }
 
-/// A loop over the bags, compiled for each dtype of weight and indices and each hash family.
-trait Loop {
-    fn run<T: Element, I: Index, H: Locate>(self, bags: &Bags<T, I, H>) -> Result<CpuStorage>;
+/// A loop over the bags, compiled for each dtype of weight and each hash family.
+trait Pass {
+    fn run<T: Element, H: Locate>(self, bags: &Bags<T, H>) -> Result<CpuStorage>;
 }
 
-/// Resolves the dtypes and the hash family, once, and runs the loop.
+/// Resolves the dtype and the hash family, once, and runs the loop.
 fn dispatch(
-    run: impl Loop,
+    pass: impl Pass,
     lookup: &Lookup,
     operands: &Operands<CpuStorage>,
 ) -> Result<CpuStorage> {
-    fn by_hash<T: Element, I: Index + WithDType>(
-        run: impl Loop,
+    fn by_hash<T: Element>(
+        pass: impl Pass,
         lookup: &Lookup,
         operands: &Operands<CpuStorage>,
     ) -> Result<CpuStorage> {
         match lookup.table.slots {
-            Slots::Mix(hash) => run.run(&Bags::<T, I, _>::new(lookup, hash, operands)?),
-            Slots::Affine(hash) => run.run(&Bags::<T, I, _>::new(lookup, hash, operands)?),
-        }
-    }
-    fn by_index<T: Element>(
-        run: impl Loop,
-        lookup: &Lookup,
-        operands: &Operands<CpuStorage>,
-    ) -> Result<CpuStorage> {
-        match operands.indices.0.dtype() {
-            DType::U32 => by_hash::<T, u32>(run, lookup, operands),
-            DType::I32 => by_hash::<T, i32>(run, lookup, operands),
-            _ => by_hash::<T, i64>(run, lookup, operands),
+            Slots::Mix(hash) => pass.run(&Bags::<T, _>::new(lookup, hash, operands)?),
+            Slots::Affine(hash) => pass.run(&Bags::<T, _>::new(
+                lookup,
+                AffineRows::from(hash),
+                operands,
+            )?),
         }
     }
     match operands.hashed_weight.0.dtype() {
-        DType::F16 => by_index::<f16>(run, lookup, operands),
-        DType::BF16 => by_index::<bf16>(run, lookup, operands),
-        DType::F32 => by_index::<f32>(run, lookup, operands),
-        _ => by_index::<f64>(run, lookup, operands),
+        DType::F16 => by_hash::<f16>(pass, lookup, operands),
+        DType::BF16 => by_hash::<bf16>(pass, lookup, operands),
+        DType::F32 => by_hash::<f32>(pass, lookup, operands),
+        _ => by_hash::<f64>(pass, lookup, operands),
+    }
+}
+
+/// The indices of one call. The dtype is resolved per row, which serves a whole row of values.
+#[derive(Clone, Copy)]
+enum Indices<'a> {
+    U32(&'a [u32]),
+    I32(&'a [i32]),
+    I64(&'a [i64]),
+}
+
+impl<'a> Indices<'a> {
+    fn new(indices: View<'a, CpuStorage>) -> Result<Self> {
+        Ok(match indices.0.dtype() {
+            DType::U32 => Self::U32(slice(indices)?),
+            DType::I32 => Self::I32(slice(indices)?),
+            _ => Self::I64(slice(indices)?),
+        })
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::U32(indices) => indices.len(),
+            Self::I32(indices) => indices.len(),
+            Self::I64(indices) => indices.len(),
+        }
+    }
+
+    #[inline(always)]
+    fn row(&self, position: usize) -> i64 {
+        match self {
+            Self::U32(indices) => indices[position].as_i64(),
+            Self::I32(indices) => indices[position].as_i64(),
+            Self::I64(indices) => indices[position],
+        }
     }
 }
 
 /// One call as slices.
-struct Bags<'a, T, I, H> {
+struct Bags<'a, T, H: Locate> {
     lookup: &'a Lookup,
     hash: H,
+    /// The constants of each block of columns.
+    runs: Vec<H::Run>,
     hashed_weight: &'a [T],
-    indices: &'a [I],
-    /// The start of each bag and the end of the last, clamped; `None` for bags of one length.
+    indices: Indices<'a>,
+    /// The indices of each bag, clamped; `None` for bags of one length.
     ranges: Option<Vec<Range<usize>>>,
     per_sample_weights: Option<&'a [T]>,
 }
 
-impl<'a, T: Element, I: Index + WithDType, H: Locate> Bags<'a, T, I, H> {
+impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
     fn new(lookup: &'a Lookup, hash: H, operands: &Operands<'a, CpuStorage>) -> Result<Self> {
         fn ranges<O: Index + WithDType>(
             lookup: &Lookup,
@@ -233,18 +213,22 @@ impl<'a, T: Element, I: Index + WithDType, H: Locate> Bags<'a, T, I, H> {
                 _ => ranges::<i64>(lookup, offsets)?,
             }),
         };
+        let runs = lookup.table.embedding_dim.div_ceil(hash.block());
         Ok(Self {
             lookup,
             hash,
+            runs: (0..runs as u64).map(|run| hash.run(run)).collect(),
             hashed_weight: slice(operands.hashed_weight)?,
-            indices: slice(operands.indices)?,
+            indices: Indices::new(operands.indices)?,
             ranges,
             per_sample_weights: operands.per_sample_weights.map(slice).transpose()?,
         })
     }
-}
 
-impl<T: Element, I: Index, H: Locate> Bags<'_, T, I, H> {
+    fn num_bags(&self) -> usize {
+        self.lookup.bags.num_bags
+    }
+
     fn embedding_dim(&self) -> usize {
         self.lookup.table.embedding_dim
     }
@@ -254,226 +238,85 @@ impl<T: Element, I: Index, H: Locate> Bags<'_, T, I, H> {
         self.indices.len().saturating_mul(self.embedding_dim())
     }
 
+    /// How many bags make a task of at least [`MIN_VALUES_PER_THREAD`]; all of them when there is one task.
+    fn bags_per_task(&self) -> usize {
+        let tasks = (self.gathered_values() / MIN_VALUES_PER_THREAD).max(1);
+        self.num_bags().div_ceil(tasks).max(1)
+    }
+
+    #[inline(always)]
     fn range(&self, bag: usize) -> Range<usize> {
         match &self.ranges {
             Some(ranges) => ranges[bag].clone(),
-            None => self.lookup.bags.range::<I>(bag, &[]),
+            None => self.lookup.bags.range::<i64>(bag, &[]),
         }
     }
 
-    /// Positions and rows of a bag, without padding.
-    fn rows(&self, bag: usize) -> impl Iterator<Item = (usize, i64)> + '_ {
-        self.range(bag)
-            .map(|position| (position, self.indices[position].as_i64()))
-            .filter(|&(_, row)| self.lookup.table.counts(row))
+    /// The positions of a bag, without padding.
+    #[inline(always)]
+    fn positions(&self, bag: usize) -> impl Iterator<Item = usize> + '_ {
+        let table = &self.lookup.table;
+        self.range(bag).filter(|&position| {
+            table.padding_idx.is_none() || table.counts(self.indices.row(position))
+        })
     }
 
-    /// What multiplies the row at `position` before it is added.
-    fn weight(&self, position: usize) -> T::Acc {
-        self.per_sample_weights
-            .map_or(T::Acc::ONE, |weights| weights[position].widen())
-    }
-
-    /// What divides the sum of a bag: the number of its rows in mode mean, else nothing.
-    fn divisor(&self, bag: usize) -> Option<T::Acc> {
-        (self.lookup.table.mode == Mode::Mean)
-            .then(|| T::Acc::from_count(self.rows(bag).count().max(1)))
-    }
-
-    /// Calls `f(columns, slots, signs)` for each block of a row: as many slots as columns, bit `i` of `signs` set where
-    /// column `i` of the block is negative.
-    #[inline]
-    fn for_each_run(&self, row: i64, mut f: impl FnMut(Range<usize>, Range<usize>, u32)) {
-        let (block, embedding_dim) = (self.hash.block(), self.embedding_dim());
-        for (run, column) in (0..embedding_dim).step_by(block).enumerate() {
-            let len = block.min(embedding_dim - column);
-            let (slot, signs) = self.hash.locate(row as u64, run as u64);
-            f(column..column + len, slot..slot + len, signs);
-        }
-    }
-
-    /// The largest value of each column of a bag, in `best`; `won(column, slot, negative)` is told of each new best.
-    /// Returns whether the bag holds a row at all.
-    fn max(
-        &self,
-        bag: usize,
-        best: &mut [T::Acc],
-        mut won: impl FnMut(usize, usize, bool),
-    ) -> bool {
-        let mut first = true;
-        for (_, row) in self.rows(bag) {
-            self.for_each_run(row, |columns, slots, signs| {
-                for (i, (column, slot)) in columns.zip(slots).enumerate() {
-                    let negative = is_negative(signs, i);
-                    let value = self.hashed_weight[slot].widen();
-                    let value = if negative { -value } else { value };
-                    let best = &mut best[column];
-                    if first || value > *best || (value.is_nan() && !best.is_nan()) {
-                        *best = value;
-                        won(column, slot, negative);
-                    }
-                }
-            });
-            first = false;
-        }
-        !first
-    }
-}
-
-/// Bit `i` of `signs`; blocks longer than 32 carry no signs.
-fn is_negative(signs: u32, i: usize) -> bool {
-    signs != 0 && (signs >> i) & 1 == 1
-}
-
-/// `into[i] += scale * (-1)^(bit i of signs) * from(i)`
-#[inline]
-fn add_signed<A: Accumulator>(into: &mut [A], signs: u32, scale: A, from: impl Fn(usize) -> A) {
-    if signs == 0 {
-        for (i, into) in into.iter_mut().enumerate() {
-            *into += scale * from(i);
-        }
-    } else {
-        for (i, into) in into.iter_mut().enumerate() {
-            let scale = if (signs >> i) & 1 == 1 { -scale } else { scale };
-            *into += scale * from(i);
-        }
-    }
-}
-
-/// output `(num_bags, embedding_dim)`
-struct Forward;
-
-impl Loop for Forward {
-    fn run<T: Element, I: Index, H: Locate>(self, bags: &Bags<T, I, H>) -> Result<CpuStorage> {
-        let (num_bags, embedding_dim) = (bags.lookup.bags.num_bags, bags.embedding_dim());
-        let mut output = vec![T::narrow(T::Acc::ZERO); num_bags * embedding_dim];
-        let pool = |sums: &mut Vec<T::Acc>, bag: usize, out: &mut [T]| {
-            sums.clear();
-            sums.resize(embedding_dim, T::Acc::ZERO);
-            if bags.lookup.table.mode == Mode::Max {
-                bags.max(bag, sums, |_, _, _| ());
-            } else {
-                for (position, row) in bags.rows(bag) {
-                    let scale = bags.weight(position);
-                    bags.for_each_run(row, |columns, slots, signs| {
-                        let values = &bags.hashed_weight[slots];
-                        add_signed(&mut sums[columns], signs, scale, |i| values[i].widen());
-                    });
-                }
-            }
-            let divisor = bags.divisor(bag).unwrap_or(T::Acc::ONE);
-            for (out, &sum) in out.iter_mut().zip(sums.iter()) {
-                *out = T::narrow(sum / divisor);
-            }
-        };
-        if bags.gathered_values() < 2 * MIN_VALUES_PER_THREAD {
-            let mut sums = vec![];
-            for (bag, out) in output.chunks_mut(embedding_dim).enumerate() {
-                pool(&mut sums, bag, out);
-            }
+    /// What divides the sum of a bag: the number of its rows in mode mean, else 1.
+    #[inline(always)]
+    fn divisor(&self, bag: usize) -> T::Acc {
+        if self.lookup.table.mode == Mode::Mean {
+            T::Acc::from_count(self.positions(bag).count().max(1))
         } else {
-            output
-                .par_chunks_mut(embedding_dim)
-                .enumerate()
-                .for_each_init(Vec::new, |sums, (bag, out)| pool(sums, bag, out));
+            T::Acc::ONE
         }
-        Ok(T::to_cpu_storage_owned(output))
     }
 }
 
-/// grad_weight `(len,)`, in the accumulator's dtype
-struct GradWeight<'a> {
-    grad_output: View<'a, CpuStorage>,
-}
-
-impl Loop for GradWeight<'_> {
-    fn run<T: Element, I: Index, H: Locate>(self, bags: &Bags<T, I, H>) -> Result<CpuStorage> {
-        let (num_bags, embedding_dim) = (bags.lookup.bags.num_bags, bags.embedding_dim());
-        let grad_output = slice::<T>(self.grad_output)?;
-        let len = bags.hashed_weight.len();
-
-        // The gradient of the bags of one part.
-        let part = |part: Range<usize>| {
-            let mut grad_weight = vec![T::Acc::ZERO; len];
-            let mut best = vec![T::Acc::ZERO; embedding_dim];
-            let mut winners = vec![(0, false); embedding_dim];
-            for bag in part {
-                let grad = &grad_output[bag * embedding_dim..(bag + 1) * embedding_dim];
-                if bags.lookup.table.mode == Mode::Max {
-                    let any = bags.max(bag, &mut best, |column, slot, negative| {
-                        winners[column] = (slot, negative);
-                    });
-                    if any {
-                        for (&(slot, negative), grad) in winners.iter().zip(grad) {
-                            let grad = grad.widen();
-                            grad_weight[slot] += if negative { -grad } else { grad };
-                        }
-                    }
-                    continue;
-                }
-                let divisor = bags.divisor(bag).unwrap_or(T::Acc::ONE);
-                for (position, row) in bags.rows(bag) {
-                    let scale = bags.weight(position) / divisor;
-                    bags.for_each_run(row, |columns, slots, signs| {
-                        let grad = &grad[columns];
-                        add_signed(&mut grad_weight[slots], signs, scale, |i| grad[i].widen());
-                    });
-                }
-            }
-            grad_weight
-        };
-
-        let values = bags.gathered_values();
-        let parts = (values / len)
-            .min(values / MIN_VALUES_PER_THREAD)
-            .clamp(1, MAX_PARTS);
-        let bags_per_part = num_bags.div_ceil(parts).max(1);
-        let mut parts = (0..parts)
-            .into_par_iter()
-            .with_max_len(1)
-            .map(|i| {
-                part((i * bags_per_part).min(num_bags)..((i + 1) * bags_per_part).min(num_bags))
-            })
-            .collect::<Vec<_>>()
-            .into_iter();
-        let mut grad_weight = parts.next().unwrap_or_else(|| vec![T::Acc::ZERO; len]);
-        for part in parts {
-            for (sum, value) in grad_weight.iter_mut().zip(part) {
-                *sum += value;
-            }
+/// Evaluates `$body` with `$block` the block of `$hash` as a constant, where it is one that is worth a loop of its own;
+/// the constant is 0 for any other block.
+macro_rules! with_block {
+    ($hash:expr, $block:ident => $body:expr) => {{
+        macro_rules! case {
+            ($value:literal) => {{
+                const $block: usize = $value;
+                $body
+            }};
         }
-        Ok(T::Acc::to_cpu_storage_owned(grad_weight))
+        match $hash.block() {
+            1 => case!(1),
+            4 => case!(4),
+            8 => case!(8),
+            16 => case!(16),
+            32 => case!(32),
+            _ => case!(0),
+        }
+    }};
+}
+use with_block;
+
+/// The block of `hash`, which `BLOCK` is unless it is 0.
+#[inline(always)]
+fn block_of<const BLOCK: usize, H: Locate>(hash: &H) -> usize {
+    if BLOCK > 0 {
+        BLOCK
+    } else {
+        hash.block()
     }
 }
 
-/// gradient of per_sample_weights `(nnz,)`: of the weight at position `i` in bag `b`, `<row i, grad_output[b]>`
-struct GradPerSampleWeights<'a> {
-    grad_output: View<'a, CpuStorage>,
-}
-
-impl Loop for GradPerSampleWeights<'_> {
-    fn run<T: Element, I: Index, H: Locate>(self, bags: &Bags<T, I, H>) -> Result<CpuStorage> {
-        let embedding_dim = bags.embedding_dim();
-        let grad_output = slice::<T>(self.grad_output)?;
-        let mut grad_weights = vec![T::narrow(T::Acc::ZERO); bags.indices.len()];
-        for bag in 0..bags.lookup.bags.num_bags {
-            let grad = &grad_output[bag * embedding_dim..(bag + 1) * embedding_dim];
-            for (position, row) in bags.rows(bag) {
-                let mut dot = T::Acc::ZERO;
-                bags.for_each_run(row, |columns, slots, signs| {
-                    let values = grad[columns].iter().zip(&bags.hashed_weight[slots]);
-                    for (i, (grad, value)) in values.enumerate() {
-                        let product = grad.widen() * value.widen();
-                        dot += if is_negative(signs, i) {
-                            -product
-                        } else {
-                            product
-                        };
-                    }
-                });
-                grad_weights[position] = T::narrow(dot);
+/// `into[i] += scale * (-1)^(bit i of signs) * from[i]`
+#[inline(always)]
+fn add_block<T: Element>(into: &mut [T::Acc], from: &[T], signs: u32, scale: Option<T::Acc>) {
+    match scale {
+        None => {
+            for (i, (into, &from)) in into.iter_mut().zip(from).enumerate() {
+                *into += from.widen().flip(signs, i);
             }
         }
-        Ok(T::to_cpu_storage_owned(grad_weights))
+        Some(scale) => {
+            for (i, (into, &from)) in into.iter_mut().zip(from).enumerate() {
+                *into += scale * from.widen().flip(signs, i);
+            }
+        }
     }
 }

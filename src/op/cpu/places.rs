@@ -1,0 +1,94 @@
+//! Hashing rows ahead of their use, so that the blocks they name are in the cache when their turn comes.
+//!
+//! What a lookup costs on a CPU is the hash and the cache misses. The hash of a row needs nothing but its index, so a
+//! window of rows is hashed at once, in vectors, and every block is prefetched; by the time the window is summed, the next
+//! one is on its way.
+
+use super::{Bags, Element};
+use crate::hash::{Locate, Place};
+use std::ops::Range;
+
+/// How many blocks are on their way at least: enough to hide a trip to memory, few enough for the nearest cache.
+const BLOCKS_AHEAD: usize = 64;
+
+/// The places of rows by position, in the order of positions; out of order is right too, only slower.
+pub(super) struct Places<'a, T, H: Locate> {
+    bags: &'a Bags<'a, T, H>,
+    /// Two windows of `window` rows: position `p` stands in row `p % (2 * window)`.
+    places: Vec<Place>,
+    window: usize,
+    /// Positions from here on are not hashed yet.
+    next: usize,
+    /// No position from here on will be asked for.
+    end: usize,
+}
+
+impl<'a, T: Element, H: Locate> Places<'a, T, H> {
+    /// The places of the rows of these bags.
+    #[inline(always)]
+    pub fn new(bags: &'a Bags<'a, T, H>, of: Range<usize>) -> Self {
+        let runs = bags.runs.len();
+        let end = of.map(|bag| bags.range(bag).end).max().unwrap_or(0);
+        let window = (BLOCKS_AHEAD / runs).max(1);
+        Self {
+            bags,
+            places: vec![0; 2 * window * runs],
+            window,
+            next: 0,
+            end,
+        }
+    }
+
+    /// The places of the blocks of the row at `position`.
+    #[inline(always)]
+    pub fn of(&mut self, position: usize) -> &[Place] {
+        let rows = 2 * self.window;
+        if position >= self.next || position + rows < self.next {
+            self.next = position;
+            self.hash_window();
+        }
+        if position + self.window >= self.next && self.next < self.end {
+            self.hash_window();
+        }
+        let runs = self.bags.runs.len();
+        let start = position % rows * runs;
+        &self.places[start..start + runs]
+    }
+
+    /// Hashes the next window of rows and prefetches what they name.
+    #[inline(always)]
+    fn hash_window(&mut self) {
+        let (bags, rows) = (self.bags, 2 * self.window);
+        let runs = bags.runs.len();
+        let until = (self.next + self.window).min(self.end);
+        for position in self.next..until {
+            let start = position % rows * runs;
+            let places = &mut self.places[start..start + runs];
+            let row = bags.indices.row(position) as u64;
+            bags.hash.locate(row, &bags.runs, places);
+            for &place in places.iter() {
+                prefetch(bags.hashed_weight, bags.hash.slot(place), bags.hash.block());
+            }
+        }
+        self.next = until;
+    }
+}
+
+/// Asks for the cache lines of a block of `values`.
+#[inline(always)]
+pub(super) fn prefetch<T>(values: &[T], start: usize, len: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        let line = |i: usize| values.as_ptr().wrapping_add(i).cast::<i8>();
+        // SAFETY: a prefetch is a hint; it reads nothing and cannot fault, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line(start)) };
+        if len > 1 {
+            // Blocks are not aligned to lines: the last value may lie in the next.
+            // SAFETY: as above.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line(start + len - 1)) };
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (values, start, len);
+}
