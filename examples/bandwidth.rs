@@ -245,7 +245,11 @@ struct Small {
 }
 
 /// The median time of `run` in milliseconds: each timing covers enough calls to last, and ends when the device is done.
-fn median_ms(device: &Device, repeats: usize, run: impl Fn() -> Result<()>) -> Result<f64> {
+fn median_ms<T>(
+    device: &Device,
+    repeats: usize,
+    run: impl Fn() -> candle_core::Result<T>,
+) -> Result<f64> {
     for _ in 0..3 {
         run()?;
     }
@@ -268,7 +272,7 @@ fn median_ms(device: &Device, repeats: usize, run: impl Fn() -> Result<()>) -> R
 fn copy_tb_per_s(device: &Device, repeats: usize) -> Result<f64> {
     let values = 1 << 29;
     let from = Tensor::zeros(values, DType::F32, device)?;
-    let ms = median_ms(device, repeats, || Ok(drop(from.copy()?)))?;
+    let ms = median_ms(device, repeats, || from.copy())?;
     Ok(2.0 * 4.0 * values as f64 / ms / 1e9)
 }
 
@@ -299,11 +303,10 @@ fn measure(w: &Workload, device: &Device, repeats: usize, copy: f64) -> Result<M
         Some(offsets) => layer.forward_with_offsets(&indices, offsets),
     };
     let frozen = layer(&weight)?;
-    let forward_ms = median_ms(device, repeats, || Ok(drop(forward(&frozen)?)))?;
+    let forward_ms = median_ms(device, repeats, || forward(&frozen))?;
     let var = Var::from_tensor(&weight)?;
     let trained = layer(&var)?;
-    let forward_backward_ms =
-        median_ms(device, repeats, || Ok(drop(forward(&trained)?.backward()?)))?;
+    let forward_backward_ms = median_ms(device, repeats, || forward(&trained)?.backward())?;
 
     let values = nnz * w.embedding_dim;
     let tb_per_s = (values * w.dtype.size_in_bytes()) as f64 / forward_ms / 1e9;
@@ -333,7 +336,7 @@ fn small(name: &'static str, num_bags: usize, device: &Device, repeats: usize) -
         ..Default::default()
     };
     let layer = HashedEmbeddingBag::new(weight, NUM_EMBEDDINGS, 64, config)?;
-    let ms = median_ms(device, repeats, || Ok(drop(layer.forward(&indices)?)))?;
+    let ms = median_ms(device, repeats, || layer.forward(&indices))?;
     Ok(Small {
         name,
         forward_us: ms * 1e3,

@@ -200,8 +200,8 @@ impl Hash {
         let (start, signs) = match self.slots(len)? {
             Slots::Mix(mix) => {
                 let mut place = [0];
-                mix.locate(row as u64, &[mix.run(run as u64)], &mut place);
-                (mix.slot(place[0]), mix.signs(place[0]))
+                mix.locate([row as u64].into_iter(), &[mix.run(run as u64)], &mut place);
+                (mix.slot(place[0], block), mix.signs(place[0]))
             }
             Slots::Affine(affine) => (affine.plain_slot(row as u64, run as u64), 0),
         };
@@ -220,7 +220,7 @@ impl Hash {
             _ if len < block => bail!(
                 "hash: hashed_weight must hold at least one block of {block} values, got {len}"
             ),
-            Self::Mix(_) if len % block != 0 => bail!(
+            Self::Mix(_) if !len.is_multiple_of(block) => bail!(
                 "hash: the length of hashed_weight must be a multiple of the block, got {len} and block {block}"
             ),
             Self::Mix(_) if (len / block) as u64 > u64::from(u32::MAX) => bail!(
@@ -436,10 +436,10 @@ pub(crate) trait Locate: Copy + Send + Sync {
     fn block(&self) -> usize;
     /// The constants of block `run`.
     fn run(&self, run: u64) -> Self::Run;
-    /// The places of the blocks `runs` of row `row`.
-    fn locate(&self, row: u64, runs: &[Self::Run], places: &mut [Place]);
-    /// The first slot of a place.
-    fn slot(&self, place: Place) -> usize;
+    /// The places of the blocks `runs` of some rows, row by row.
+    fn locate(&self, rows: impl Iterator<Item = u64>, runs: &[Self::Run], places: &mut [Place]);
+    /// The first slot of a place; `block` is that of this hash, where the caller has it as a constant.
+    fn slot(&self, place: Place, block: usize) -> usize;
     /// A sign bit for each of the (at most 32) columns of a place; zero where there are no signs.
     fn signs(&self, place: Place) -> u32;
 }
@@ -471,18 +471,24 @@ impl Locate for MixSlots {
     }
 
     #[inline(always)]
-    fn locate(&self, row: u64, runs: &[u64], places: &mut [Place]) {
-        for (place, run) in places.iter_mut().zip(runs) {
-            let h = finalize(run.wrapping_add(row));
+    fn locate(&self, rows: impl Iterator<Item = u64>, runs: &[u64], places: &mut [Place]) {
+        for (row, places) in rows.zip(places.chunks_exact_mut(runs.len())) {
+            for (place, run) in places.iter_mut().zip(runs) {
+                *place = run.wrapping_add(row);
+            }
+        }
+        // A loop of its own, over one slice and nothing else, is what the compiler makes vectors of.
+        let (num_blocks, sign_mask) = (u64::from(self.num_blocks), u64::from(self.sign_mask));
+        for place in places {
+            let h = finalize(*place);
             // The high half places the block without a division, the low half signs it.
-            let block = (h >> 32) * u64::from(self.num_blocks);
-            *place = (block & !0xFFFF_FFFF) | (h & u64::from(self.sign_mask));
+            *place = (((h >> 32) * num_blocks) & !0xFFFF_FFFF) | (h & sign_mask);
         }
     }
 
     #[inline(always)]
-    fn slot(&self, place: Place) -> usize {
-        (place >> 32) as usize * self.block as usize
+    fn slot(&self, place: Place, block: usize) -> usize {
+        (place >> 32) as usize * block
     }
 
     #[inline(always)]
@@ -579,27 +585,9 @@ impl From<AffineSlots> for AffineRows {
     }
 }
 
-/// A place is its first slot.
-impl Locate for AffineRows {
-    type Run = AffineRun;
-
+impl AffineRows {
     #[inline(always)]
-    fn block(&self) -> usize {
-        self.slots.block as usize
-    }
-
-    fn run(&self, run: u64) -> AffineRun {
-        let sum = run.wrapping_mul(self.slots.b);
-        let rest = self.slots.modulus.rem(sum);
-        AffineRun {
-            sum,
-            rest: rest as i64,
-            slot: self.slots.starts.rem(rest),
-        }
-    }
-
-    #[inline(always)]
-    fn locate(&self, row: u64, runs: &[AffineRun], places: &mut [Place]) {
+    fn locate_row(&self, row: u64, runs: &[AffineRun], places: &mut [Place]) {
         let row_sum = row.wrapping_mul(self.slots.a).wrapping_add(self.slots.c);
         if !self.fits {
             for (place, run) in places.iter_mut().zip(runs) {
@@ -629,9 +617,36 @@ impl Locate for AffineRows {
             *place = sum.min(sum.wrapping_sub(starts));
         }
     }
+}
+
+/// A place is its first slot.
+impl Locate for AffineRows {
+    type Run = AffineRun;
 
     #[inline(always)]
-    fn slot(&self, place: Place) -> usize {
+    fn block(&self) -> usize {
+        self.slots.block as usize
+    }
+
+    fn run(&self, run: u64) -> AffineRun {
+        let sum = run.wrapping_mul(self.slots.b);
+        let rest = self.slots.modulus.rem(sum);
+        AffineRun {
+            sum,
+            rest: rest as i64,
+            slot: self.slots.starts.rem(rest),
+        }
+    }
+
+    #[inline(always)]
+    fn locate(&self, rows: impl Iterator<Item = u64>, runs: &[AffineRun], places: &mut [Place]) {
+        for (row, places) in rows.zip(places.chunks_exact_mut(runs.len())) {
+            self.locate_row(row, runs, places);
+        }
+    }
+
+    #[inline(always)]
+    fn slot(&self, place: Place, _: usize) -> usize {
         place as usize
     }
 
@@ -724,7 +739,7 @@ mod tests {
             let mut places = vec![0; runs.len()];
             for _ in 0..20 {
                 let row = draw(64);
-                rows.locate(row, &runs, &mut places);
+                rows.locate([row].into_iter(), &runs, &mut places);
                 for (run, &place) in places.iter().enumerate() {
                     let want = slots.plain_slot(row, run as u64);
                     assert_eq!(

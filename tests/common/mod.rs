@@ -117,6 +117,7 @@ pub type Results = (Tensor, Option<Tensor>, Option<Tensor>);
 
 impl Case {
     /// A case with random contents of these shapes; `lens` are the lengths of its bags.
+    #[allow(clippy::too_many_arguments)]
     pub fn random(
         seed: u64,
         lens: &[usize],

@@ -12,15 +12,14 @@
 //!
 //! For max, the winners are found first, bags divided among threads; there are as many of them as output values.
 
-use super::forward::{max, Winner};
+use super::lanes::{dispatch, Lanes, Task};
 use super::places::{prefetch, Places};
 use super::{
-    add_block, block_of, slice, with_block, Accumulator, Bags, Element, Mode, Pass, View,
+    block_of, combine, slice, with_block, Accumulator, Bags, Element, Mode, Pass, Sum, View,
     MIN_VALUES_PER_THREAD,
 };
 use crate::hash::{Locate, Place};
 use candle_core::{CpuStorage, Result, WithDType};
-use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -105,7 +104,7 @@ impl<T: Element, H: Locate> Source<'_, T, H> {
     fn add(&self, bags: Range<usize>, first_slot: usize, slots: &mut [T::Acc]) {
         match &self.winners {
             Some(winners) => self.add_winners(bags, winners, first_slot, slots),
-            None => with_block!(self.bags.hash, BLOCK => Arch::new().dispatch(Add::<BLOCK, _, _> {
+            None => with_block!(self.bags.hash, BLOCK => dispatch(Add::<BLOCK, _, _> {
                 source: self,
                 of: bags,
                 first_slot,
@@ -145,9 +144,28 @@ fn winners<T: Element, H: Locate>(bags: &Bags<T, H>) -> Vec<Winner> {
         .enumerate()
         .for_each(|(i, winners)| {
             let first = i * task;
-            with_block!(bags.hash, BLOCK => Arch::new().dispatch(Win::<BLOCK, _, _> { bags, first, winners }));
+            with_block!(bags.hash, BLOCK => dispatch(Win::<BLOCK, _, _> { bags, first, winners }));
         });
     winners
+}
+
+/// The slot that won a column of a bag, and its sign.
+#[derive(Debug, Clone, Copy)]
+struct Winner(u64);
+
+impl Winner {
+    const NONE: Self = Self(u64::MAX);
+
+    #[inline(always)]
+    fn new(slot: usize, signs: u32, i: usize) -> Self {
+        let negative = (signs >> (i % 32)) & 1;
+        Self((slot as u64) << 1 | u64::from(negative))
+    }
+
+    /// The slot, and 1 where its value is negated.
+    fn get(self) -> Option<(usize, u32)> {
+        (self.0 != Self::NONE.0).then_some(((self.0 >> 1) as usize, (self.0 & 1) as u32))
+    }
 }
 
 /// Finds the winners of the bags from `first` on.
@@ -157,20 +175,38 @@ struct Win<'a, const BLOCK: usize, T, H: Locate> {
     winners: &'a mut [Winner],
 }
 
-impl<const BLOCK: usize, T: Element, H: Locate> WithSimd for Win<'_, BLOCK, T, H> {
+impl<const BLOCK: usize, T: Element, H: Locate> Task for Win<'_, BLOCK, T, H> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
-        let embedding_dim = self.bags.embedding_dim();
+    fn run<L: Lanes>(self, _: L) {
+        let (bags, embedding_dim) = (self.bags, self.bags.embedding_dim());
+        let block = block_of::<BLOCK, H>(&bags.hash);
         let last = self.first + self.winners.len() / embedding_dim;
-        let mut places = Places::new(self.bags, self.first..last);
+        let mut places = Places::new(bags, self.first..last);
         let mut best = vec![T::Acc::ZERO; embedding_dim];
         let rows = self.winners.chunks_exact_mut(embedding_dim);
         for (bag, winners) in (self.first..last).zip(rows) {
-            max::<BLOCK, _, _>(self.bags, bag, &mut places, &mut best, |column, winner| {
-                winners[column] = winner;
-            });
+            let mut first = true;
+            for position in bags.positions(bag) {
+                let columns = best.chunks_mut(block).zip(winners.chunks_mut(block));
+                for ((best, winners), &place) in columns.zip(places.of(position)) {
+                    let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
+                    let values = &bags.hashed_weight[slot..slot + best.len()];
+                    let values = values.iter().enumerate();
+                    for ((i, value), (best, winner)) in values.zip(best.iter_mut().zip(winners)) {
+                        let value = value.widen().flip(signs, i);
+                        let wins = first || value.wins(*best);
+                        *best = if wins { value } else { *best };
+                        *winner = if wins {
+                            Winner::new(slot + i, signs, i)
+                        } else {
+                            *winner
+                        };
+                    }
+                }
+                first = false;
+            }
         }
     }
 }
@@ -196,11 +232,11 @@ struct Add<'a, const BLOCK: usize, T: Element, H: Locate> {
     slots: &'a mut [T::Acc],
 }
 
-impl<const BLOCK: usize, T: Element, H: Locate> WithSimd for Add<'_, BLOCK, T, H> {
+impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(mut self, _: S) {
+    fn run<L: Lanes>(mut self, lanes: L) {
         let (bags, first_slot) = (self.source.bags, self.first_slot);
         let (block, end_slot) = (
             block_of::<BLOCK, H>(&bags.hash),
@@ -223,47 +259,48 @@ impl<const BLOCK: usize, T: Element, H: Locate> WithSimd for Add<'_, BLOCK, T, H
                     Some(weights) => weights[position].widen(),
                     None => scale,
                 };
+                let row = bags.indices.row(position) as u64;
                 bags.hash
-                    .locate(bags.indices.row(position) as u64, &bags.runs, &mut places);
+                    .locate(std::iter::once(row), &bags.runs, &mut places);
                 let mut grad = bag * bags.embedding_dim();
                 for &place in &places {
-                    let slot = bags.hash.slot(place);
+                    let slot = bags.hash.slot(place, block);
                     found[n] = Hit { place, grad, scale };
                     n += usize::from(slot < end_slot && slot + block > first_slot);
                     grad += block;
                 }
                 if n >= HITS_AHEAD {
                     for hit in &found[..n] {
-                        let slot = bags.hash.slot(hit.place);
+                        let slot = bags.hash.slot(hit.place, block);
                         prefetch(self.slots, slot.wrapping_sub(first_slot), block);
                     }
-                    self.add(&prefetched[..n_prefetched]);
+                    self.add(lanes, &prefetched[..n_prefetched]);
                     std::mem::swap(&mut found, &mut prefetched);
                     (n, n_prefetched) = (0, n);
                 }
             }
         }
-        self.add(&prefetched[..n_prefetched]);
-        self.add(&found[..n]);
+        self.add(lanes, &prefetched[..n_prefetched]);
+        self.add(lanes, &found[..n]);
     }
 }
 
 impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
     #[inline(always)]
-    fn add(&mut self, hits: &[Hit<T::Acc>]) {
+    fn add<L: Lanes>(&mut self, lanes: L, hits: &[Hit<T::Acc>]) {
         let (bags, grad_output) = (self.source.bags, self.source.grad_output);
         let (block, embedding_dim) = (block_of::<BLOCK, H>(&bags.hash), bags.embedding_dim());
         let scaled = bags.per_sample_weights.is_some() || bags.lookup.table.mode == Mode::Mean;
         let whole_blocks = embedding_dim.is_multiple_of(block);
         for hit in hits {
-            let (slot, signs) = (bags.hash.slot(hit.place), bags.hash.signs(hit.place));
+            let (slot, signs) = (bags.hash.slot(hit.place, block), bags.hash.signs(hit.place));
             let scale = scaled.then_some(hit.scale);
             let start = slot.wrapping_sub(self.first_slot);
             if whole_blocks {
                 let grad = &grad_output[hit.grad..hit.grad + block];
                 // Not at the edge of the slice, which a block of an affine hash may straddle.
                 if let Some(slots) = self.slots.get_mut(start..start.wrapping_add(block)) {
-                    add_block(slots, grad, signs, scale);
+                    combine::<Sum, _, _>(lanes, slots, grad, signs, scale);
                     continue;
                 }
             }
@@ -272,7 +309,13 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
             for (i, grad) in grad.iter().enumerate() {
                 if let Some(sum) = self.slots.get_mut(start.wrapping_add(i)) {
                     let one = std::slice::from_mut(sum);
-                    add_block(one, std::slice::from_ref(grad), signs >> (i % 32), scale);
+                    combine::<Sum, _, _>(
+                        lanes,
+                        one,
+                        std::slice::from_ref(grad),
+                        signs >> (i % 32),
+                        scale,
+                    );
                 }
             }
         }
@@ -294,7 +337,7 @@ impl Pass for GradPerSampleWeights<'_> {
             .into_par_iter()
             .map(|i| {
                 let of = i * task..((i + 1) * task).min(bags.num_bags());
-                with_block!(bags.hash, BLOCK => Arch::new().dispatch(Dot::<BLOCK, _, _> { bags, grad_output, of }))
+                with_block!(bags.hash, BLOCK => dispatch(Dot::<BLOCK, _, _> { bags, grad_output, of }))
             })
             .collect();
         let mut grad_weights = vec![T::from_f64(0.0); bags.indices.len()];
@@ -313,11 +356,11 @@ struct Dot<'a, const BLOCK: usize, T, H: Locate> {
     of: Range<usize>,
 }
 
-impl<const BLOCK: usize, T: Element, H: Locate> WithSimd for Dot<'_, BLOCK, T, H> {
+impl<const BLOCK: usize, T: Element, H: Locate> Task for Dot<'_, BLOCK, T, H> {
     type Output = Vec<T>;
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) -> Vec<T> {
+    fn run<L: Lanes>(self, _: L) -> Vec<T> {
         let (bags, embedding_dim) = (self.bags, self.bags.embedding_dim());
         let block = block_of::<BLOCK, H>(&bags.hash);
         let mut places = Places::new(bags, self.of.clone());
@@ -327,7 +370,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> WithSimd for Dot<'_, BLOCK, T, H
             for position in bags.positions(bag) {
                 let mut dot = T::Acc::ZERO;
                 for (grad, &place) in grad.chunks(block).zip(places.of(position)) {
-                    let (slot, signs) = (bags.hash.slot(place), bags.hash.signs(place));
+                    let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
                     let values = &bags.hashed_weight[slot..slot + grad.len()];
                     for (i, (grad, value)) in grad.iter().zip(values).enumerate() {
                         dot += grad.widen() * value.widen().flip(signs, i);

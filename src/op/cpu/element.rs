@@ -1,9 +1,10 @@
 //! The dtypes of `hashed_weight` and of the sums, in forms that the compiler turns into vector instructions.
 
+use super::lanes::Lanes;
 use candle_core::WithDType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use std::ops::{AddAssign, Div, Mul};
+use std::ops::{AddAssign, Div, DivAssign, Mul};
 
 /// A dtype of `hashed_weight`, and the dtype its sums are kept in.
 pub(super) trait Element: WithDType {
@@ -17,20 +18,40 @@ pub(super) trait Element: WithDType {
 
 /// A dtype of sums.
 pub(super) trait Accumulator:
-    Element<Acc = Self> + AddAssign + Mul<Output = Self> + Div<Output = Self>
+    Element<Acc = Self> + AddAssign + DivAssign + Mul<Output = Self> + Div<Output = Self>
 {
     const ZERO: Self;
     const ONE: Self;
+    const NEG_INFINITY: Self;
 
     fn from_count(count: usize) -> Self;
-    fn is_nan(self) -> bool;
+
+    /// Whether `self` takes the place of `best` in a maximum: it is larger, or the first NaN.
+    #[inline(always)]
+    #[allow(clippy::eq_op)] // only a NaN differs from itself
+    fn wins(self, best: Self) -> bool {
+        self > best || (self != self && best == best)
+    }
+
+    #[inline(always)]
+    fn raise(&mut self, value: Self) {
+        if value.wins(*self) {
+            *self = value;
+        }
+    }
 
     /// `self`, negated where bit `i` (of 32) of `signs` is set.
     fn flip(self, signs: u32, i: usize) -> Self;
+
+    /// [`Lanes::add`], where there are such lanes for this dtype.
+    fn add_group<L: Lanes>(lanes: L, sums: &mut [Self; 16], values: &[Self; 16], signs: u32);
+
+    /// [`Lanes::max`], where there are such lanes for this dtype.
+    fn max_group<L: Lanes>(lanes: L, sums: &mut [Self; 16], values: &[Self; 16], signs: u32);
 }
 
 macro_rules! accumulator {
-    ($t:ident, $bits:ident) => {
+    ($t:ident) => {
         impl Element for $t {
             type Acc = $t;
 
@@ -43,32 +64,66 @@ macro_rules! accumulator {
                 to.copy_from_slice(from);
             }
         }
-
-        impl Accumulator for $t {
-            const ZERO: $t = 0.0;
-            const ONE: $t = 1.0;
-
-            #[inline(always)]
-            fn from_count(count: usize) -> $t {
-                count as $t
-            }
-
-            #[inline(always)]
-            fn is_nan(self) -> bool {
-                $t::is_nan(self)
-            }
-
-            #[inline(always)]
-            fn flip(self, signs: u32, i: usize) -> $t {
-                const TOP: u32 = $bits::BITS - 1;
-                let sign = ($bits::from(signs) << (TOP - i as u32 % 32)) & (1 << TOP);
-                $t::from_bits(self.to_bits() ^ sign)
-            }
-        }
     };
 }
-accumulator!(f32, u32);
-accumulator!(f64, u64);
+accumulator!(f32);
+accumulator!(f64);
+
+impl Accumulator for f32 {
+    const ZERO: f32 = 0.0;
+    const ONE: f32 = 1.0;
+    const NEG_INFINITY: f32 = f32::NEG_INFINITY;
+
+    #[inline(always)]
+    fn from_count(count: usize) -> f32 {
+        count as f32
+    }
+
+    #[inline(always)]
+    fn flip(self, signs: u32, i: usize) -> f32 {
+        f32::from_bits(self.to_bits() ^ ((signs >> (i % 32)) << 31))
+    }
+
+    #[inline(always)]
+    fn add_group<L: Lanes>(lanes: L, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
+        lanes.add(sums, values, signs);
+    }
+
+    #[inline(always)]
+    fn max_group<L: Lanes>(lanes: L, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
+        lanes.max(sums, values, signs);
+    }
+}
+
+impl Accumulator for f64 {
+    const ZERO: f64 = 0.0;
+    const ONE: f64 = 1.0;
+    const NEG_INFINITY: f64 = f64::NEG_INFINITY;
+
+    #[inline(always)]
+    fn from_count(count: usize) -> f64 {
+        count as f64
+    }
+
+    #[inline(always)]
+    fn flip(self, signs: u32, i: usize) -> f64 {
+        f64::from_bits(self.to_bits() ^ (u64::from(signs >> (i % 32)) << 63))
+    }
+
+    #[inline(always)]
+    fn add_group<L: Lanes>(_: L, sums: &mut [f64; 16], values: &[f64; 16], signs: u32) {
+        for i in 0..16 {
+            sums[i] += values[i].flip(signs, i);
+        }
+    }
+
+    #[inline(always)]
+    fn max_group<L: Lanes>(_: L, sums: &mut [f64; 16], values: &[f64; 16], signs: u32) {
+        for i in 0..16 {
+            sums[i].raise(values[i].flip(signs, i));
+        }
+    }
+}
 
 impl Element for bf16 {
     type Acc = f32;

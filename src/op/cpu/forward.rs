@@ -3,11 +3,13 @@
 //! Bags are divided among threads in tasks of consecutive bags; each bag is pooled by one thread, in the order of its
 //! indices.
 
+use super::lanes::{dispatch, Lanes, Task};
 use super::places::Places;
-use super::{add_block, block_of, with_block, Accumulator, Bags, Element, Mode, Pass};
+use super::{
+    block_of, combine, with_block, Accumulator, Bags, Combine, Element, Max, Mode, Pass, Sum,
+};
 use crate::hash::{Locate, Place};
 use candle_core::{CpuStorage, Result};
-use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
 /// output `(num_bags, embedding_dim)`
@@ -19,7 +21,7 @@ impl Pass for Forward {
         let mut output = vec![T::from_f64(0.0); bags.num_bags() * embedding_dim];
         let task = bags.bags_per_task();
         let pool = |first: usize, output: &mut [T]| {
-            with_block!(bags.hash, BLOCK => Arch::new().dispatch(Pool::<BLOCK, _, _> { bags, first, output }));
+            with_block!(bags.hash, BLOCK => dispatch(Pool::<BLOCK, _, _> { bags, first, output }));
         };
         if task >= bags.num_bags() {
             pool(0, &mut output);
@@ -40,31 +42,51 @@ struct Pool<'a, const BLOCK: usize, T, H: Locate> {
     output: &'a mut [T],
 }
 
-impl<const BLOCK: usize, T: Element, H: Locate> WithSimd for Pool<'_, BLOCK, T, H> {
+impl<const BLOCK: usize, T: Element, H: Locate> Task for Pool<'_, BLOCK, T, H> {
     type Output = ();
 
     #[inline(always)]
-    fn with_simd<S: Simd>(self, _: S) {
+    fn run<L: Lanes>(self, lanes: L) {
         let bags = self.bags;
         let embedding_dim = bags.embedding_dim();
         let last = self.first + self.output.len() / embedding_dim;
         let mut places = Places::new(bags, self.first..last);
         let mut sums = vec![T::Acc::ZERO; embedding_dim];
         for (bag, output) in (self.first..last).zip(self.output.chunks_exact_mut(embedding_dim)) {
-            sums.fill(T::Acc::ZERO);
             if bags.lookup.table.mode == Mode::Max {
-                max::<BLOCK, _, _>(bags, bag, &mut places, &mut sums, |_, _| ());
+                sums.fill(T::Acc::NEG_INFINITY);
+                let mut any = false;
+                for position in bags.positions(bag) {
+                    combine_row::<BLOCK, Max, _, _, _>(
+                        lanes,
+                        bags,
+                        places.of(position),
+                        None,
+                        &mut sums,
+                    );
+                    any = true;
+                }
+                if !any {
+                    sums.fill(T::Acc::ZERO);
+                }
             } else {
+                sums.fill(T::Acc::ZERO);
                 for position in bags.positions(bag) {
                     let scale = bags
                         .per_sample_weights
                         .map(|weights| weights[position].widen());
-                    add_row::<BLOCK, _, _>(bags, places.of(position), scale, &mut sums);
+                    combine_row::<BLOCK, Sum, _, _, _>(
+                        lanes,
+                        bags,
+                        places.of(position),
+                        scale,
+                        &mut sums,
+                    );
                 }
                 if bags.lookup.table.mode == Mode::Mean {
                     let divisor = bags.divisor(bag);
                     for sum in &mut sums {
-                        *sum = *sum / divisor;
+                        *sum /= divisor;
                     }
                 }
             }
@@ -73,75 +95,27 @@ impl<const BLOCK: usize, T: Element, H: Locate> WithSimd for Pool<'_, BLOCK, T, 
     }
 }
 
-/// `sums[column] += scale * sign * hashed_weight[slot]`
+/// Combines `sums[column]` with `scale * sign * hashed_weight[slot]`, for a row.
 #[inline(always)]
-fn add_row<const BLOCK: usize, T: Element, H: Locate>(
+fn combine_row<const BLOCK: usize, C: Combine, T: Element, H: Locate, L: Lanes>(
+    lanes: L,
     bags: &Bags<T, H>,
     places: &[Place],
     scale: Option<T::Acc>,
     sums: &mut [T::Acc],
 ) {
     let block = block_of::<BLOCK, H>(&bags.hash);
-    let mut blocks = sums.chunks_exact_mut(block);
-    for (sums, &place) in (&mut blocks).zip(places) {
-        let slot = bags.hash.slot(place);
+    // The full blocks first, whose length is a constant where BLOCK is.
+    let full = sums.len() / block * block;
+    let (sums, rest) = sums.split_at_mut(full);
+    for (sums, &place) in sums.chunks_exact_mut(block).zip(places) {
+        let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
         let values = &bags.hashed_weight[slot..slot + block];
-        add_block(sums, values, bags.hash.signs(place), scale);
+        combine::<C, _, _>(lanes, sums, values, signs, scale);
     }
-    // The last block, where the table ends within it.
-    if let (sums @ [_, ..], Some(&place)) = (blocks.into_remainder(), places.last()) {
-        let slot = bags.hash.slot(place);
-        let values = &bags.hashed_weight[slot..slot + sums.len()];
-        add_block(sums, values, bags.hash.signs(place), scale);
-    }
-}
-
-/// The largest value of each column of a bag, in `best`; `won(column, winner)` is told of each new best. Returns whether
-/// the bag holds a row at all.
-#[inline(always)]
-pub(super) fn max<const BLOCK: usize, T: Element, H: Locate>(
-    bags: &Bags<T, H>,
-    bag: usize,
-    places: &mut Places<T, H>,
-    best: &mut [T::Acc],
-    mut won: impl FnMut(usize, Winner),
-) -> bool {
-    let block = block_of::<BLOCK, H>(&bags.hash);
-    let mut first = true;
-    for position in bags.positions(bag) {
-        let places = places.of(position);
-        for (run, (best, &place)) in best.chunks_mut(block).zip(places).enumerate() {
-            let (slot, signs) = (bags.hash.slot(place), bags.hash.signs(place));
-            let values = &bags.hashed_weight[slot..slot + best.len()];
-            for (i, (best, &value)) in best.iter_mut().zip(values).enumerate() {
-                let value = value.widen().flip(signs, i);
-                let wins = first || value > *best || (value.is_nan() && !best.is_nan());
-                if wins {
-                    *best = value;
-                    won(run * block + i, Winner::new(slot + i, signs, i));
-                }
-            }
-        }
-        first = false;
-    }
-    !first
-}
-
-/// The slot that won a column of a bag, and its sign.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Winner(u64);
-
-impl Winner {
-    pub const NONE: Self = Self(u64::MAX);
-
-    #[inline(always)]
-    fn new(slot: usize, signs: u32, i: usize) -> Self {
-        let negative = (signs >> (i % 32)) & 1;
-        Self((slot as u64) << 1 | u64::from(negative))
-    }
-
-    /// The slot, and 1 where its value is negated.
-    pub fn get(self) -> Option<(usize, u32)> {
-        (self.0 != Self::NONE.0).then_some(((self.0 >> 1) as usize, (self.0 & 1) as u32))
+    if let (false, Some(&place)) = (rest.is_empty(), places.last()) {
+        let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
+        let values = &bags.hashed_weight[slot..slot + rest.len()];
+        combine::<C, _, _>(lanes, rest, values, signs, scale);
     }
 }

@@ -5,15 +5,13 @@
 //! | `forward.rs` | the pooled rows, bags divided among threads |
 //! | `backward.rs` | the gradients; how the work is divided so that no result depends on the number of threads |
 //! | `places.rs` | hashing rows ahead of their use, and prefetching what they name |
+//! | `lanes.rs` | instruction sets |
 //! | `element.rs` | dtypes |
-//!
-//! There is one source for every instruction set: the loops are plain Rust that the compiler vectorises, compiled for
-//! AVX-512, AVX2 and the portable baseline by `pulp`, which picks one at run time. That reaches as far as functions are
-//! inlined, which is why the loops say `inline(always)`.
 
 mod backward;
 mod element;
 mod forward;
+mod lanes;
 mod places;
 
 use super::{Backend, Lookup, Mode, Operands, View};
@@ -23,6 +21,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType};
 use element::{Accumulator, Element};
 use half::{bf16, f16};
+use lanes::Lanes;
 use std::ops::Range;
 
 /// Fewer gathered values than this are not worth waking a second thread for.
@@ -304,19 +303,85 @@ fn block_of<const BLOCK: usize, H: Locate>(hash: &H) -> usize {
     }
 }
 
-/// `into[i] += scale * (-1)^(bit i of signs) * from[i]`
+/// How a value enters the row it is pooled into. A trait and not a closure, whose inlining could not be asked for.
+trait Combine {
+    fn sixteen<A: Accumulator, L: Lanes>(
+        lanes: L,
+        into: &mut [A; 16],
+        values: &[A; 16],
+        signs: u32,
+    );
+    fn one<A: Accumulator>(into: &mut A, value: A);
+}
+
+struct Sum;
+
+impl Combine for Sum {
+    #[inline(always)]
+    fn sixteen<A: Accumulator, L: Lanes>(
+        lanes: L,
+        into: &mut [A; 16],
+        values: &[A; 16],
+        signs: u32,
+    ) {
+        A::add_group(lanes, into, values, signs);
+    }
+
+    #[inline(always)]
+    fn one<A: Accumulator>(into: &mut A, value: A) {
+        *into += value;
+    }
+}
+
+struct Max;
+
+impl Combine for Max {
+    #[inline(always)]
+    fn sixteen<A: Accumulator, L: Lanes>(
+        lanes: L,
+        into: &mut [A; 16],
+        values: &[A; 16],
+        signs: u32,
+    ) {
+        A::max_group(lanes, into, values, signs);
+    }
+
+    #[inline(always)]
+    fn one<A: Accumulator>(into: &mut A, value: A) {
+        into.raise(value);
+    }
+}
+
+/// Combines `into[i]` with `scale * (-1)^(bit i of signs) * from[i]`, for a block.
 #[inline(always)]
-fn add_block<T: Element>(into: &mut [T::Acc], from: &[T], signs: u32, scale: Option<T::Acc>) {
-    match scale {
-        None => {
-            for (i, (into, &from)) in into.iter_mut().zip(from).enumerate() {
-                *into += from.widen().flip(signs, i);
+fn combine<C: Combine, T: Element, L: Lanes>(
+    lanes: L,
+    into: &mut [T::Acc],
+    from: &[T],
+    signs: u32,
+    scale: Option<T::Acc>,
+) {
+    let (into_groups, into_rest) = into.as_chunks_mut::<16>();
+    let (from_groups, from_rest) = from.as_chunks::<16>();
+    let mut signs = signs;
+    for (into, from) in into_groups.iter_mut().zip(from_groups) {
+        let mut values = [T::Acc::ZERO; 16];
+        for i in 0..16 {
+            values[i] = from[i].widen();
+        }
+        if let Some(scale) = scale {
+            for value in &mut values {
+                *value = scale * *value;
             }
         }
-        Some(scale) => {
-            for (i, (into, &from)) in into.iter_mut().zip(from).enumerate() {
-                *into += scale * from.widen().flip(signs, i);
-            }
+        C::sixteen(lanes, into, &values, signs);
+        signs >>= 16;
+    }
+    for (i, (into, &from)) in into_rest.iter_mut().zip(from_rest).enumerate() {
+        let mut value = from.widen().flip(signs, i);
+        if let Some(scale) = scale {
+            value = scale * value;
         }
+        C::one(into, value);
     }
 }

@@ -11,6 +11,9 @@ use std::ops::Range;
 /// How many blocks are on their way at least: enough to hide a trip to memory, few enough for the nearest cache.
 const BLOCKS_AHEAD: usize = 64;
 
+/// A `hashed_weight` of at most so many bytes is near anyway.
+const NEAR_BYTES: usize = 1 << 19;
+
 /// The places of rows by position, in the order of positions; out of order is right too, only slower.
 pub(super) struct Places<'a, T, H: Locate> {
     bags: &'a Bags<'a, T, H>,
@@ -21,6 +24,7 @@ pub(super) struct Places<'a, T, H: Locate> {
     next: usize,
     /// No position from here on will be asked for.
     end: usize,
+    prefetches: bool,
 }
 
 impl<'a, T: Element, H: Locate> Places<'a, T, H> {
@@ -36,6 +40,7 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
             window,
             next: 0,
             end,
+            prefetches: size_of_val(bags.hashed_weight) > NEAR_BYTES,
         }
     }
 
@@ -44,7 +49,8 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
     pub fn of(&mut self, position: usize) -> &[Place] {
         let rows = 2 * self.window;
         if position >= self.next || position + rows < self.next {
-            self.next = position;
+            // Windows start at multiples of their length, so that none wraps around.
+            self.next = position / self.window * self.window;
             self.hash_window();
         }
         if position + self.window >= self.next && self.next < self.end {
@@ -58,16 +64,16 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
     /// Hashes the next window of rows and prefetches what they name.
     #[inline(always)]
     fn hash_window(&mut self) {
-        let (bags, rows) = (self.bags, 2 * self.window);
-        let runs = bags.runs.len();
+        let (bags, runs) = (self.bags, self.bags.runs.len());
         let until = (self.next + self.window).min(self.end);
-        for position in self.next..until {
-            let start = position % rows * runs;
-            let places = &mut self.places[start..start + runs];
-            let row = bags.indices.row(position) as u64;
-            bags.hash.locate(row, &bags.runs, places);
+        let start = self.next % (2 * self.window);
+        let rows = (self.next..until).map(|position| bags.indices.row(position) as u64);
+        let places = &mut self.places[start * runs..(start + until - self.next) * runs];
+        bags.hash.locate(rows, &bags.runs, places);
+        if self.prefetches {
+            let block = bags.hash.block();
             for &place in places.iter() {
-                prefetch(bags.hashed_weight, bags.hash.slot(place), bags.hash.block());
+                prefetch(bags.hashed_weight, bags.hash.slot(place, block), block);
             }
         }
         self.next = until;

@@ -1,0 +1,136 @@
+//! The lookups on the CPU, in gathered values per second: `cargo bench`.
+//!
+//! Names read `forward/mix sum f32 64`: pass, hash, mode, dtype, embedding_dim. benches/peers/torch_cpu.py looks up the
+//! same rows with torch and prints the ratios.
+
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode};
+use criterion::{criterion_group, criterion_main, BenchmarkId, Criterion, Throughput};
+use std::time::Duration;
+
+const NUM_EMBEDDINGS: u64 = 1_000_000;
+const NUM_BAGS: usize = 4_096;
+const BAG_LEN: usize = 20;
+
+/// Row `i` of the workload, the same in benches/peers/torch_cpu.py: the finaliser of SplitMix64.
+fn row(i: u64) -> i64 {
+    let mut h = i.wrapping_add(0x9E37_79B9_7F4A_7C15);
+    h = (h ^ (h >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    h = (h ^ (h >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    ((h ^ (h >> 31)) % NUM_EMBEDDINGS) as i64
+}
+
+fn indices(num_bags: usize, bag_len: usize) -> Result<Tensor> {
+    let rows: Vec<i64> = (0..(num_bags * bag_len) as u64).map(row).collect();
+    Tensor::from_vec(rows, (num_bags, bag_len), &Device::Cpu)
+}
+
+struct Layer {
+    name: String,
+    weight: Var,
+    bag: HashedEmbeddingBag,
+}
+
+/// A layer of a million rows at compression 1/64.
+fn layer(hash: &str, mode: Mode, dtype: DType, embedding_dim: usize) -> Result<Layer> {
+    let config = HashedEmbeddingBagConfig {
+        mode,
+        hash: match hash {
+            "original" => Some(Hash::original()),
+            _ => None,
+        },
+        ..Default::default()
+    };
+    let len = NUM_EMBEDDINGS as usize * embedding_dim / 64;
+    let weight = Tensor::randn(0f32, 1f32, len, &Device::Cpu)?.to_dtype(dtype)?;
+    let weight = Var::from_tensor(&weight)?;
+    let bag = HashedEmbeddingBag::new(
+        weight.as_tensor().clone(),
+        NUM_EMBEDDINGS as usize,
+        embedding_dim,
+        config,
+    )?;
+    let mode = format!("{mode:?}").to_lowercase();
+    Ok(Layer {
+        name: format!("{hash} {mode} {} {embedding_dim}", dtype.as_str()),
+        weight,
+        bag,
+    })
+}
+
+fn large(c: &mut Criterion) {
+    let indices = indices(NUM_BAGS, BAG_LEN).unwrap();
+    let mut layers = vec![];
+    for embedding_dim in [64, 128] {
+        for hash in ["mix", "original"] {
+            for mode in [Mode::Sum, Mode::Mean, Mode::Max] {
+                layers.push(layer(hash, mode, DType::F32, embedding_dim).unwrap());
+            }
+        }
+        for dtype in [DType::F16, DType::BF16, DType::F64] {
+            layers.push(layer("mix", Mode::Sum, dtype, embedding_dim).unwrap());
+        }
+    }
+    layers.push(layer("mix", Mode::Sum, DType::F32, 16).unwrap());
+
+    let values = |layer: &Layer| {
+        let values = indices.elem_count() * layer.bag.embedding_dim();
+        Throughput::Elements(values as u64)
+    };
+    let mut group = c.benchmark_group("forward");
+    for layer in &layers {
+        let frozen = HashedEmbeddingBag::clone(&layer.bag);
+        group.throughput(values(layer));
+        group.bench_function(&layer.name, |b| {
+            b.iter(|| frozen.forward(&indices).unwrap())
+        });
+    }
+    for threads in [1, 2] {
+        let layer = &layers[0];
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+        let pool = pool.build().unwrap();
+        group.throughput(values(layer));
+        group.bench_function(BenchmarkId::new("threads", threads), |b| {
+            pool.install(|| b.iter(|| layer.bag.forward(&indices).unwrap()));
+        });
+    }
+    group.finish();
+
+    let mut group = c.benchmark_group("forward and backward");
+    for layer in &layers {
+        group.throughput(values(layer));
+        group.bench_function(&layer.name, |b| {
+            b.iter(|| {
+                let out = layer.bag.forward(&indices).unwrap();
+                let grads = out.backward().unwrap();
+                grads.get(&layer.weight).unwrap().clone()
+            })
+        });
+    }
+    group.finish();
+}
+
+/// What a call costs when there is little to look up, on one thread.
+fn small(c: &mut Criterion) {
+    let layer = layer("mix", Mode::Sum, DType::F32, 64).unwrap();
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1);
+    let pool = pool.build().unwrap();
+    let mut group = c.benchmark_group("small");
+    for num_bags in [1, 64] {
+        let indices = indices(num_bags, 26).unwrap();
+        group.bench_function(format!("{num_bags} x 26"), |b| {
+            pool.install(|| b.iter(|| layer.bag.forward(&indices).unwrap()));
+        });
+    }
+    group.finish();
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default()
+        .sample_size(20)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1));
+    targets = large, small
+}
+criterion_main!(benches);

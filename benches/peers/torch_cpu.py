@@ -1,0 +1,78 @@
+"""Times torch.nn.EmbeddingBag on the CPU on the lookups of `cargo bench`, and prints how much faster this crate is.
+
+    cargo bench --bench cpu
+    python3 benches/peers/torch_cpu.py target/criterion
+
+The table is the full one of a million rows; the gradient is sparse, but for max, where torch has none. Needs torch.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+NUM_EMBEDDINGS, NUM_BAGS, BAG_LEN = 1_000_000, 4_096, 20
+MASK = 2**64 - 1
+
+
+def row(i):
+    """As in benches/cpu.rs: the finaliser of SplitMix64."""
+    h = (i + 0x9E3779B97F4A7C15) & MASK
+    h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & MASK
+    return (h ^ (h >> 31)) % NUM_EMBEDDINGS
+
+
+def median_seconds(run, repeats):
+    for _ in range(2):
+        run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def ours(folder, group, name):
+    """The median that criterion found, in seconds."""
+    path = Path(folder) / group / name.replace("/", "_") / "new" / "estimates.json"
+    return json.loads(path.read_text())["median"]["point_estimate"] * 1e-9 if path.exists() else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("criterion", help="the folder of criterion's results")
+    options = parser.parse_args()
+    indices = torch.tensor([row(i) for i in range(NUM_BAGS * BAG_LEN)]).reshape(NUM_BAGS, BAG_LEN)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print("| | torch ms | ours: mix | ours: original |")
+    print("|---|---:|---:|---:|")
+    for dim in [64, 128]:
+        for mode in ["sum", "mean", "max"]:
+            sparse = mode != "max"
+            bag = torch.nn.EmbeddingBag(NUM_EMBEDDINGS, dim, mode=mode, sparse=sparse)
+
+            def forward():
+                with torch.no_grad():
+                    bag(indices)
+
+            def step():
+                bag.weight.grad = None
+                out = bag(indices)
+                out.backward(torch.ones_like(out))
+
+            for group, run in [("forward", forward), ("forward and backward", step)]:
+                theirs = median_seconds(run, 30 if sparse else 5)
+                cells = []
+                for hash in ["mix", "original"]:
+                    mine = ours(options.criterion, group, f"{hash} {mode} f32 {dim}")
+                    cells.append(f"{theirs / mine:.2f}x" if mine else "")
+                print(f"| {group}, {mode}, dim {dim} | {theirs * 1e3:.2f} | {' | '.join(cells)} |")
+            del bag
+
+
+main()
