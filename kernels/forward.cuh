@@ -22,16 +22,19 @@ struct Columns {
         within(first % hash.block) {}
 };
 
-// x[v] = sign * hashed_weight[slot] of the thread's columns in the row at `place`; zeros where there is none.
-template <int V, typename T, typename Hash>
-__device__ __forceinline__ void gather(const T *__restrict__ hashed_weight, const Hash &hash,
-                                       typename Hash::Place place, const Columns<V> &columns, Acc<T> (&x)[V]) {
-  if (place.is_none() || columns.n == 0) {
-#pragma unroll
-    for (int v = 0; v < V; v++) x[v] = 0;
-    return;
-  }
-  load<V>(hashed_weight + hash.slot(place) + columns.within, x);
+// What a place that is none points to: a load from here is cheaper than a branch around one.
+__device__ const uint4 ZEROS = {0, 0, 0, 0};
+
+// x[v] = sign * hashed_weight[slot] of the thread's columns in the row at `place`; zeros where there is none, unless ALL
+// places are one. `base` is the thread's first column in the first block of hashed_weight.
+//
+// A thread past the last column loads too: its columns exist in the block, if not in the table.
+template <bool ALL, int V, typename T, typename Hash>
+__device__ __forceinline__ void gather(const T *base, const Hash &hash, typename Hash::Place place,
+                                       const Columns<V> &columns, Acc<T> (&x)[V]) {
+  const T *block = hash.at(base, place);
+  if (!ALL && place.is_none()) block = reinterpret_cast<const T *>(&ZEROS);
+  load<V>(block, x);
 #pragma unroll
   for (int v = 0; v < V; v++) x[v] = flip(place, columns.within + v, x[v]);
 }
@@ -49,29 +52,29 @@ __device__ __forceinline__ void forward(const T *__restrict__ hashed_weight, con
                                         uint32_t embedding_dim, uint32_t mean) {
   using A = Acc<T>;
   using Place = typename Hash::Place;
-  uint32_t mask = bags.mask();
   bool aligned = embedding_dim % V == 0;
   uint32_t lane = threadIdx.x % bags.lanes;
   for (uint32_t chunk = blockIdx.y; uint64_t(chunk) * bags.lanes * V < embedding_dim; chunk += gridDim.y) {
     Columns<V> columns(hash, (chunk * bags.lanes + lane) * V, embedding_dim);
     uint64_t column_part = hash.column_part(columns.first / hash.block);
+    const T *base = hashed_weight + columns.within;
     bags.for_each([&](int64_t bag) {
       Range range = bags.range(offsets, bag);
       A sum[V] = {};
-      int64_t count = 0;
-      for_each_batch<SHARE>(bags, hash, indices, range, column_part, mask, [&](Place(&places)[BATCH], int64_t i) {
+      bool first = true;
+      for_each_batch<SHARE>(bags, hash, indices, range, column_part,
+                            [&](Place(&places)[BATCH], int64_t i, auto batch) {
+        constexpr bool ALL = decltype(batch)::all;
         A x[BATCH][V];
         A scale[BATCH];
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-          gather<V>(hashed_weight, hash, places[j], columns, x[j]);
-          if (MODE == WEIGHTED) scale[j] = places[j].is_none() ? A(0) : widen(per_sample_weights[i + j]);
+          gather<ALL, V>(base, hash, places[j], columns, x[j]);
+          if (MODE == WEIGHTED) scale[j] = !ALL && places[j].is_none() ? A(0) : widen(per_sample_weights[i + j]);
         }
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
-          bool first = count == 0;
-          if (places[j].is_none()) continue;
-          count++;
+          if (MODE == MAX && !ALL && places[j].is_none()) continue;
 #pragma unroll
           for (int v = 0; v < V; v++) {
             if (MODE == MAX)
@@ -79,13 +82,15 @@ __device__ __forceinline__ void forward(const T *__restrict__ hashed_weight, con
             else
               sum[v] += MODE == WEIGHTED ? scale[j] * x[j][v] : x[j][v];
           }
+          first = false;
         }
       });
-      if (MODE == SUM && mean && count > 0) {
+      if (MODE == SUM && mean) {
+        A count = bags.divisor<A>(indices, range);
 #pragma unroll
-        for (int v = 0; v < V; v++) sum[v] /= A(count);
+        for (int v = 0; v < V; v++) sum[v] /= count;
       }
-      if (columns.n > 0) store_row<V>(out + bag * embedding_dim + columns.first, columns.n, aligned, sum);
+      if (columns.n > 0 && bag < bags.num_bags) store_row<V>(out + bag * embedding_dim + columns.first, columns.n, aligned, sum);
     });
   }
 }

@@ -5,7 +5,7 @@
 //   Hash::Place                     where one block of columns lies; Place::none() stands for "no row here"
 //   hash.column_part(run)           the share of block number `run` in the hash: once per thread
 //   hash.locate(row, column_part)   the place of that block of that row
-//   hash.slot(place)                its first slot
+//   hash.at(base, place)            the value `base` points to, but in the block at `place` and not in block or slot 0
 //   flip(place, i, x)               x, negated where column i of the block is negative
 //   shuffle(mask, place, lane, n)   the place that thread `lane` of a group of n threads holds
 #pragma once
@@ -50,7 +50,12 @@ struct MixSlots {
     return {__umulhi(uint32_t(h >> 32), num_blocks), uint32_t(h) & sign_mask};
   }
 
-  __device__ __forceinline__ uint64_t slot(Place place) const { return uint64_t(place.block) * block; }
+  // One multiplication and addition: a block of at most 2^24 values is less than 2^32 bytes.
+  template <typename T>
+  __device__ __forceinline__ T *at(T *base, Place place) const {
+    uint32_t bytes = block * uint32_t(sizeof(T));
+    return reinterpret_cast<T *>(reinterpret_cast<uintptr_t>(base) + uint64_t(place.block) * bytes);
+  }
 };
 
 __device__ __forceinline__ float flip(MixPlace place, uint32_t i, float x) {
@@ -88,7 +93,10 @@ struct AffineSlots {
     return {starts.rem(modulus.rem(row * a + column_part))};
   }
 
-  __device__ __forceinline__ uint64_t slot(Place place) const { return place.first_slot; }
+  template <typename T>
+  __device__ __forceinline__ T *at(T *base, Place place) const {
+    return base + place.first_slot;
+  }
 };
 
 template <typename A>

@@ -42,16 +42,16 @@ constexpr int THREADS = 256;
   PASS(weighted, WEIGHTED, __VA_ARGS__)                                                                               \
   PASS(max, MAX, __VA_ARGS__)
 
-#define HASHES(PASS, T, dtype)                                                                                        \
+#define HASHES(PASS, T, dtype, V)                                                                                     \
   MODES(PASS, T, dtype, affine, AffineSlots, 1, 1)                                                                    \
   MODES(PASS, T, dtype, mix_scalar, MixSlots, 1, 1)                                                                   \
-  MODES(PASS, T, dtype, mix_share1, MixSlots, WIDE<T>, 1)                                                             \
-  MODES(PASS, T, dtype, mix_share2, MixSlots, WIDE<T>, 2)                                                             \
-  MODES(PASS, T, dtype, mix_share4, MixSlots, WIDE<T>, 4)
+  MODES(PASS, T, dtype, mix_share1, MixSlots, V, 1)                                                                   \
+  MODES(PASS, T, dtype, mix_share2, MixSlots, V, 2)                                                                   \
+  MODES(PASS, T, dtype, mix_share4, MixSlots, V, 4)
 
 #define INSTANCES(T, dtype)                                                                                           \
-  HASHES(FORWARD, T, dtype)                                                                                           \
-  HASHES(BACKWARD, T, dtype)                                                                                          \
+  HASHES(FORWARD, T, dtype, WIDE<T>)                                                                                  \
+  HASHES(BACKWARD, T, dtype, WIDE<Acc<T>>)                                                                            \
   BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, affine, AffineSlots, 1)                                                       \
   BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, mix_scalar, MixSlots, 1)                                                      \
   BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, mix_wide, MixSlots, WIDE<T>)

@@ -24,18 +24,30 @@ __device__ __forceinline__ void narrow(__nv_bfloat16 &to, float x) { to = __floa
 __device__ __forceinline__ void narrow(float &to, float x) { to = x; }
 __device__ __forceinline__ void narrow(double &to, double x) { to = x; }
 
-// The widest access is 16 bytes.
+// The widest access is 16 bytes: so many values of dtype T.
 template <typename T>
 constexpr int WIDE = 16 / sizeof(T);
 
-// x[v] = from[v]. V is 1, or WIDE and `from` 16-byte aligned.
+// What one access of N bytes moves.
+template <int N>
+struct Bytes;
+template <>
+struct Bytes<16> {
+  using type = uint4;
+};
+template <>
+struct Bytes<8> {
+  using type = uint2;
+};
+
+// x[v] = from[v]. V is 1, or V values are 8 or 16 bytes and `from` is aligned to them.
 template <int V, typename T>
 __device__ __forceinline__ void load(const T *__restrict__ from, Acc<T> (&x)[V]) {
-  static_assert(V == 1 || V == WIDE<T>, "one value, or 16 bytes");
   if constexpr (V == 1) {
     x[0] = widen(*from);
   } else {
-    uint4 bytes = __ldg(reinterpret_cast<const uint4 *>(from));
+    using Raw = typename Bytes<V * sizeof(T)>::type;
+    Raw bytes = __ldg(reinterpret_cast<const Raw *>(from));
     T values[V];
     memcpy(values, &bytes, sizeof(bytes));
 #pragma unroll
@@ -61,9 +73,12 @@ __device__ __forceinline__ void store_row(T *to, int n, bool aligned, const Acc<
 #pragma unroll
   for (int v = 0; v < V; v++) narrow(values[v], x[v]);
   if (V > 1 && n >= V && aligned) {
-    uint4 bytes;
-    memcpy(&bytes, values, sizeof(bytes));
-    *reinterpret_cast<uint4 *>(to) = bytes;
+    if constexpr (V > 1) {
+      using Raw = typename Bytes<V * sizeof(T)>::type;
+      Raw bytes;
+      memcpy(&bytes, values, sizeof(bytes));
+      *reinterpret_cast<Raw *>(to) = bytes;
+    }
   } else {
 #pragma unroll
     for (int v = 0; v < V; v++)

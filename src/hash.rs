@@ -104,7 +104,7 @@ impl Hash {
     ///
     /// # Errors
     /// Fewer than four numbers, a negative one, a modulus (`random_numbers[0]`) that is not positive, or a block outside
-    /// `1..=u32::MAX`. A layer whose rows could overflow ROBE's signed arithmetic is refused when it is built.
+    /// `1..=2^24`. A layer whose rows could overflow ROBE's signed arithmetic is refused when it is built.
     pub fn robe(random_numbers: &[i64], block: usize) -> Result<Self> {
         let [modulus, c, b, a] = match random_numbers {
             [r0, r1, r2, r3, ..] => [*r0, *r1, *r2, *r3],
@@ -133,7 +133,7 @@ impl Hash {
     /// The affine hash `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block`.
     ///
     /// # Errors
-    /// A modulus of zero, or a block outside `1..=u32::MAX`.
+    /// A modulus of zero, or a block outside `1..=2^24`.
     pub fn affine(a: u64, b: u64, c: u64, modulus: u64, block: usize) -> Result<Self> {
         Affine::checked(AffineFields {
             a,
@@ -153,7 +153,7 @@ impl Hash {
     /// copies of each other. Signs are what makes long blocks, and so wide loads, cost next to no quality.
     ///
     /// # Errors
-    /// A block outside `1..=u32::MAX`, or above 32 when signed (one hash carries 32 sign bits).
+    /// A block outside `1..=2^24`, or above 32 when signed (one hash carries 32 sign bits).
     pub fn mix(seed: u64, block: usize, signed: bool) -> Result<Self> {
         Mix::checked(MixFields {
             seed,
@@ -343,13 +343,16 @@ impl Affine {
     }
 }
 
+/// The longest block: its bytes fit a 32-bit word, which the kernels rely on.
+const MAX_BLOCK: u64 = 1 << 24;
+
 fn checked_block(block: u64) -> std::result::Result<u32, String> {
-    match u32::try_from(block) {
-        Ok(0) | Err(_) => Err(format!(
-            "hash: block must lie in 1..=4294967295, got {block}"
-        )),
-        Ok(block) => Ok(block),
+    if block == 0 || block > MAX_BLOCK {
+        return Err(format!(
+            "hash: block must lie in 1..={MAX_BLOCK}, got {block}"
+        ));
     }
+    Ok(block as u32)
 }
 
 /// How a [`Mix`] stands in a checkpoint; reading one goes through the same checks as [`Hash::mix`].

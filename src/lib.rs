@@ -8,7 +8,7 @@
 //! |---|---|
 //! | pool bags of rows in a model | [`hashed_embedding_bag()`], [`HashedEmbeddingBag`] |
 //! | look up single rows | [`hashed_embedding()`], [`HashedEmbedding`] |
-//! | choose where values go, or match weights trained in PyTorch | [`Hash`] |
+//! | choose where values go, or match weights trained in PyTorch | [`Hash`](enum@Hash) |
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
 //!
 //! ```

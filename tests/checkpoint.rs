@@ -282,7 +282,7 @@ fn opening_refuses_by_layer_and_field() {
         (
             r#""block":4"#,
             r#""block":0"#,
-            "layer a: hash: block must lie in 1..=4294967295, got 0",
+            "layer a: hash: block must lie in 1..=16777216, got 0",
         ),
         (
             r#""block":4"#,

@@ -119,7 +119,7 @@ fn mix_spreads_evenly_and_signs_evenly() {
 fn constructors_refuse() {
     assert_eq!(
         message(Hash::mix(0, 0, false)),
-        "hash: block must lie in 1..=4294967295, got 0"
+        "hash: block must lie in 1..=16777216, got 0"
     );
     assert_eq!(
         message(Hash::mix(0, 33, true)),
