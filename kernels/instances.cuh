@@ -1,5 +1,6 @@
-// The table of kernels for one dtype: pass x mode x how the hash is shared. Included by one .cu file per dtype, so that a
-// program compiles and loads only what it uses.
+// The table of kernels: pass x mode x how the hash is shared, for a dtype. Included by one .cu file per pass and dtype,
+// because the driver translates a file as a whole when the first of its kernels is asked for: a server that looks up f32
+// never pays for the rest.
 //
 //   affine      one value per access, every thread hashes
 //   mix_scalar  the same for blocks that are no multiple of 16 bytes, or tensors that are not aligned
@@ -49,8 +50,10 @@ constexpr int THREADS = 256;
   MODES(PASS, T, dtype, mix_share2, MixSlots, V, 2)                                                                   \
   MODES(PASS, T, dtype, mix_share4, MixSlots, V, 4)
 
-#define INSTANCES(T, dtype)                                                                                           \
-  HASHES(FORWARD, T, dtype, WIDE<T>)                                                                                  \
+#define FORWARD_INSTANCES(T, dtype) HASHES(FORWARD, T, dtype, WIDE<T>)
+
+// Here a thread's access is as wide as its 16 bytes of gradient sums.
+#define BACKWARD_INSTANCES(T, dtype)                                                                                  \
   HASHES(BACKWARD, T, dtype, WIDE<Acc<T>>)                                                                            \
   BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, affine, AffineSlots, 1)                                                       \
   BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, mix_scalar, MixSlots, 1)                                                      \

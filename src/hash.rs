@@ -34,6 +34,7 @@ const fn finalize(mut h: u64) -> u64 {
 /// | [`Hash::original`] | affine | weights trained with the PyTorch package HashedEmbeddingBag |
 /// | [`Hash::robe`] | affine | weights trained with ROBE (arXiv 2108.02191) |
 /// | [`Hash::affine`] | affine | any other member of the family |
+/// | [`Hash::identity`] | affine | a plain table, to compare with |
 ///
 /// ```
 /// use candle_hashed_embedding_bag::Hash;
@@ -145,6 +146,15 @@ impl Hash {
         })
         .map(Self::Affine)
         .map_err(candle_core::Error::msg)
+    }
+
+    /// No hashing: `slot = row * embedding_dim + column`, for a `hashed_weight` with a slot for every value of the table. It
+    /// makes a plain table out of a hashed layer, such as the uncompressed line of a comparison (compression 1).
+    ///
+    /// # Errors
+    /// An `embedding_dim` outside `1..=2^24`.
+    pub fn identity(embedding_dim: usize) -> Result<Self> {
+        Self::affine(embedding_dim as u64, 0, 0, u64::MAX, embedding_dim)
     }
 
     /// The native hash: SplitMix64 of `(seed, row, column / block)`.

@@ -173,3 +173,14 @@ fn lengths_that_do_not_suit() {
     );
     assert!(Hash::affine(1, 1, 1, 9, 5).unwrap().check_len(5).is_ok());
 }
+
+#[test]
+fn identity_is_a_plain_table() {
+    let hash = Hash::identity(6).unwrap();
+    for row in 0..50 {
+        for column in 0..6 {
+            let slot = hash.slot(row as i64, column, 50 * 6).unwrap();
+            assert_eq!(slot, (row * 6 + column, 1));
+        }
+    }
+}

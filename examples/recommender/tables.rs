@@ -73,18 +73,11 @@ impl Tables {
         }
     }
 
-    /// A table of which no two values share a parameter: `slot = row * embedding_dim + column`. Even with a parameter
-    /// per value, a hash that mixes would leave a third of them unused.
+    /// A table of which no two values share a parameter. Even with a parameter per value, a hash that mixes would leave a
+    /// third of them unused.
     fn plain(&self) -> Result<HashedEmbeddingBagConfig> {
-        let identity = Hash::affine(
-            self.embedding_dim as u64,
-            0,
-            0,
-            u64::MAX,
-            self.embedding_dim,
-        )?;
         Ok(HashedEmbeddingBagConfig {
-            hash: Some(identity),
+            hash: Some(Hash::identity(self.embedding_dim)?),
             ..self.hashed(1.0)
         })
     }

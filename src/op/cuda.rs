@@ -1,7 +1,7 @@
 //! Launches of the CUDA kernels: which instance, how many threads, which arguments. The only file with `unsafe` launches.
 //!
-//! Each dtype of `hashed_weight` has a module of its own, loaded at its first use; kernels/instances.cuh is the table of
-//! its kernels. The dtypes of indices and offsets are arguments.
+//! Each pass and dtype of `hashed_weight` has a module of its own, loaded at its first use; kernels/instances.cuh is the
+//! table of its kernels. The dtypes of indices and offsets are arguments.
 
 use super::{Backend, Lookup, Mode, Operands, View};
 use crate::bags::{bad_offset, bad_row, Division};
@@ -17,8 +17,8 @@ use candle_core::{
 use half::{bf16, f16};
 
 macro_rules! ptx {
-    ($file:literal) => {
-        include_str!(concat!(env!("OUT_DIR"), "/", $file, ".ptx"))
+    ($($file:literal),*) => {
+        include_str!(concat!(env!("OUT_DIR"), "/", $($file,)* ".ptx"))
     };
 }
 
@@ -31,7 +31,8 @@ const WIDE: usize = 16;
 /// A dtype of `hashed_weight`, and the dtype its gradient is summed in.
 trait Element: CudaDType + DeviceRepr + ValidAsZeroBits {
     const NAME: &'static str;
-    const PTX: &'static str;
+    const FORWARD: &'static str;
+    const BACKWARD: &'static str;
     type Acc: CudaDType + DeviceRepr + ValidAsZeroBits;
 }
 
@@ -39,7 +40,8 @@ macro_rules! element {
     ($t:ty, $acc:ty, $name:literal) => {
         impl Element for $t {
             const NAME: &'static str = $name;
-            const PTX: &'static str = ptx!($name);
+            const FORWARD: &'static str = ptx!("forward_", $name);
+            const BACKWARD: &'static str = ptx!("backward_", $name);
             type Acc = $acc;
         }
     };
@@ -198,7 +200,11 @@ struct Sharing {
 impl Sharing {
     /// The widest accesses and the fewest hashes that the block and the alignment allow.
     fn new<T: Element>(lookup: &Lookup, pass: Pass, aligned: bool) -> Self {
-        let wide = WIDE / size_of::<T>();
+        // As in kernels/instances.cuh: gradients are added in accesses of the accumulator's width.
+        let wide = match pass {
+            Pass::GradWeight(_) => WIDE / size_of::<T::Acc>(),
+            Pass::Forward | Pass::GradPerSampleWeights(_) => WIDE / size_of::<T>(),
+        };
         let (name, width, share) = match (lookup.table.slots, pass) {
             (Slots::Affine(_), _) => ("affine", 1, 1),
             (Slots::Mix(mix), pass) => {
@@ -249,12 +255,16 @@ fn run<T: Element>(
         Mode::Sum | Mode::Mean => "sum",
         Mode::Max => "max",
     };
-    let kernel = |pass: &str| {
+    let kernel = |name: &str| {
         let (dtype, sharing) = (T::NAME, sharing.name);
+        let (module, ptx) = match pass {
+            Pass::Forward => ("forward", T::FORWARD),
+            Pass::GradWeight(_) | Pass::GradPerSampleWeights(_) => ("backward", T::BACKWARD),
+        };
         device.get_or_load_custom_func(
-            &format!("hashed_embedding_bag_{pass}_{dtype}_{sharing}"),
-            &format!("candle-hashed-embedding-bag-{dtype}"),
-            T::PTX,
+            &format!("hashed_embedding_bag_{name}_{dtype}_{sharing}"),
+            &format!("candle-hashed-embedding-bag-{module}-{dtype}"),
+            ptx,
         )
     };
     fn push_indices<'b>(

@@ -1,3 +1,0 @@
-#include "instances.cuh"
-
-INSTANCES(__half, f16)

@@ -1,3 +1,0 @@
-#include "instances.cuh"
-
-INSTANCES(float, f32)

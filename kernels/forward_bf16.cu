@@ -1,0 +1,3 @@
+#include "instances.cuh"
+
+FORWARD_INSTANCES(__nv_bfloat16, bf16)

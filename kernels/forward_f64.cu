@@ -1,0 +1,3 @@
+#include "instances.cuh"
+
+FORWARD_INSTANCES(double, f64)
