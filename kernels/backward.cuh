@@ -63,7 +63,9 @@ __device__ __forceinline__ void backward(const T *__restrict__ grad_output, cons
             A x[V];
 #pragma unroll
             for (int v = 0; v < V; v++)
-              x[v] = flip(places[j], columns.within + v, MODE == WEIGHTED ? scale * grad[v] : grad[v]);
+              // A column past the last has no gradient, whatever the weight: zero times infinity would be one.
+              x[v] = flip(places[j], columns.within + v,
+                          MODE == WEIGHTED && v < columns.n ? scale * grad[v] : grad[v]);
             add_atomic<V>(hash.at(grad_base, places[j]), x);
           }
         }

@@ -132,7 +132,8 @@ fn weight_name(name: &str) -> String {
 /// The parameter of layer `name` is written as `<name>.hashed_weight`; `tensors` may hold it too, as the variables of a
 /// `VarMap` do. A [`HashedEmbedding`] `emb` is saved as layer `emb.hashed_embedding_bag`: pass `emb.bag()`.
 ///
-/// The file appears whole or not at all: it is written beside `path`, synced, and renamed over it.
+/// The file appears whole or not at all: it is written beside `path`, synced, and renamed over it, and the folder is synced.
+/// Where only that last step fails, the error is told though the new file is in place.
 ///
 /// # Errors
 /// A name given twice with different tensors, a dtype without a safetensors form in candle, or what the file system says.
@@ -346,11 +347,23 @@ impl MappedFile {
         let Some(layers) = header.get("layers").and_then(|layers| layers.as_object()) else {
             bail!("checkpoint: layers is missing or no object");
         };
+        let mut keys = header
+            .as_object()
+            .into_iter()
+            .flat_map(|header| header.keys());
+        if let Some(unknown) = keys.find(|key| !["version", "layers"].contains(&key.as_str())) {
+            bail!("checkpoint: unknown field {unknown}");
+        }
         layers
             .iter()
             .map(|(name, spec)| {
-                let spec = LayerSpec::deserialize(spec)
-                    .map_err(|e| Error::msg(format!("checkpoint: layer {name}: {e}")))?;
+                let spec: LayerSpec = serde_path_to_error::deserialize(spec).map_err(|e| {
+                    let field = match e.path().to_string().as_str() {
+                        "." => String::new(),
+                        field => format!("field {field}: "),
+                    };
+                    Error::msg(format!("checkpoint: layer {name}: {field}{}", e.inner()))
+                })?;
                 self.check_layer(name, &spec)?;
                 Ok((name.clone(), spec))
             })
@@ -369,6 +382,7 @@ impl MappedFile {
                 info.dtype
             );
         }
+        check_shape(&weight, &info.shape)?;
         // The layer's own rules, on a stand-in of the right shape that holds no data.
         let stand_in = Tensor::zeros((), DType::F32, &Device::Cpu)?;
         stand_in
@@ -385,9 +399,19 @@ impl MappedFile {
             }
             .bt());
         };
+        check_shape(name, &info.shape)?;
         let (start, end) = info.data_offsets;
         let data = &self.map[self.data_start + start..self.data_start + end];
         TensorView::new(info.dtype, info.shape.clone(), data)?.load(device)
+    }
+}
+
+/// Refuses a shape whose strides overflow, which a dimension of zero can hide from the element count.
+fn check_shape(name: &str, shape: &[usize]) -> Result<()> {
+    let mut dims = shape.iter().filter(|&&dim| dim > 0);
+    match dims.try_fold(1usize, |product, &dim| product.checked_mul(dim)) {
+        Some(_) => Ok(()),
+        None => bail!("checkpoint: the shape of tensor {name} is too large, {shape:?}"),
     }
 }
 

@@ -689,7 +689,7 @@ impl Divisor {
 
     /// `x mod value`, exactly.
     ///
-    /// The reciprocal is less than one below `2^64 / value`, so `x * reciprocal / 2^64` is less than one below
+    /// The reciprocal is at most one below `2^64 / value` and `x < 2^64`, so `x * reciprocal / 2^64` is less than one below
     /// `x / value`: its floor is the quotient or one less, and one correction suffices.
     #[inline]
     fn rem(self, x: u64) -> u64 {
@@ -718,12 +718,11 @@ mod tests {
             (0, 1 << 40, 3, 0xeee0_c8b0_e2b2_6a14),
             (0, -1i64 as u64, 0, 0xe4d9_7177_1b65_2c20),
         ] {
-            // With 2^32 - 1 blocks of one value the slot is the high half of h (less a rounding), the signs the low.
-            let key = if seed == 0 { 0 } else { finalize(seed) };
-            let h = finalize(
-                key.wrapping_add(row)
-                    .wrapping_add((run + 1u64).wrapping_mul(GOLDEN)),
-            );
+            let hash = Hash::mix(seed, 1, false).unwrap();
+            let Ok(Slots::Mix(slots)) = hash.slots(1) else {
+                panic!("a mix hash suits one slot");
+            };
+            let h = finalize(slots.run(run).wrapping_add(row));
             assert_eq!(h, want, "seed {seed} row {row} block {run}");
         }
     }

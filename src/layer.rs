@@ -121,17 +121,23 @@ pub fn hashed_embedding_bag(
 ) -> Result<HashedEmbeddingBag> {
     check_sizes(num_embeddings, embedding_dim)?;
     let compression = config.compression;
-    let len = num_embeddings as f64 * embedding_dim as f64 * compression;
-    if !(compression > 0.0 && len < isize::MAX as f64) {
+    if !(compression > 0.0 && compression.is_finite()) {
         bail!("hashed-embedding-bag: compression must be positive and finite, got {compression}");
     }
     let hash = config.hash.unwrap_or(Hash::default_for(embedding_dim));
+    let len = num_embeddings as f64 * embedding_dim as f64 * compression;
+    let len = hash.round_up_len(len as usize);
+    // Before any memory is asked for: in f64, the largest dtype, it would have to be addressable.
+    if len > isize::MAX as usize / 8 {
+        bail!("hashed-embedding-bag: compression {compression} makes hashed_weight too large, {len} values");
+    }
+    hash.check_table(num_embeddings, embedding_dim)?;
+    hash.check_len(len)?;
     let bound = (1.0 / num_embeddings as f64).sqrt();
     let init = Init::Uniform {
         lo: -bound,
         up: bound,
     };
-    let len = hash.round_up_len(len as usize);
     let hashed_weight = vb.get_with_hints(len, HASHED_WEIGHT, init)?;
     HashedEmbeddingBag::new(hashed_weight, num_embeddings, embedding_dim, config)
 }
@@ -140,8 +146,9 @@ fn check_sizes(num_embeddings: usize, embedding_dim: usize) -> Result<()> {
     if num_embeddings == 0 || i64::try_from(num_embeddings).is_err() {
         bail!("hashed-embedding-bag: num_embeddings must lie in 1..2^63, got {num_embeddings}");
     }
-    if embedding_dim == 0 || u32::try_from(embedding_dim).is_err() {
-        bail!("hashed-embedding-bag: embedding_dim must lie in 1..2^32, got {embedding_dim}");
+    // The kernels count columns in 32 bits, some past the last.
+    if embedding_dim == 0 || i32::try_from(embedding_dim).is_err() {
+        bail!("hashed-embedding-bag: embedding_dim must lie in 1..2^31, got {embedding_dim}");
     }
     Ok(())
 }

@@ -270,29 +270,37 @@ fn opening_refuses_by_layer_and_field() {
         (
             r#""mix""#,
             r#""md5""#,
-            "layer a: unknown variant `md5`, expected `mix` or `affine`",
+            "layer a: field hash.kind: unknown variant `md5`, expected `mix` or `affine`",
         ),
-        (r#""kind":"mix","#, "", "layer a: missing field `kind`"),
-        (r#""seed":0,"#, "", "layer a: missing field `seed`"),
+        (
+            r#""kind":"mix","#,
+            "",
+            "layer a: field hash: missing field `kind`",
+        ),
+        (
+            r#""seed":0,"#,
+            "",
+            "layer a: field hash: missing field `seed`",
+        ),
         (
             r#""seed":0"#,
             r#""seed":-1"#,
-            "layer a: invalid value: integer `-1`",
+            "layer a: field hash: invalid value: integer `-1`",
         ),
         (
             r#""block":4"#,
             r#""block":0"#,
-            "layer a: hash: block must lie in 1..=16777216, got 0",
+            "layer a: field hash: hash: block must lie in 1..=16777216, got 0",
         ),
         (
             r#""block":4"#,
             r#""block":64"#,
-            "layer a: hash: a signed mix block must be at most 32, got 64",
+            "layer a: field hash: hash: a signed mix block must be at most 32, got 64",
         ),
         (
             r#""signed":true"#,
             r#""signed":true,"salt":1"#,
-            "layer a: unknown field `salt`",
+            "layer a: field hash: unknown field `salt`",
         ),
         (
             r#""num_embeddings":10,"#,
@@ -307,22 +315,22 @@ fn opening_refuses_by_layer_and_field() {
         (
             r#""num_embeddings":10"#,
             r#""num_embeddings":1e3"#,
-            "layer a: invalid type: floating point `1000.0`",
+            "layer a: field num_embeddings: invalid type: floating point `1000.0`",
         ),
         (
             r#""embedding_dim":4"#,
             r#""embedding_dim":0"#,
-            "layer a: hashed-embedding-bag: embedding_dim must lie in 1..2^32, got 0",
+            "layer a: hashed-embedding-bag: embedding_dim must lie in 1..2^31, got 0",
         ),
         (
             r#""mode":"sum""#,
             r#""mode":"median""#,
-            "layer a: unknown variant `median`",
+            "layer a: field mode: unknown variant `median`",
         ),
         (
             r#""padding_idx":null"#,
             r#""padding_idx":"x""#,
-            "layer a: invalid type: string",
+            "layer a: field padding_idx: invalid type: string",
         ),
         (
             r#""layers":{"a""#,

@@ -199,29 +199,64 @@ fn trains() -> Result<()> {
     })
 }
 
-/// More values than one thread takes: the same bits from pools of 1, 2 and 5 threads.
+/// More values than one thread takes: the same bits from pools of 1, 2 and 5 threads, and what the bags give one by one. With
+/// few slots, where threads add into buffers of their own, and with many, where they own slices; for blocks that end with a
+/// slice, and for blocks that straddle two.
 #[test]
 fn cpu_results_do_not_depend_on_the_number_of_threads() -> Result<()> {
     let (device, mut draws) = (Device::Cpu, Draws::new(8));
-    let rows: Vec<i64> = (0..20_000).map(|_| draws.below(5_000) as i64).collect();
-    let indices = integers(&rows, DType::U32, &device)?.reshape((1_000, 20))?;
-    for mode in [Mode::Sum, Mode::Mean, Mode::Max] {
-        let config = HashedEmbeddingBagConfig {
-            mode,
-            ..Default::default()
-        };
-        let weight = Var::from_tensor(&floats(&reals(&mut draws, 1_600), DType::F32, &device)?)?;
-        let bag = HashedEmbeddingBag::new(weight.as_tensor().clone(), 5_000, 32, config)?;
-        let run = || -> Result<(Vec<f64>, Vec<f64>)> {
-            let out = bag.forward(&indices)?;
-            let grads = out.sqr()?.sum_all()?.backward()?;
-            Ok((to_vec(&out)?, to_vec(grads.get(&weight).unwrap())?))
-        };
-        let want = run()?;
-        for threads in [1, 2, 5] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-            let got = pool.build().unwrap().install(run)?;
-            assert_eq!(got, want, "{mode:?} with {threads} threads");
+    let robe = [2_038_074_743, 634_329_019, 1_825_252_241, 871_205_356];
+    let hashes = [
+        Hash::default_for(32),
+        Hash::original(),
+        Hash::robe(&robe, 8)?,
+        Hash::affine(871_205_356, 3_333, 7, u64::MAX, 3)?,
+    ];
+    let (num_bags, bag_len) = (20, 1_000);
+    let rows: Vec<i64> = (0..num_bags * bag_len)
+        .map(|_| draws.below(5_000) as i64)
+        .collect();
+    let indices = integers(&rows, DType::U32, &device)?.reshape((num_bags, bag_len))?;
+    for (len, embedding_dim) in [(1_600, 32), (160_000, 32), (160_000, 33)] {
+        let weight = Var::from_tensor(&floats(&reals(&mut draws, len), DType::F32, &device)?)?;
+        for hash in hashes {
+            for mode in [Mode::Sum, Mode::Mean, Mode::Max] {
+                let config = HashedEmbeddingBagConfig {
+                    mode,
+                    hash: Some(hash),
+                    ..Default::default()
+                };
+                let tensor = weight.as_tensor().clone();
+                let bag = HashedEmbeddingBag::new(tensor, 5_000, embedding_dim, config)?;
+                let run = |indices: &Tensor| -> Result<(Vec<f64>, Vec<f64>)> {
+                    let out = bag.forward(indices)?;
+                    let grads = out.sqr()?.sum_all()?.backward()?;
+                    Ok((to_vec(&out)?, to_vec(grads.get(&weight).unwrap())?))
+                };
+                let with = |threads: usize| {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+                    pool.build().unwrap().install(|| run(&indices))
+                };
+                let want = with(1)?;
+                for threads in [2, 5] {
+                    let same = with(threads)? == want;
+                    assert!(same, "{hash:?} {mode:?} {len} with {threads} threads");
+                }
+                // One bag is too little to divide.
+                let mut grad_weight = vec![0.0; len];
+                for i in 0..num_bags {
+                    let (out, grad) = run(&indices.narrow(0, i, 1)?)?;
+                    assert_eq!(out, want.0[i * embedding_dim..(i + 1) * embedding_dim]);
+                    grad_weight
+                        .iter_mut()
+                        .zip(grad)
+                        .for_each(|(sum, x)| *sum += x);
+                }
+                for (slot, (got, want)) in grad_weight.iter().zip(&want.1).enumerate() {
+                    let close = (got - want).abs() <= 1e-3 * want.abs().max(1.0);
+                    assert!(close, "{hash:?} {mode:?} {len} slot {slot}: {got}, {want}");
+                }
+            }
         }
     }
     Ok(())

@@ -7,12 +7,12 @@ use super::{Backend, Lookup, Mode, Operands, View};
 use crate::bags::{bad_offset, bad_row, Division};
 use crate::hash::{AffineSlots, MixSlots, Slots};
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg, ValidAsZeroBits,
-};
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::{
     bail, CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Storage,
+};
+use cudarc::driver::{
+    CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg, ValidAsZeroBits,
 };
 use half::{bf16, f16};
 

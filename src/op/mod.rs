@@ -2,7 +2,7 @@
 //! sign(row, column) * hashed_weight[slot(row, column)]`.
 //!
 //! Every check stands here, once. What passes becomes a small `Copy` struct, [`Lookup`], and a set of contiguous
-//! [`Operands`]; `cpu.rs` and `cuda.rs` trust both.
+//! [`Operands`]; `cpu/` and `cuda.rs` trust both.
 //!
 //! | op | kind | arguments | result |
 //! |---|---|---|---|

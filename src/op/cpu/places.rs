@@ -2,7 +2,8 @@
 //!
 //! What a lookup costs on a CPU is the hash and the cache misses. The hash of a row needs nothing but its index, so a
 //! window of rows is hashed at once, in vectors, and every block is prefetched; by the time the window is summed, the next
-//! one is on its way.
+//! one is on its way. (The vectors are what pays. A processor that looks far ahead finds the misses by itself: on the one in
+//! benches/README.md, prefetching 4 MB of weights made no difference.)
 
 use super::{Bags, Element};
 use crate::hash::{Locate, Place};
@@ -20,8 +21,8 @@ pub(super) struct Places<'a, T, H: Locate> {
     /// Two windows of `window` rows: position `p` stands in row `p % (2 * window)`.
     places: Vec<Place>,
     window: usize,
-    /// Positions from here on are not hashed yet.
-    next: usize,
+    /// The positions whose places are there.
+    hashed: Range<usize>,
     /// No position from here on will be asked for.
     end: usize,
     prefetches: bool,
@@ -38,7 +39,7 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
             bags,
             places: vec![0; 2 * window * runs],
             window,
-            next: 0,
+            hashed: 0..0,
             end,
             prefetches: size_of_val(bags.hashed_weight) > NEAR_BYTES,
         }
@@ -48,12 +49,13 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
     #[inline(always)]
     pub fn of(&mut self, position: usize) -> &[Place] {
         let rows = 2 * self.window;
-        if position >= self.next || position + rows < self.next {
+        if !self.hashed.contains(&position) {
             // Windows start at multiples of their length, so that none wraps around.
-            self.next = position / self.window * self.window;
+            let start = position / self.window * self.window;
+            self.hashed = start..start;
             self.hash_window();
         }
-        if position + self.window >= self.next && self.next < self.end {
+        if position + self.window >= self.hashed.end && self.hashed.end < self.end {
             self.hash_window();
         }
         let runs = self.bags.runs.len();
@@ -65,10 +67,11 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
     #[inline(always)]
     fn hash_window(&mut self) {
         let (bags, runs) = (self.bags, self.bags.runs.len());
-        let until = (self.next + self.window).min(self.end);
-        let start = self.next % (2 * self.window);
-        let rows = (self.next..until).map(|position| bags.indices.row(position) as u64);
-        let places = &mut self.places[start * runs..(start + until - self.next) * runs];
+        let next = self.hashed.end;
+        let until = (next + self.window).min(self.end);
+        let start = next % (2 * self.window);
+        let rows = (next..until).map(|position| bags.indices.row(position) as u64);
+        let places = &mut self.places[start * runs..(start + until - next) * runs];
         bags.hash.locate(rows, &bags.runs, places);
         if self.prefetches {
             let block = bags.hash.block();
@@ -76,11 +79,13 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
                 prefetch(bags.hashed_weight, bags.hash.slot(place, block), block);
             }
         }
-        self.next = until;
+        // What this window was written over is gone.
+        let oldest = until.saturating_sub(2 * self.window);
+        self.hashed = self.hashed.start.max(oldest)..until;
     }
 }
 
-/// Asks for the cache lines of a block of `values`.
+/// Asks for the cache lines of a block of `values`; `start` may lie outside of them, even below zero.
 #[inline(always)]
 pub(super) fn prefetch<T>(values: &[T], start: usize, len: usize) {
     #[cfg(target_arch = "x86_64")]
@@ -92,7 +97,7 @@ pub(super) fn prefetch<T>(values: &[T], start: usize, len: usize) {
         if len > 1 {
             // Blocks are not aligned to lines: the last value may lie in the next.
             // SAFETY: as above.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line(start + len - 1)) };
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line(start.wrapping_add(len - 1))) };
         }
     }
     #[cfg(not(target_arch = "x86_64"))]
