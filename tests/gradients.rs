@@ -62,7 +62,21 @@ impl Setup {
     fn objective(&self, weighted: bool) -> Result<Tensor> {
         (self.forward(weighted)? * &self.grad_output)?.sum_all()
     }
+
+    /// What the objective depends on.
+    fn vars(&self, weighted: bool) -> impl Iterator<Item = &Var> {
+        let weights = weighted.then_some(&self.weights);
+        std::iter::once(&self.hashed_weight).chain(weights)
+    }
 }
+
+/// Every mode, and whether the rows are weighted.
+const MODES: [(Mode, bool); 4] = [
+    (Mode::Sum, false),
+    (Mode::Sum, true),
+    (Mode::Mean, false),
+    (Mode::Max, false),
+];
 
 fn hashes() -> [Hash; 3] {
     [
@@ -78,24 +92,15 @@ fn backward_is_the_adjoint_of_forward() -> Result<()> {
     on_each_device(|device| {
         for (dtype, tolerance) in [(DType::F64, 1e-13), (DType::F32, 1e-5)] {
             for (seed, hash) in hashes().into_iter().enumerate() {
-                for (mode, weighted) in [
-                    (Mode::Sum, false),
-                    (Mode::Sum, true),
-                    (Mode::Mean, false),
-                    // Max is linear along the ray through w: its winners stay.
-                    (Mode::Max, false),
-                ] {
+                // Max too is linear along the ray through w: its winners stay.
+                for (mode, weighted) in MODES {
                     let setup = Setup::new(seed as u64, hash, mode, dtype, device)?;
                     let grads = setup.objective(weighted)?.backward()?;
                     let forward = dot(
                         &to_vec(&setup.forward(weighted)?)?,
                         &to_vec(&setup.grad_output)?,
                     );
-                    let vars = [
-                        Some(&setup.hashed_weight),
-                        weighted.then_some(&setup.weights),
-                    ];
-                    for var in vars.into_iter().flatten() {
+                    for var in setup.vars(weighted) {
                         let grad = grads.get(var).expect("a gradient");
                         let backward = dot(&to_vec(var)?, &to_vec(grad)?);
                         assert!(
@@ -115,19 +120,10 @@ fn backward_is_the_adjoint_of_forward() -> Result<()> {
 fn gradients_are_the_finite_differences() -> Result<()> {
     on_each_device(|device| {
         for (seed, hash) in hashes().into_iter().enumerate() {
-            for (mode, weighted) in [
-                (Mode::Sum, false),
-                (Mode::Sum, true),
-                (Mode::Mean, false),
-                (Mode::Max, false),
-            ] {
+            for (mode, weighted) in MODES {
                 let setup = Setup::new(seed as u64 + 9, hash, mode, DType::F64, device)?;
                 let grads = setup.objective(weighted)?.backward()?;
-                let vars = [
-                    Some(&setup.hashed_weight),
-                    weighted.then_some(&setup.weights),
-                ];
-                for var in vars.into_iter().flatten() {
+                for var in setup.vars(weighted) {
                     let grad = to_vec(grads.get(var).expect("a gradient"))?;
                     let values = to_vec(var)?;
                     // Smaller than any distance between two values that compete in a maximum.

@@ -354,9 +354,10 @@ fn run<T: Element>(
             push_slots(&mut args, &table.slots); // Hash slots
             args.arg(&embedding_dim); // uint32_t embedding_dim
             args.arg(&aligned); // uint32_t grad_output_aligned
-                                // SAFETY: the arguments are those of BACKWARD_PER_SAMPLE_WEIGHTS in kernels/instances.cuh; the kernel writes
-                                // grad_weights at positions that it clamps into indices, whose length is the same.
-            unsafe { args.launch(grid(bags.num_bags, sharing.lanes, 1)) }.w()?;
+            let config = grid(bags.num_bags, sharing.lanes, 1);
+            // SAFETY: the arguments are those of BACKWARD_PER_SAMPLE_WEIGHTS in kernels/instances.cuh; the kernel writes
+            // grad_weights at positions that it clamps into indices, whose length is the same.
+            unsafe { args.launch(config) }.w()?;
             Ok(CudaStorage::wrap_cuda_slice(grad_weights, device.clone()))
         }
     }

@@ -50,7 +50,8 @@ pub(super) trait Accumulator:
     fn max_group<L: Lanes>(lanes: L, sums: &mut [Self; 16], values: &[Self; 16], signs: u32);
 }
 
-macro_rules! accumulator {
+/// A dtype that is its own accumulator.
+macro_rules! element {
     ($t:ident) => {
         impl Element for $t {
             type Acc = $t;
@@ -66,8 +67,8 @@ macro_rules! accumulator {
         }
     };
 }
-accumulator!(f32);
-accumulator!(f64);
+element!(f32);
+element!(f64);
 
 impl Accumulator for f32 {
     const ZERO: f32 = 0.0;
