@@ -1,16 +1,18 @@
-//! How `indices` are divided into bags: by a fixed length or by offsets, and which of them are padding.
+//! How `indices` are divided into bags, by a fixed length or by offsets, and which table each bag looks into.
 //!
-//! `kernels/bags.cuh` is the twin of the reading side; the checks that name a position and a value stand here once, and
-//! the CUDA side asks its kernels only for the first position that fails.
+//! `kernels/bags.cuh` is the twin of the reading side. The checks that name a position and a value stand here once: a
+//! kernel only tells that something is out of range, and these find what.
 
 use candle_core::{bail, Result};
 use std::ops::Range;
 
+const OP: &str = "hashed-embedding-bag";
+
 /// What happens with a row or an offset that is out of range.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum BoundsCheck {
-    /// An error that names position and value, on CPU and CUDA alike. On CUDA this costs one small kernel and one
-    /// synchronisation with the device per call.
+    /// An error that names position and value, on CPU and CUDA alike. On CUDA the lookup itself looks for one, and each
+    /// call waits for it to finish.
     #[default]
     Error,
     /// No check and no synchronisation. A row outside the table is hashed like any other, offsets are clamped into
@@ -41,11 +43,108 @@ impl Index for i64 {
     }
 }
 
+/// The order of jagged bags in a collection of tables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum JaggedLayout {
+    /// All bags of the first table, then all of the second, as in TorchRec's `KeyedJaggedTensor`: bag `b` of table `t` is
+    /// number `t * batch + b`.
+    FeatureMajor,
+    /// The bags of all tables for the first sample, then for the second: bag `b` of table `t` is number `b * tables + t`.
+    BatchMajor,
+}
+
+/// The tables that share one `hashed_weight`: consecutive rows of one virtual table. A layer of its own has one.
+#[derive(Debug, Clone)]
+pub(crate) struct Tables {
+    /// Empty for the table of a layer of its own.
+    names: Vec<String>,
+    /// Table `t` is rows `first_rows[t]..first_rows[t + 1]`.
+    first_rows: Vec<i64>,
+}
+
+impl Tables {
+    /// One table of `num_embeddings` rows from `first_row` on.
+    pub fn one(first_row: usize, num_embeddings: usize) -> Result<Self> {
+        let end = first_row.saturating_add(num_embeddings);
+        if num_embeddings == 0 || i64::try_from(end).is_err() {
+            let from = match first_row {
+                0 => String::new(),
+                first_row => format!(" from row {first_row} on"),
+            };
+            bail!("{OP}: num_embeddings must lie in 1..2^63, got {num_embeddings}{from}");
+        }
+        Ok(Self {
+            names: vec![],
+            first_rows: vec![first_row as i64, end as i64],
+        })
+    }
+
+    /// Tables by name and number of rows, one after the other.
+    pub fn named(tables: impl IntoIterator<Item = (String, usize)>) -> Result<Self> {
+        let (mut names, mut first_rows) = (vec![], vec![0]);
+        let mut end = 0;
+        for (name, num_embeddings) in tables {
+            let table = Self::one(end, num_embeddings)
+                .map_err(|e| candle_core::Error::msg(format!("table {name}: {e}")))?;
+            if names.contains(&name) {
+                bail!("{OP}: two tables are named {name}");
+            }
+            end += num_embeddings;
+            names.push(name);
+            first_rows.push(table.first_rows[1]);
+        }
+        if names.is_empty() {
+            bail!("{OP}: a collection needs at least one table");
+        }
+        Ok(Self { names, first_rows })
+    }
+
+    pub fn len(&self) -> usize {
+        self.first_rows.len() - 1
+    }
+
+    /// The names and numbers of rows.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (&str, usize)> {
+        self.names
+            .iter()
+            .enumerate()
+            .map(|(t, name)| (name.as_str(), self.num_embeddings(t)))
+    }
+
+    /// Row 0 of table `t` as a row of the virtual table.
+    pub fn first_row(&self, t: usize) -> i64 {
+        self.first_rows[t]
+    }
+
+    /// The rows of table `t`.
+    pub fn num_embeddings(&self, t: usize) -> usize {
+        (self.first_rows[t + 1] - self.first_rows[t]) as usize
+    }
+
+    /// The rows of all tables.
+    pub fn num_rows(&self) -> usize {
+        self.end_row() - self.first_rows[0] as usize
+    }
+
+    /// The end of the last table, as a row of the virtual table.
+    pub fn end_row(&self) -> usize {
+        self.first_rows[self.len()] as usize
+    }
+
+    /// The boundaries of all tables; one more than there are tables.
+    pub fn first_rows(&self) -> &[i64] {
+        &self.first_rows
+    }
+}
+
 /// The division of `nnz` indices into `num_bags` bags, as the shapes alone tell it.
+///
+/// Bags are counted in the order of the output: bag `bag` looks into table `bag % tables`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BagShape {
     pub nnz: usize,
     pub num_bags: usize,
+    pub tables: usize,
     pub division: Division,
 }
 
@@ -53,39 +152,74 @@ pub(crate) struct BagShape {
 pub(crate) enum Division {
     /// Every bag holds this many indices.
     Fixed(usize),
-    /// Bag `b` runs from `offsets[b]` to `offsets[b + 1]`, or to `nnz` where there is no `offsets[b + 1]`.
-    Offsets { include_last_offset: bool },
+    /// The bag at place `p` of the layout runs from `offsets[p]` to `offsets[p + 1]`, or to `nnz` where there is no
+    /// `offsets[p + 1]`.
+    Offsets {
+        include_last_offset: bool,
+        layout: JaggedLayout,
+    },
 }
 
 impl BagShape {
     /// Bags of the 2-D `indices` of shape `(num_bags, bag_len)`.
-    pub fn fixed(num_bags: usize, bag_len: usize) -> Self {
+    pub fn fixed(num_bags: usize, bag_len: usize, tables: usize) -> Self {
         Self {
             nnz: num_bags * bag_len,
             num_bags,
+            tables,
             division: Division::Fixed(bag_len),
         }
     }
 
     /// Bags of 1-D `indices` by `num_offsets` offsets.
-    pub fn ragged(nnz: usize, num_offsets: usize, include_last_offset: bool) -> Result<Self> {
+    pub fn ragged(
+        nnz: usize,
+        num_offsets: usize,
+        include_last_offset: bool,
+        tables: usize,
+        layout: JaggedLayout,
+    ) -> Result<Self> {
         let num_bags = if include_last_offset {
             match num_offsets.checked_sub(1) {
                 Some(num_bags) => num_bags,
                 None => bail!(
-                    "hashed-embedding-bag: offsets must hold num_bags + 1 values when include_last_offset is set, got none"
+                    "{OP}: offsets must hold num_bags + 1 values when include_last_offset is set, got none"
                 ),
             }
         } else {
             num_offsets
         };
+        if !num_bags.is_multiple_of(tables) {
+            bail!("{OP}: offsets must tell the same number of bags for each of {tables} tables, got {num_bags} bags");
+        }
         Ok(Self {
             nnz,
             num_bags,
+            tables,
             division: Division::Offsets {
                 include_last_offset,
+                layout,
             },
         })
+    }
+
+    /// For jagged bags in feature-major order, how many there are of each table; 0 for any other.
+    pub fn feature_stride(&self) -> usize {
+        match self.division {
+            Division::Offsets {
+                layout: JaggedLayout::FeatureMajor,
+                ..
+            } if self.tables > 1 => self.num_bags / self.tables,
+            _ => 0,
+        }
+    }
+
+    /// The place of `bag` in the layout of the offsets.
+    fn place(&self, bag: usize) -> usize {
+        match self.feature_stride() {
+            0 => bag,
+            batch => bag % self.tables * batch + bag / self.tables,
+        }
     }
 
     /// The indices of `bag`, clamped into `0..nnz` whatever the offsets say.
@@ -94,55 +228,69 @@ impl BagShape {
             Division::Fixed(bag_len) => bag * bag_len..(bag + 1) * bag_len,
             Division::Offsets { .. } => {
                 let clamp = |offset: O| offset.as_i64().clamp(0, self.nnz as i64) as usize;
-                let start = clamp(offsets[bag]);
-                let end = offsets.get(bag + 1).map_or(self.nnz, |&end| clamp(end));
+                let place = self.place(bag);
+                let start = clamp(offsets[place]);
+                let end = offsets.get(place + 1).map_or(self.nnz, |&end| clamp(end));
                 start..end.max(start)
             }
         }
     }
 }
 
-/// The first position in `indices` whose row is neither padding nor in `0..num_embeddings`.
-pub(crate) fn first_bad_row<I: Index>(
-    indices: &[I],
-    num_embeddings: usize,
-    padding_idx: Option<i64>,
-) -> Option<usize> {
-    indices.iter().position(|index| {
-        let row = index.as_i64();
-        !(0..num_embeddings as i64).contains(&row) && Some(row) != padding_idx
-    })
-}
-
-/// The first position in `offsets` that breaks the contract: the first is 0, none decreases, none passes `nnz`.
-pub(crate) fn first_bad_offset<O: Index>(offsets: &[O], nnz: usize) -> Option<usize> {
+/// An error for the first offset that breaks the contract: the first is 0, none decreases, none passes `nnz`.
+pub(crate) fn check_offsets<O: Index>(offsets: &[O], nnz: usize) -> Result<()> {
     let mut previous = 0;
-    offsets.iter().enumerate().position(|(i, offset)| {
+    for (position, offset) in offsets.iter().enumerate() {
         let offset = offset.as_i64();
-        let lowest = std::mem::replace(&mut previous, offset);
-        offset < lowest || offset > nnz as i64 || (i == 0 && offset != 0)
-    })
-}
-
-/// The error for [`first_bad_row`].
-pub(crate) fn bad_row<T>(position: usize, row: i64, num_embeddings: usize) -> Result<T> {
-    bail!("hashed-embedding-bag: indices must lie in 0..{num_embeddings}, got {row} at position {position}")
-}
-
-/// The error for [`first_bad_offset`]; `previous` is the offset before it, where there is one.
-pub(crate) fn bad_offset<T>(
-    position: usize,
-    offset: i64,
-    previous: Option<i64>,
-    nnz: usize,
-) -> Result<T> {
-    match previous {
-        None => bail!("hashed-embedding-bag: offsets must start at 0, got {offset} at position 0"),
-        Some(previous) if offset < previous => bail!(
-            "hashed-embedding-bag: offsets must not decrease, got {offset} after {previous} at position {position}"
-        ),
-        Some(_) => bail!(
-            "hashed-embedding-bag: offsets must not pass the number of indices ({nnz}), got {offset} at position {position}"
-        ),
+        let previous = std::mem::replace(&mut previous, offset);
+        if position == 0 && offset != 0 {
+            bail!("{OP}: offsets must start at 0, got {offset} at position 0");
+        }
+        if offset < previous {
+            bail!("{OP}: offsets must not decrease, got {offset} after {previous} at position {position}");
+        }
+        if offset > nnz as i64 {
+            bail!("{OP}: offsets must not pass the number of indices ({nnz}), got {offset} at position {position}");
+        }
     }
+    Ok(())
+}
+
+/// An error for the first index of any bag whose row is neither padding nor in its table. Offsets have passed
+/// [`check_offsets`]; indices in no bag are not looked at, nor ever looked up.
+pub(crate) fn check_rows<I: Index>(
+    indices: &[I],
+    ranges: impl Fn(usize) -> Range<usize>,
+    bags: &BagShape,
+    tables: &Tables,
+    padding_idx: Option<i64>,
+) -> Result<()> {
+    let first_bad = |range: Range<usize>, table: usize| {
+        let rows = 0..tables.num_embeddings(table) as i64;
+        let bad = indices[range.clone()].iter().position(|index| {
+            let row = index.as_i64();
+            !rows.contains(&row) && Some(row) != padding_idx
+        })?;
+        Some((range.start + bad, table))
+    };
+    let bad = match bags.num_bags {
+        0 => None,
+        // All bags are one stretch of indices.
+        n if bags.tables == 1 => first_bad(ranges(0).start..ranges(n - 1).end, 0),
+        n => (0..n)
+            .filter_map(|bag| first_bad(ranges(bag), bag % bags.tables))
+            .min(),
+    };
+    let Some((position, table)) = bad else {
+        return Ok(());
+    };
+    let of_table = match tables.names.get(table) {
+        Some(name) => format!(" of table {name}"),
+        None => String::new(),
+    };
+    bail!(
+        "{OP}: indices{of_table} must lie in 0..{}, got {} at position {position}",
+        tables.num_embeddings(table),
+        indices[position].as_i64(),
+    )
 }

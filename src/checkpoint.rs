@@ -7,6 +7,13 @@
 //!  "include_last_offset":false,"hash":{"kind":"mix","seed":0,"block":16,"signed":true}}}}
 //! ```
 //!
+//! A [`HashedEmbeddingBagCollection`] stands beside the layers, with its tables in order:
+//!
+//! ```json
+//! "collections":{"sparse":{"tables":[{"name":"user","num_embeddings":6040},{"name":"movie","num_embeddings":3952}],
+//!  "embedding_dim":16,"mode":"sum","padding_idx":null,"include_last_offset":false,"hash":{…}}}
+//! ```
+//!
 //! The parameter of layer `user` is the tensor `user.hashed_weight` (of the layer with the empty name,
 //! `hashed_weight`). Any other reader of safetensors reads the file as it reads every other.
 //!
@@ -38,6 +45,7 @@
 //! # }
 //! ```
 
+use crate::collection::HashedEmbeddingBagCollection;
 use crate::hash::Hash;
 use crate::layer::{
     HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagConfig, HASHED_WEIGHT, INNER_BAG,
@@ -75,8 +83,15 @@ pub struct LayerSpec {
     pub padding_idx: Option<i64>,
     /// Whether offsets hold the end of the last bag.
     pub include_last_offset: bool,
+    /// What is added to each index before it is hashed; written where it is not 0.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub first_row: usize,
     /// Where virtual elements find their slots.
     pub hash: Hash,
+}
+
+fn is_zero(n: &usize) -> bool {
+    *n == 0
 }
 
 impl From<&HashedEmbeddingBag> for LayerSpec {
@@ -87,6 +102,7 @@ impl From<&HashedEmbeddingBag> for LayerSpec {
             mode: layer.mode(),
             padding_idx: layer.padding_idx(),
             include_last_offset: layer.include_last_offset(),
+            first_row: layer.first_row(),
             hash: layer.hash(),
         }
     }
@@ -100,6 +116,7 @@ impl LayerSpec {
             hash: Some(self.hash),
             padding_idx: self.padding_idx,
             include_last_offset: self.include_last_offset,
+            first_row: self.first_row,
             ..Default::default()
         };
         HashedEmbeddingBag::new(
@@ -111,11 +128,107 @@ impl LayerSpec {
     }
 }
 
-/// The JSON of [`METADATA_KEY`], as it is written.
-#[derive(Serialize)]
+/// What a checkpoint says of one collection: all but its parameter.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct CollectionSpec {
+    /// The tables, in order.
+    pub tables: Vec<TableSpec>,
+    /// Columns of every table.
+    pub embedding_dim: usize,
+    /// How the rows of a bag become one.
+    pub mode: Mode,
+    /// The index that is padding, in every table.
+    pub padding_idx: Option<i64>,
+    /// Whether offsets hold the end of the last bag.
+    pub include_last_offset: bool,
+    /// Where virtual elements find their slots.
+    pub hash: Hash,
+}
+
+/// One table of a [`CollectionSpec`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct TableSpec {
+    /// Its name, no other's.
+    pub name: String,
+    /// Its rows.
+    pub num_embeddings: usize,
+}
+
+impl From<&HashedEmbeddingBagCollection> for CollectionSpec {
+    fn from(collection: &HashedEmbeddingBagCollection) -> Self {
+        let tables = collection.tables().map(|(name, num_embeddings)| TableSpec {
+            name: name.to_string(),
+            num_embeddings,
+        });
+        Self {
+            tables: tables.collect(),
+            embedding_dim: collection.embedding_dim(),
+            mode: collection.mode(),
+            padding_idx: collection.padding_idx(),
+            include_last_offset: collection.include_last_offset(),
+            hash: collection.hash(),
+        }
+    }
+}
+
+impl CollectionSpec {
+    /// The collection this describes, on `hashed_weight`.
+    fn build(&self, hashed_weight: Tensor) -> Result<HashedEmbeddingBagCollection> {
+        let config = HashedEmbeddingBagConfig {
+            mode: self.mode,
+            hash: Some(self.hash),
+            padding_idx: self.padding_idx,
+            include_last_offset: self.include_last_offset,
+            ..Default::default()
+        };
+        let tables = self.tables.iter();
+        let tables = tables.map(|table| (table.name.as_str(), table.num_embeddings));
+        HashedEmbeddingBagCollection::new(hashed_weight, tables, self.embedding_dim, config)
+    }
+}
+
+/// Something with a `hashed_weight` that [`save`] describes; made of a reference by `into`.
+#[derive(Debug, Clone, Copy)]
+pub enum Layer<'a> {
+    /// A [`HashedEmbeddingBag`].
+    Bag(&'a HashedEmbeddingBag),
+    /// A [`HashedEmbeddingBagCollection`].
+    Collection(&'a HashedEmbeddingBagCollection),
+}
+
+impl<'a> From<&'a HashedEmbeddingBag> for Layer<'a> {
+    fn from(layer: &'a HashedEmbeddingBag) -> Self {
+        Self::Bag(layer)
+    }
+}
+
+impl<'a> From<&'a HashedEmbeddingBagCollection> for Layer<'a> {
+    fn from(collection: &'a HashedEmbeddingBagCollection) -> Self {
+        Self::Collection(collection)
+    }
+}
+
+impl Layer<'_> {
+    fn hashed_weight(&self) -> &Tensor {
+        match self {
+            Self::Bag(layer) => layer.hashed_weight(),
+            Self::Collection(collection) => collection.hashed_weight(),
+        }
+    }
+}
+
+/// The JSON of [`METADATA_KEY`]; the version has been read before.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Header {
     version: u64,
     layers: BTreeMap<String, LayerSpec>,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    collections: BTreeMap<String, CollectionSpec>,
 }
 
 /// The name of the parameter of layer `name`.
@@ -127,20 +240,21 @@ fn weight_name(name: &str) -> String {
     }
 }
 
-/// Saves a model: its tensors, and its hashed layers by name (the prefix of their variable).
+/// Saves a model: its tensors, and its hashed layers and collections by name (the prefix of their variable).
 ///
 /// The parameter of layer `name` is written as `<name>.hashed_weight`; `tensors` may hold it too, as the variables of a
-/// `VarMap` do. A [`HashedEmbedding`] `emb` is saved as layer `emb.hashed_embedding_bag`: pass `emb.bag()`.
+/// `VarMap` do. A [`HashedEmbedding`] `emb` is saved as layer `emb.hashed_embedding_bag`: pass `emb.bag()`. Where there are
+/// both layers and collections, each goes [`into`](Into::into) a [`Layer`].
 ///
 /// The file appears whole or not at all: it is written beside `path`, synced, and renamed over it, and the folder is synced.
 /// Where only that last step fails, the error is told though the new file is in place.
 ///
 /// # Errors
 /// A name given twice with different tensors, a dtype without a safetensors form in candle, or what the file system says.
-pub fn save<'a, N: Into<String>>(
+pub fn save<'a, N: Into<String>, L: Into<Layer<'a>>>(
     path: impl AsRef<Path>,
     tensors: impl IntoIterator<Item = (String, Tensor)>,
-    layers: impl IntoIterator<Item = (N, &'a HashedEmbeddingBag)>,
+    layers: impl IntoIterator<Item = (N, L)>,
 ) -> Result<()> {
     let mut all: BTreeMap<String, Tensor> = BTreeMap::new();
     let mut insert = |name: String, tensor: Tensor| match all.get(&name) {
@@ -157,13 +271,21 @@ pub fn save<'a, N: Into<String>>(
     }
     let mut header = Header {
         version: VERSION,
-        layers: BTreeMap::new(),
+        ..Default::default()
     };
     for (name, layer) in layers {
-        let name = name.into();
+        let (name, layer) = (name.into(), layer.into());
         insert(weight_name(&name), layer.hashed_weight().clone())?;
-        if header.layers.insert(name.clone(), layer.into()).is_some() {
+        if header.layers.contains_key(&name) || header.collections.contains_key(&name) {
             bail!("checkpoint: two layers are named {name}");
+        }
+        match layer {
+            Layer::Bag(layer) => {
+                header.layers.insert(name, layer.into());
+            }
+            Layer::Collection(collection) => {
+                header.collections.insert(name, collection.into());
+            }
         }
     }
     // On the CPU first: the writer below has no way to report a failed copy.
@@ -227,7 +349,7 @@ fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     file: Arc<MappedFile>,
-    layers: BTreeMap<String, LayerSpec>,
+    header: Arc<Header>,
 }
 
 impl Checkpoint {
@@ -241,10 +363,10 @@ impl Checkpoint {
         let path = path.as_ref();
         let open = || {
             let file = MappedFile::open(path)?;
-            let layers = file.layers()?;
+            let header = file.header()?;
             Ok(Self {
                 file: Arc::new(file),
-                layers,
+                header: Arc::new(header),
             })
         };
         open().map_err(|e: Error| e.with_path(path))
@@ -252,7 +374,14 @@ impl Checkpoint {
 
     /// The hashed layers, by name, in order.
     pub fn layers(&self) -> impl Iterator<Item = (&str, &LayerSpec)> {
-        self.layers.iter().map(|(name, spec)| (name.as_str(), spec))
+        let layers = self.header.layers.iter();
+        layers.map(|(name, spec)| (name.as_str(), spec))
+    }
+
+    /// The collections, by name, in order.
+    pub fn collections(&self) -> impl Iterator<Item = (&str, &CollectionSpec)> {
+        let collections = self.header.collections.iter();
+        collections.map(|(name, spec)| (name.as_str(), spec))
     }
 
     /// The hashed layer `name`, its parameter cast to `dtype` on `device`; untracked, for inference.
@@ -265,9 +394,30 @@ impl Checkpoint {
         dtype: DType,
         device: &Device,
     ) -> Result<HashedEmbeddingBag> {
-        let Some(spec) = self.layers.get(name) else {
-            let names: Vec<_> = self.layers.keys().map(String::as_str).collect();
+        let Some(spec) = self.header.layers.get(name) else {
+            let names: Vec<_> = self.layers().map(|(name, _)| name).collect();
             bail!("checkpoint: no layer {name}, only {}", names.join(", "));
+        };
+        let hashed_weight = self.tensor(&weight_name(name), device)?;
+        spec.build(hashed_weight.to_dtype(dtype)?)
+    }
+
+    /// The collection `name`, its parameter cast to `dtype` on `device`; untracked, for inference.
+    ///
+    /// # Errors
+    /// No such collection, or what the device says.
+    pub fn hashed_embedding_bag_collection(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<HashedEmbeddingBagCollection> {
+        let Some(spec) = self.header.collections.get(name) else {
+            let names: Vec<_> = self.collections().map(|(name, _)| name).collect();
+            bail!(
+                "checkpoint: no collection {name}, only {}",
+                names.join(", ")
+            );
         };
         let hashed_weight = self.tensor(&weight_name(name), device)?;
         spec.build(hashed_weight.to_dtype(dtype)?)
@@ -329,13 +479,14 @@ impl MappedFile {
     }
 
     /// Reads and checks the description of the hashed layers.
-    fn layers(&self) -> Result<BTreeMap<String, LayerSpec>> {
+    fn header(&self) -> Result<Header> {
         let metadata = self.metadata.metadata().as_ref();
         let Some(header) = metadata.and_then(|metadata| metadata.get(METADATA_KEY)) else {
             bail!("checkpoint: no {METADATA_KEY} in __metadata__");
         };
         let header: serde_json::Value = serde_json::from_str(header)
             .map_err(|e| Error::msg(format!("checkpoint: {METADATA_KEY} is no JSON: {e}")))?;
+        // The version first: of another one, nothing else is known.
         match header
             .get("version")
             .map(|version| (version, version.as_u64()))
@@ -344,41 +495,35 @@ impl MappedFile {
             Some((_, Some(VERSION))) => {}
             Some((version, _)) => bail!("checkpoint: version must be {VERSION}, got {version}"),
         }
-        let Some(layers) = header.get("layers").and_then(|layers| layers.as_object()) else {
-            bail!("checkpoint: layers is missing or no object");
-        };
-        let mut keys = header
-            .as_object()
-            .into_iter()
-            .flat_map(|header| header.keys());
-        if let Some(unknown) = keys.find(|key| !["version", "layers"].contains(&key.as_str())) {
-            bail!("checkpoint: unknown field {unknown}");
+        let header: Header = serde_path_to_error::deserialize(header).map_err(|e| {
+            let path = match e.path().to_string().as_str() {
+                "." => String::new(),
+                path => format!("{path}: "),
+            };
+            Error::msg(format!("checkpoint: {path}{}", e.inner()))
+        })?;
+        for (name, spec) in &header.layers {
+            self.check("layer", name, |weight| spec.build(weight).map(drop))?;
         }
-        layers
-            .iter()
-            .map(|(name, spec)| {
-                let spec: LayerSpec = serde_path_to_error::deserialize(spec).map_err(|e| {
-                    let field = match e.path().to_string().as_str() {
-                        "." => String::new(),
-                        field => format!("field {field}: "),
-                    };
-                    Error::msg(format!("checkpoint: layer {name}: {field}{}", e.inner()))
-                })?;
-                self.check_layer(name, &spec)?;
-                Ok((name.clone(), spec))
-            })
-            .collect()
+        for (name, spec) in &header.collections {
+            if header.layers.contains_key(name) {
+                bail!("checkpoint: collection {name} has the name of a layer");
+            }
+            self.check("collection", name, |weight| spec.build(weight).map(drop))?;
+        }
+        Ok(header)
     }
 
-    fn check_layer(&self, name: &str, spec: &LayerSpec) -> Result<()> {
+    /// Checks the parameter of a layer or collection, which `build` makes of it.
+    fn check(&self, kind: &str, name: &str, build: impl Fn(Tensor) -> Result<()>) -> Result<()> {
         let weight = weight_name(name);
         let Some(info) = self.metadata.info(&weight) else {
-            bail!("checkpoint: layer {name}: no tensor {weight}");
+            bail!("checkpoint: {kind} {name}: no tensor {weight}");
         };
         let dtype = DType::try_from(info.dtype).ok();
         if !dtype.is_some_and(|dtype| WEIGHT_DTYPES.contains(&dtype)) {
             bail!(
-                "checkpoint: layer {name}: {weight} must have a float dtype, got {:?}",
+                "checkpoint: {kind} {name}: {weight} must have a float dtype, got {:?}",
                 info.dtype
             );
         }
@@ -387,9 +532,8 @@ impl MappedFile {
         let stand_in = Tensor::zeros((), DType::F32, &Device::Cpu)?;
         stand_in
             .broadcast_as(info.shape.as_slice())
-            .and_then(|hashed_weight| spec.build(hashed_weight))
-            .map_err(|e| Error::msg(format!("checkpoint: layer {name}: {e}")))?;
-        Ok(())
+            .and_then(build)
+            .map_err(|e| Error::msg(format!("checkpoint: {kind} {name}: {e}")))
     }
 
     fn load(&self, name: &str, device: &Device) -> Result<Tensor> {

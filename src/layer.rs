@@ -4,12 +4,15 @@
 //! |---|---|---|
 //! | one row per index | `candle_nn::Embedding` | [`HashedEmbedding`] |
 //! | pooled bags of rows | `torch.nn.EmbeddingBag` | [`HashedEmbeddingBag`] |
+//!
+//! Many tables over one parameter are a [`HashedEmbeddingBagCollection`](crate::HashedEmbeddingBagCollection).
 
-use crate::bags::BoundsCheck;
+use crate::bags::{BoundsCheck, JaggedLayout, Tables};
 use crate::hash::Hash;
-use crate::op::{self, check_dtype, Mode, Table, WEIGHT_DTYPES};
+use crate::op::{self, check_dtype, Mode, Offsets, Table, WEIGHT_DTYPES};
 use candle_core::{bail, Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
+use std::sync::Arc;
 
 /// The name of the parameter, here and in the state dict of the PyTorch package.
 pub(crate) const HASHED_WEIGHT: &str = "hashed_weight";
@@ -39,6 +42,9 @@ pub struct HashedEmbeddingBagConfig {
     pub padding_idx: Option<i64>,
     /// Offsets hold one more value, the end of the last bag. Default `false`.
     pub include_last_offset: bool,
+    /// What is added to each index before it is hashed: where this table starts in a larger virtual one, as ROBE's
+    /// `val_offset` says. Tables that share a `hashed_weight` must not overlap. Default 0.
+    pub first_row: usize,
     /// What happens with indices and offsets out of range. Default [`BoundsCheck::Error`].
     pub bounds_check: BoundsCheck,
 }
@@ -51,6 +57,7 @@ impl Default for HashedEmbeddingBagConfig {
             hash: None,
             padding_idx: None,
             include_last_offset: false,
+            first_row: 0,
             bounds_check: BoundsCheck::Error,
         }
     }
@@ -119,7 +126,19 @@ pub fn hashed_embedding_bag(
     config: HashedEmbeddingBagConfig,
     vb: VarBuilder,
 ) -> Result<HashedEmbeddingBag> {
-    check_sizes(num_embeddings, embedding_dim)?;
+    let tables = Tables::one(config.first_row, num_embeddings)?;
+    create(tables, embedding_dim, config, vb)
+}
+
+/// A layer over one or several tables, on a variable of the `VarBuilder`.
+pub(crate) fn create(
+    tables: Tables,
+    embedding_dim: usize,
+    config: HashedEmbeddingBagConfig,
+    vb: VarBuilder,
+) -> Result<HashedEmbeddingBag> {
+    check_embedding_dim(embedding_dim)?;
+    let num_embeddings = tables.num_rows();
     let compression = config.compression;
     if !(compression > 0.0 && compression.is_finite()) {
         bail!("hashed-embedding-bag: compression must be positive and finite, got {compression}");
@@ -131,7 +150,7 @@ pub fn hashed_embedding_bag(
     if len > isize::MAX as usize / 8 {
         bail!("hashed-embedding-bag: compression {compression} makes hashed_weight too large, {len} values");
     }
-    hash.check_table(num_embeddings, embedding_dim)?;
+    hash.check_table(tables.end_row(), embedding_dim)?;
     hash.check_len(len)?;
     let bound = (1.0 / num_embeddings as f64).sqrt();
     let init = Init::Uniform {
@@ -139,13 +158,10 @@ pub fn hashed_embedding_bag(
         up: bound,
     };
     let hashed_weight = vb.get_with_hints(len, HASHED_WEIGHT, init)?;
-    HashedEmbeddingBag::new(hashed_weight, num_embeddings, embedding_dim, config)
+    HashedEmbeddingBag::over(hashed_weight, Arc::new(tables), embedding_dim, config)
 }
 
-fn check_sizes(num_embeddings: usize, embedding_dim: usize) -> Result<()> {
-    if num_embeddings == 0 || i64::try_from(num_embeddings).is_err() {
-        bail!("hashed-embedding-bag: num_embeddings must lie in 1..2^63, got {num_embeddings}");
-    }
+fn check_embedding_dim(embedding_dim: usize) -> Result<()> {
     // The kernels count columns in 32 bits, some past the last.
     if embedding_dim == 0 || i32::try_from(embedding_dim).is_err() {
         bail!("hashed-embedding-bag: embedding_dim must lie in 1..2^31, got {embedding_dim}");
@@ -166,17 +182,34 @@ impl HashedEmbeddingBag {
         embedding_dim: usize,
         config: HashedEmbeddingBagConfig,
     ) -> Result<Self> {
-        check_sizes(num_embeddings, embedding_dim)?;
+        let tables = Tables::one(config.first_row, num_embeddings)?;
+        Self::over(hashed_weight, Arc::new(tables), embedding_dim, config)
+    }
+
+    /// A layer over one or several tables; `config.first_row` is in `tables`.
+    pub(crate) fn over(
+        hashed_weight: Tensor,
+        tables: Arc<Tables>,
+        embedding_dim: usize,
+        config: HashedEmbeddingBagConfig,
+    ) -> Result<Self> {
+        check_embedding_dim(embedding_dim)?;
         check_dtype(HASHED_WEIGHT, &hashed_weight, &WEIGHT_DTYPES)?;
         let len = match hashed_weight.dims() {
             &[len] => len,
             dims => bail!("hashed-embedding-bag: hashed_weight must have rank 1, got {dims:?}"),
         };
         let hash = config.hash.unwrap_or(Hash::default_for(embedding_dim));
-        hash.check_table(num_embeddings, embedding_dim)?;
+        hash.check_table(tables.end_row(), embedding_dim)?;
+        let first_rows = if tables.len() > 1 {
+            Some(Tensor::new(tables.first_rows(), hashed_weight.device())?)
+        } else {
+            None
+        };
         let table = Table {
             slots: hash.slots(len)?,
-            num_embeddings,
+            tables,
+            first_rows,
             embedding_dim,
             mode: config.mode,
             padding_idx: config.padding_idx,
@@ -197,7 +230,7 @@ impl HashedEmbeddingBag {
     /// Wrong ranks, dtypes or devices; with [`BoundsCheck::Error`] also a row outside `0..num_embeddings` that is not
     /// padding, and offsets that do not start at 0, decrease or pass `nnz`, each by position and value.
     pub fn forward_with_offsets(&self, indices: &Tensor, offsets: &Tensor) -> Result<Tensor> {
-        self.lookup(indices, Some(offsets), None)
+        self.lookup(indices, Some(offsets), JaggedLayout::BatchMajor, None)
     }
 
     /// Pools rows that are each multiplied by their own weight; mode sum only. `per_sample_weights` has the shape of
@@ -213,24 +246,48 @@ impl HashedEmbeddingBag {
         offsets: Option<&Tensor>,
         per_sample_weights: &Tensor,
     ) -> Result<Tensor> {
-        self.lookup(indices, offsets, Some(per_sample_weights))
+        let layout = JaggedLayout::BatchMajor;
+        self.lookup(indices, offsets, layout, Some(per_sample_weights))
     }
 
-    fn lookup(
+    pub(crate) fn lookup(
         &self,
         indices: &Tensor,
         offsets: Option<&Tensor>,
+        layout: JaggedLayout,
         per_sample_weights: Option<&Tensor>,
     ) -> Result<Tensor> {
+        let offsets = offsets.map(|offsets| Offsets {
+            offsets,
+            include_last_offset: self.include_last_offset,
+            layout,
+        });
         op::hashed_embedding_bag(
             &self.hashed_weight,
             indices,
             offsets,
             per_sample_weights,
-            self.table,
-            self.include_last_offset,
+            &self.table,
             self.bounds_check,
         )
+    }
+
+    /// The configuration of this layer, as [`HashedEmbeddingBag::new`] takes it.
+    pub fn config(&self) -> HashedEmbeddingBagConfig {
+        HashedEmbeddingBagConfig {
+            compression: self.compression(),
+            mode: self.mode(),
+            hash: Some(self.hash),
+            padding_idx: self.padding_idx(),
+            include_last_offset: self.include_last_offset,
+            first_row: self.first_row(),
+            bounds_check: self.bounds_check,
+        }
+    }
+
+    /// The table or tables this layer looks into.
+    pub(crate) fn tables(&self) -> &Arc<Tables> {
+        &self.table.tables
     }
 
     /// The parameter, `(len,)`.
@@ -240,7 +297,12 @@ impl HashedEmbeddingBag {
 
     /// The number of rows of the virtual table.
     pub fn num_embeddings(&self) -> usize {
-        self.table.num_embeddings
+        self.table.tables.num_rows()
+    }
+
+    /// What is added to each index before it is hashed.
+    pub fn first_row(&self) -> usize {
+        self.table.tables.first_row(0) as usize
     }
 
     /// The number of columns of the virtual table, and of the output.
@@ -291,7 +353,7 @@ impl HashedEmbeddingBag {
 impl Module for HashedEmbeddingBag {
     /// Pools `indices` of shape `(num_bags, bag_len)` to `(num_bags, embedding_dim)`.
     fn forward(&self, indices: &Tensor) -> Result<Tensor> {
-        self.lookup(indices, None, None)
+        self.lookup(indices, None, JaggedLayout::BatchMajor, None)
     }
 }
 

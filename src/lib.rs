@@ -7,6 +7,7 @@
 //! | you want to | use |
 //! |---|---|
 //! | pool bags of rows in a model | [`hashed_embedding_bag()`], [`HashedEmbeddingBag`] |
+//! | look up many tables at once, over one parameter | [`hashed_embedding_bag_collection()`], [`HashedEmbeddingBagCollection`] |
 //! | look up single rows | [`hashed_embedding()`], [`HashedEmbedding`] |
 //! | choose where values go, or match weights trained in PyTorch | [`Hash`](enum@Hash) |
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
@@ -44,12 +45,14 @@
 
 mod bags;
 pub mod checkpoint;
+mod collection;
 mod hash;
 mod layer;
 mod op;
 
-pub use bags::BoundsCheck;
+pub use bags::{BoundsCheck, JaggedLayout};
 pub use checkpoint::Checkpoint;
+pub use collection::{hashed_embedding_bag_collection, HashedEmbeddingBagCollection};
 pub use hash::{Affine, Hash, Mix, Overflow};
 pub use layer::{
     hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag,

@@ -264,48 +264,44 @@ fn opening_refuses_by_layer_and_field() {
         (
             r#""layers""#,
             r#""layer""#,
-            "layers is missing or no object",
+            "layer: unknown field `layer`, expected one of",
         ),
         ("{", "", "hashed_embedding_bag is no JSON"),
         (
             r#""mix""#,
             r#""md5""#,
-            "layer a: field hash.kind: unknown variant `md5`, expected `mix` or `affine`",
+            "layers.a.hash.kind: unknown variant `md5`, expected `mix` or `affine`",
         ),
         (
             r#""kind":"mix","#,
             "",
-            "layer a: field hash: missing field `kind`",
+            "layers.a.hash: missing field `kind`",
         ),
-        (
-            r#""seed":0,"#,
-            "",
-            "layer a: field hash: missing field `seed`",
-        ),
+        (r#""seed":0,"#, "", "layers.a.hash: missing field `seed`"),
         (
             r#""seed":0"#,
             r#""seed":-1"#,
-            "layer a: field hash: invalid value: integer `-1`",
+            "layers.a.hash: invalid value: integer `-1`",
         ),
         (
             r#""block":4"#,
             r#""block":0"#,
-            "layer a: field hash: hash: block must lie in 1..=16777216, got 0",
+            "layers.a.hash: hash: block must lie in 1..=16777216, got 0",
         ),
         (
             r#""block":4"#,
             r#""block":64"#,
-            "layer a: field hash: hash: a signed mix block must be at most 32, got 64",
+            "layers.a.hash: hash: a signed mix block must be at most 32, got 64",
         ),
         (
             r#""signed":true"#,
             r#""signed":true,"salt":1"#,
-            "layer a: field hash: unknown field `salt`",
+            "layers.a.hash: unknown field `salt`",
         ),
         (
             r#""num_embeddings":10,"#,
             "",
-            "layer a: missing field `num_embeddings`",
+            "layers.a: missing field `num_embeddings`",
         ),
         (
             r#""num_embeddings":10"#,
@@ -315,7 +311,7 @@ fn opening_refuses_by_layer_and_field() {
         (
             r#""num_embeddings":10"#,
             r#""num_embeddings":1e3"#,
-            "layer a: field num_embeddings: invalid type: floating point `1000.0`",
+            "layers.a.num_embeddings: invalid type: floating point `1000.0`",
         ),
         (
             r#""embedding_dim":4"#,
@@ -325,12 +321,12 @@ fn opening_refuses_by_layer_and_field() {
         (
             r#""mode":"sum""#,
             r#""mode":"median""#,
-            "layer a: field mode: unknown variant `median`",
+            "layers.a.mode: unknown variant `median`",
         ),
         (
             r#""padding_idx":null"#,
             r#""padding_idx":"x""#,
-            "layer a: field padding_idx: invalid type: string",
+            "layers.a.padding_idx: invalid type: string",
         ),
         (
             r#""layers":{"a""#,

@@ -353,6 +353,7 @@ fn construction() -> Result<()> {
             hash,
             padding_idx: Some(3),
             include_last_offset: true,
+            first_row: 0,
             bounds_check: BoundsCheck::Off,
         };
         let bag = hashed_embedding_bag(num_embeddings, embedding_dim, config, vb)?;

@@ -1,8 +1,8 @@
 //! The differentiable function under the layers: `out[bag, column] = pool over rows of the bag of
 //! sign(row, column) * hashed_weight[slot(row, column)]`.
 //!
-//! Every check stands here, once. What passes becomes a small `Copy` struct, [`Lookup`], and a set of contiguous
-//! [`Operands`]; `cpu/` and `cuda.rs` trust both.
+//! Every check of shapes and dtypes stands here, once. What passes becomes a small struct, [`Lookup`], and a set of
+//! contiguous [`Operands`]; `cpu/` and `cuda.rs` trust both.
 //!
 //! | op | kind | arguments | result |
 //! |---|---|---|---|
@@ -19,13 +19,14 @@ mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
 
-use crate::bags::{BagShape, BoundsCheck};
+use crate::bags::{BagShape, BoundsCheck, JaggedLayout, Tables};
 use crate::hash::Slots;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{
     bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
 };
-#[cfg(feature = "cuda")]
-use candle_core::{CudaStorage, Device};
+use std::sync::Arc;
 
 const OP: &str = "hashed-embedding-bag";
 
@@ -44,10 +45,13 @@ pub enum Mode {
 }
 
 /// The virtual table that a layer stands for: its configuration, bound to one length of `hashed_weight`.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) struct Table {
     pub slots: Slots,
-    pub num_embeddings: usize,
+    pub tables: Arc<Tables>,
+    /// `Tables::first_rows` beside `hashed_weight`, where there are several tables: i64, `(tables + 1,)`. For kernels.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub first_rows: Option<Tensor>,
     pub embedding_dim: usize,
     pub mode: Mode,
     pub padding_idx: Option<i64>,
@@ -61,10 +65,11 @@ impl Table {
 }
 
 /// One call: which table, and how its indices are divided.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 struct Lookup {
     table: Table,
     bags: BagShape,
+    bounds_check: BoundsCheck,
 }
 
 /// A storage and where in it the tensor lies; always contiguous here.
@@ -76,6 +81,15 @@ struct Operands<'a, S> {
     indices: View<'a, S>,
     offsets: Option<View<'a, S>>,
     per_sample_weights: Option<View<'a, S>>,
+}
+
+/// Offsets, and how they are to be read.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Offsets<'a> {
+    pub offsets: &'a Tensor,
+    pub include_last_offset: bool,
+    /// Of no consequence where there is one table.
+    pub layout: JaggedLayout,
 }
 
 /// Looks up and pools bags of rows.
@@ -90,24 +104,31 @@ struct Operands<'a, S> {
 pub(crate) fn hashed_embedding_bag(
     hashed_weight: &Tensor,
     indices: &Tensor,
-    offsets: Option<&Tensor>,
+    offsets: Option<Offsets>,
     per_sample_weights: Option<&Tensor>,
-    table: Table,
-    include_last_offset: bool,
+    table: &Table,
     bounds_check: BoundsCheck,
 ) -> Result<Tensor> {
+    let tables = table.tables.len();
     check_dtype("indices", indices, &INDEX_DTYPES)?;
     check_device("indices", indices, hashed_weight)?;
     let bags = match (offsets, indices.dims()) {
-        (None, &[num_bags, bag_len]) => BagShape::fixed(num_bags, bag_len),
+        (None, &[num_bags, bag_len]) => BagShape::fixed(num_bags, bag_len, tables),
         (None, dims) => {
             bail!("{OP}: indices must have rank 2 when there are no offsets, got {dims:?}")
         }
-        (Some(offsets), &[nnz]) => {
+        (
+            Some(Offsets {
+                offsets,
+                include_last_offset,
+                layout,
+            }),
+            &[nnz],
+        ) => {
             check_dtype("offsets", offsets, &INDEX_DTYPES)?;
             check_device("offsets", offsets, hashed_weight)?;
             match offsets.dims() {
-                &[num_offsets] => BagShape::ragged(nnz, num_offsets, include_last_offset)?,
+                &[len] => BagShape::ragged(nnz, len, include_last_offset, tables, layout)?,
                 dims => bail!("{OP}: offsets must have rank 1, got {dims:?}"),
             }
         }
@@ -135,11 +156,14 @@ pub(crate) fn hashed_embedding_bag(
 
     let hashed_weight = hashed_weight.contiguous()?;
     let indices = contiguous_indices(indices)?;
-    let offsets = offsets.map(contiguous_indices).transpose()?;
-    let lookup = Lookup { table, bags };
-    if bounds_check == BoundsCheck::Error {
-        lookup.check_bounds(&indices, offsets.as_ref())?;
-    }
+    let offsets = offsets
+        .map(|offsets| contiguous_indices(offsets.offsets))
+        .transpose()?;
+    let lookup = Lookup {
+        table: table.clone(),
+        bags,
+        bounds_check,
+    };
     match (offsets, per_sample_weights) {
         (None, None) => hashed_weight.apply_op2(&indices, FixedBags(lookup)),
         (Some(offsets), None) => {
@@ -197,14 +221,8 @@ trait Backend {
     /// The storage, when it lies on this backend.
     fn storage(storage: &Storage) -> Result<&Self::Storage>;
 
-    /// An error for the first offset or row that breaks the contract.
-    fn check_bounds(
-        lookup: &Lookup,
-        indices: View<Self::Storage>,
-        offsets: Option<View<Self::Storage>>,
-    ) -> Result<()>;
-
-    /// `(num_bags, embedding_dim)` in the dtype of `hashed_weight`.
+    /// `(num_bags, embedding_dim)` in the dtype of `hashed_weight`; with [`BoundsCheck::Error`], an error for the first
+    /// offset or row that breaks the contract.
     fn forward(lookup: &Lookup, operands: &Operands<Self::Storage>) -> Result<Self::Storage>;
 
     /// `(len,)` in the accumulator's dtype: f64 for f64, else f32.
@@ -227,25 +245,6 @@ impl Lookup {
         (self.bags.num_bags, self.table.embedding_dim).into()
     }
 
-    fn check_bounds(&self, indices: &Tensor, offsets: Option<&Tensor>) -> Result<()> {
-        match indices.device() {
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => self.check_bounds_on::<cuda::Cuda>(indices, offsets),
-            // Nothing but the CPU and CUDA has an op to run: elsewhere this call is what says so.
-            _ => self.check_bounds_on::<cpu::Cpu>(indices, offsets),
-        }
-    }
-
-    fn check_bounds_on<B: Backend>(
-        &self,
-        indices: &Tensor,
-        offsets: Option<&Tensor>,
-    ) -> Result<()> {
-        let (storage, layout) = indices.storage_and_layout();
-        let indices = (B::storage(&storage)?, layout);
-        lend::<B, _>(offsets, |offsets| B::check_bounds(self, indices, offsets))
-    }
-
     /// The gradients with respect to `hashed_weight` and `per_sample_weights`; `None` for what needs none.
     fn backward(
         &self,
@@ -258,7 +257,7 @@ impl Lookup {
         let grad_output = grad_output.contiguous()?;
         let grad_weight = if hashed_weight.track_op() {
             let op = GradWeight {
-                lookup: *self,
+                lookup: self.clone(),
                 offsets: offsets.cloned(),
                 per_sample_weights: per_sample_weights.cloned(),
             };
@@ -270,7 +269,7 @@ impl Lookup {
         let grad_per_sample_weights = match per_sample_weights {
             Some(weights) if weights.track_op() => {
                 let op = GradPerSampleWeights {
-                    lookup: *self,
+                    lookup: self.clone(),
                     offsets: offsets.cloned(),
                 };
                 Some(grad_output.apply_op3_no_bwd(hashed_weight, indices, &Ternary(op))?)

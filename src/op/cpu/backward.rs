@@ -259,7 +259,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
                     Some(weights) => weights[position].widen(),
                     None => scale,
                 };
-                let row = bags.indices.row(position) as u64;
+                let row = bags.row(position);
                 bags.hash
                     .locate(std::iter::once(row), &bags.runs, &mut places);
                 let mut grad = bag * bags.embedding_dim();

@@ -15,7 +15,7 @@ mod lanes;
 mod places;
 
 use super::{Backend, Lookup, Mode, Operands, View};
-use crate::bags::{bad_offset, bad_row, first_bad_offset, first_bad_row, Index};
+use crate::bags::{check_offsets, check_rows, BagShape, BoundsCheck, Index};
 use crate::hash::{AffineRows, Locate, Slots};
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType};
@@ -41,27 +41,10 @@ impl Backend for Cpu {
         }
     }
 
-    fn check_bounds(
-        lookup: &Lookup,
-        indices: View<CpuStorage>,
-        offsets: Option<View<CpuStorage>>,
-    ) -> Result<()> {
-        if let Some(offsets) = offsets {
-            let nnz = lookup.bags.nnz;
-            match offsets.0.dtype() {
-                DType::U32 => check_offsets::<u32>(nnz, offsets),
-                DType::I32 => check_offsets::<i32>(nnz, offsets),
-                _ => check_offsets::<i64>(nnz, offsets),
-            }?;
-        }
-        match indices.0.dtype() {
-            DType::U32 => check_rows::<u32>(lookup, indices),
-            DType::I32 => check_rows::<i32>(lookup, indices),
-            _ => check_rows::<i64>(lookup, indices),
-        }
-    }
-
     fn forward(lookup: &Lookup, operands: &Operands<CpuStorage>) -> Result<CpuStorage> {
+        if lookup.bounds_check == BoundsCheck::Error {
+            check_bounds(lookup, operands.indices, operands.offsets)?;
+        }
         dispatch(forward::Forward, lookup, operands)
     }
 
@@ -93,22 +76,36 @@ fn slice<'a, T: WithDType>((storage, layout): View<'a, CpuStorage>) -> Result<&'
     }
 }
 
-fn check_rows<I: Index + WithDType>(lookup: &Lookup, indices: View<CpuStorage>) -> Result<()> {
-    let (indices, table) = (slice::<I>(indices)?, &lookup.table);
-    match first_bad_row(indices, table.num_embeddings, table.padding_idx) {
-        Some(at) => bad_row(at, indices[at].as_i64(), table.num_embeddings),
-        None => Ok(()),
+/// An error for the first offset or row that breaks the contract.
+pub(super) fn check_bounds(
+    lookup: &Lookup,
+    indices: View<CpuStorage>,
+    offsets: Option<View<CpuStorage>>,
+) -> Result<()> {
+    let Lookup { table, bags, .. } = lookup;
+    if let Some(offsets) = offsets {
+        match Indices::new(offsets)? {
+            Indices::U32(offsets) => check_offsets(offsets, bags.nnz),
+            Indices::I32(offsets) => check_offsets(offsets, bags.nnz),
+            Indices::I64(offsets) => check_offsets(offsets, bags.nnz),
+        }?;
+    }
+    let offsets = offsets.map(Indices::new).transpose()?;
+    let ranges = |bag| range(bags, offsets, bag);
+    match Indices::new(indices)? {
+        Indices::U32(rows) => check_rows(rows, ranges, bags, &table.tables, table.padding_idx),
+        Indices::I32(rows) => check_rows(rows, ranges, bags, &table.tables, table.padding_idx),
+        Indices::I64(rows) => check_rows(rows, ranges, bags, &table.tables, table.padding_idx),
     }
 }
 
-fn check_offsets<O: Index + WithDType>(nnz: usize, offsets: View<CpuStorage>) -> Result<()> {
-    let offsets = slice::<O>(offsets)?;
-    match first_bad_offset(offsets, nnz) {
-        Some(at) => {
-            let previous = at.checked_sub(1).map(|before| offsets[before].as_i64());
-            bad_offset(at, offsets[at].as_i64(), previous, nnz)
-        }
-        None => Ok(()),
+/// The indices of a bag, clamped whatever the offsets say.
+fn range(bags: &BagShape, offsets: Option<Indices>, bag: usize) -> Range<usize> {
+    match offsets {
+        None => bags.range::<i64>(bag, &[]),
+        Some(Indices::U32(offsets)) => bags.range(bag, offsets),
+        Some(Indices::I32(offsets)) => bags.range(bag, offsets),
+        Some(Indices::I64(offsets)) => bags.range(bag, offsets),
     }
 }
 
@@ -188,6 +185,8 @@ struct Bags<'a, T, H: Locate> {
     runs: Vec<H::Run>,
     hashed_weight: &'a [T],
     indices: Indices<'a>,
+    /// Rows of the virtual table, where its tables do not all start at its row 0.
+    shifted: Option<Vec<i64>>,
     /// The indices of each bag, clamped; `None` for bags of one length.
     ranges: Option<Vec<Range<usize>>>,
     per_sample_weights: Option<&'a [T]>,
@@ -195,30 +194,33 @@ struct Bags<'a, T, H: Locate> {
 
 impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
     fn new(lookup: &'a Lookup, hash: H, operands: &Operands<'a, CpuStorage>) -> Result<Self> {
-        fn ranges<O: Index + WithDType>(
-            lookup: &Lookup,
-            offsets: View<CpuStorage>,
-        ) -> Result<Vec<Range<usize>>> {
-            let (bags, offsets) = (&lookup.bags, slice::<O>(offsets)?);
-            Ok((0..bags.num_bags)
-                .map(|bag| bags.range(bag, offsets))
-                .collect())
-        }
-        let ranges = match operands.offsets {
-            None => None,
-            Some(offsets) => Some(match offsets.0.dtype() {
-                DType::U32 => ranges::<u32>(lookup, offsets)?,
-                DType::I32 => ranges::<i32>(lookup, offsets)?,
-                _ => ranges::<i64>(lookup, offsets)?,
-            }),
-        };
+        let Lookup { table, bags, .. } = lookup;
+        let indices = Indices::new(operands.indices)?;
+        let offsets = operands.offsets.map(Indices::new).transpose()?;
+        let ranges = offsets.is_some().then(|| {
+            (0..bags.num_bags)
+                .map(|bag| range(bags, offsets, bag))
+                .collect::<Vec<_>>()
+        });
+        // Eight bytes per index beside a row of values for each: little.
+        let shifted = (table.tables.end_row() != table.tables.num_embeddings(0)).then(|| {
+            let mut shifted = vec![0; indices.len()];
+            for bag in 0..bags.num_bags {
+                let first_row = table.tables.first_row(bag % bags.tables);
+                for position in range(bags, offsets, bag) {
+                    shifted[position] = indices.row(position).wrapping_add(first_row);
+                }
+            }
+            shifted
+        });
         let runs = lookup.table.embedding_dim.div_ceil(hash.block());
         Ok(Self {
             lookup,
             hash,
             runs: (0..runs as u64).map(|run| hash.run(run)).collect(),
             hashed_weight: slice(operands.hashed_weight)?,
-            indices: Indices::new(operands.indices)?,
+            indices,
+            shifted,
             ranges,
             per_sample_weights: operands.per_sample_weights.map(slice).transpose()?,
         })
@@ -248,6 +250,15 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
         match &self.ranges {
             Some(ranges) => ranges[bag].clone(),
             None => self.lookup.bags.range::<i64>(bag, &[]),
+        }
+    }
+
+    /// The row of the virtual table at `position`, as it is hashed.
+    #[inline(always)]
+    fn row(&self, position: usize) -> u64 {
+        match &self.shifted {
+            Some(shifted) => shifted[position] as u64,
+            None => self.indices.row(position) as u64,
         }
     }
 

@@ -34,7 +34,12 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
     pub fn new(bags: &'a Bags<'a, T, H>, of: Range<usize>) -> Self {
         let runs = bags.runs.len();
         let end = of.map(|bag| bags.range(bag).end).max().unwrap_or(0);
-        let window = (BLOCKS_AHEAD / runs).max(1);
+        let shape = &bags.lookup.bags;
+        let mut window = (BLOCKS_AHEAD / runs).max(1);
+        if shape.feature_stride() > 0 {
+            // The next bag is not the next in memory: what a window holds beyond a bag is hashed in vain.
+            window = window.min(shape.nnz.div_ceil(shape.num_bags).max(1));
+        }
         Self {
             bags,
             places: vec![0; 2 * window * runs],
@@ -70,7 +75,7 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
         let next = self.hashed.end;
         let until = (next + self.window).min(self.end);
         let start = next % (2 * self.window);
-        let rows = (next..until).map(|position| bags.indices.row(position) as u64);
+        let rows = (next..until).map(|position| bags.row(position));
         let places = &mut self.places[start * runs..(start + until - next) * runs];
         bags.hash.locate(rows, &bags.runs, places);
         if self.prefetches {

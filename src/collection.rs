@@ -1,0 +1,251 @@
+//! Many tables over one `hashed_weight`, looked up at once.
+//!
+//! The tables of a collection are consecutive rows of one virtual table: row `r` of table `t` is row
+//! `num_embeddings[0] + … + num_embeddings[t - 1] + r`, as with ROBE's `val_offset`. One hash spreads all of them over one
+//! parameter, so a large table may use what a small one leaves free, and a lookup in all of them is one op: on CUDA one
+//! launch, which shifts the rows and checks each against its own table.
+
+use crate::bags::{BoundsCheck, JaggedLayout, Tables};
+use crate::hash::Hash;
+use crate::layer::{create, HashedEmbeddingBag, HashedEmbeddingBagConfig};
+use crate::op::{contiguous_indices, Mode};
+use candle_core::{bail, Result, Tensor};
+use candle_nn::{Module, VarBuilder};
+use std::sync::Arc;
+
+/// Named tables of one `embedding_dim` and one mode that share a 1-D parameter, `hashed_weight`.
+///
+/// * `hashed_weight`: `(len,)`; f32, f64, f16 or bf16. f16 and bf16 are summed in f32.
+/// * indices: u32, i32 or i64, each in `0..num_embeddings` of its own table, in one of these forms:
+///   * `(batch, tables)`: one row of each table per sample ([`Module::forward`]);
+///   * `(batch, tables, bag_len)`: a bag of each, filled up with `padding_idx` ([`Module::forward`]);
+///   * `values` `(nnz,)` and `offsets` `(tables * batch,)`, or `(tables * batch + 1,)` with `include_last_offset`
+///     ([`forward_jagged`](Self::forward_jagged)).
+/// * output: `(batch, tables, embedding_dim)` in the dtype of `hashed_weight`. An empty bag, or one of padding only, is
+///   zeros.
+///
+/// It is differentiable in `hashed_weight` when that is a variable. The backward pass stores nothing but its inputs.
+///
+/// ```
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_hashed_embedding_bag::{
+///     hashed_embedding_bag_collection, HashedEmbeddingBagConfig, JaggedLayout,
+/// };
+/// use candle_nn::{VarBuilder, VarMap};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let vars = VarMap::new();
+/// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let config = HashedEmbeddingBagConfig { compression: 0.1, ..Default::default() };
+/// let tables = [("user", 6000), ("movie", 4000)];
+/// let collection = hashed_embedding_bag_collection(tables, 16, config, vb)?;
+/// assert_eq!(collection.hashed_weight().dims(), [16_000]);
+///
+/// // Three samples, each a user and a movie.
+/// let indices = Tensor::new(&[[17u32, 3999], [17, 5], [5999, 0]], &Device::Cpu)?;
+/// assert_eq!(collection.forward(&indices)?.dims(), [3, 2, 16]);
+///
+/// // Two samples with one user each, and two movies for the first sample, none for the second.
+/// let values = Tensor::new(&[17u32, 5999, 3999, 5], &Device::Cpu)?;
+/// let offsets = Tensor::new(&[0u32, 1, 2, 4], &Device::Cpu)?;
+/// let pooled = collection.forward_jagged(&values, &offsets, JaggedLayout::FeatureMajor)?;
+/// assert_eq!(pooled.dims(), [2, 2, 16]);
+///
+/// // Movie 4000 does not exist, though the shared parameter has room for more rows.
+/// let indices = Tensor::new(&[[17u32, 4000]], &Device::Cpu)?;
+/// let error = collection.forward(&indices).unwrap_err().to_string();
+/// assert!(error.contains("table movie"));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone)]
+pub struct HashedEmbeddingBagCollection {
+    /// The tables as one, whose every lookup says which of them it means.
+    bag: HashedEmbeddingBag,
+}
+
+/// A [`HashedEmbeddingBagCollection`] of tables by name and number of rows, with a variable named `hashed_weight`; its
+/// length and initial values are those of [`hashed_embedding_bag`](crate::hashed_embedding_bag()) for one table of all the
+/// rows.
+///
+/// # Errors
+/// No table, two of one name, one of no rows, a `config.first_row`, and the errors of
+/// [`hashed_embedding_bag`](crate::hashed_embedding_bag()).
+pub fn hashed_embedding_bag_collection<N: Into<String>>(
+    tables: impl IntoIterator<Item = (N, usize)>,
+    embedding_dim: usize,
+    config: HashedEmbeddingBagConfig,
+    vb: VarBuilder,
+) -> Result<HashedEmbeddingBagCollection> {
+    let tables = named(tables, &config)?;
+    let bag = create(tables, embedding_dim, config, vb)?;
+    Ok(HashedEmbeddingBagCollection { bag })
+}
+
+fn named<N: Into<String>>(
+    tables: impl IntoIterator<Item = (N, usize)>,
+    config: &HashedEmbeddingBagConfig,
+) -> Result<Tables> {
+    if config.first_row != 0 {
+        bail!(
+            "hashed-embedding-bag: the tables of a collection start at row 0, got first_row {}",
+            config.first_row
+        );
+    }
+    Tables::named(tables.into_iter().map(|(name, rows)| (name.into(), rows)))
+}
+
+impl HashedEmbeddingBagCollection {
+    /// A collection on a `hashed_weight` of your own, `(len,)`; its length rules, `config.compression` is ignored.
+    ///
+    /// # Errors
+    /// Those of [`hashed_embedding_bag_collection`] but for the compression, a `hashed_weight` that is not 1-D or no float,
+    /// or a length that does not suit the hash ([`Hash::check_len`]).
+    pub fn new<N: Into<String>>(
+        hashed_weight: Tensor,
+        tables: impl IntoIterator<Item = (N, usize)>,
+        embedding_dim: usize,
+        config: HashedEmbeddingBagConfig,
+    ) -> Result<Self> {
+        let tables = Arc::new(named(tables, &config)?);
+        let bag = HashedEmbeddingBag::over(hashed_weight, tables, embedding_dim, config)?;
+        Ok(Self { bag })
+    }
+
+    /// Pools jagged `values` `(nnz,)` by `offsets` `(tables * batch,)`, or `(tables * batch + 1,)` with
+    /// `include_last_offset`, to `(batch, tables, embedding_dim)`. `layout` is the order of the bags.
+    ///
+    /// # Errors
+    /// Wrong ranks, dtypes or devices, a number of bags that is no multiple of the number of tables; with
+    /// [`BoundsCheck::Error`] also a row outside its table that is not padding, by table, position and value, and offsets
+    /// that do not start at 0, decrease or pass `nnz`.
+    pub fn forward_jagged(
+        &self,
+        values: &Tensor,
+        offsets: &Tensor,
+        layout: JaggedLayout,
+    ) -> Result<Tensor> {
+        self.by_table(self.bag.lookup(values, Some(offsets), layout, None)?)
+    }
+
+    /// [`forward_jagged`](Self::forward_jagged) with each row multiplied by its own weight; mode sum only.
+    /// `per_sample_weights` has the shape of `values` and the dtype of `hashed_weight`, and gets a gradient when it is
+    /// tracked.
+    ///
+    /// # Errors
+    /// A mode other than sum, a shape or dtype that differs, and those of [`forward_jagged`](Self::forward_jagged).
+    pub fn forward_jagged_weighted(
+        &self,
+        values: &Tensor,
+        offsets: &Tensor,
+        layout: JaggedLayout,
+        per_sample_weights: &Tensor,
+    ) -> Result<Tensor> {
+        let weights = Some(per_sample_weights);
+        self.by_table(self.bag.lookup(values, Some(offsets), layout, weights)?)
+    }
+
+    /// `(batch * tables, embedding_dim)` to `(batch, tables, embedding_dim)`.
+    fn by_table(&self, pooled: Tensor) -> Result<Tensor> {
+        let (bags, embedding_dim) = pooled.dims2()?;
+        let tables = self.bag.tables().len();
+        pooled.reshape((bags / tables, tables, embedding_dim))
+    }
+
+    /// Table `name` as a layer of its own on the same `hashed_weight`: it gives the same rows, and trains them.
+    ///
+    /// # Errors
+    /// No such table.
+    pub fn table(&self, name: &str) -> Result<HashedEmbeddingBag> {
+        let mut first_row = 0;
+        for (table, num_embeddings) in self.tables() {
+            if table == name {
+                let config = HashedEmbeddingBagConfig {
+                    first_row,
+                    ..self.bag.config()
+                };
+                let hashed_weight = self.hashed_weight().clone();
+                return HashedEmbeddingBag::new(
+                    hashed_weight,
+                    num_embeddings,
+                    self.embedding_dim(),
+                    config,
+                );
+            }
+            first_row += num_embeddings;
+        }
+        let names: Vec<_> = self.tables().map(|(name, _)| name).collect();
+        bail!(
+            "hashed-embedding-bag: no table {name}, only {}",
+            names.join(", ")
+        )
+    }
+
+    /// The tables, by name and number of rows, in order.
+    pub fn tables(&self) -> impl ExactSizeIterator<Item = (&str, usize)> {
+        self.bag.tables().iter()
+    }
+
+    /// The parameter, `(len,)`.
+    pub fn hashed_weight(&self) -> &Tensor {
+        self.bag.hashed_weight()
+    }
+
+    /// The number of columns of every table, and of the output.
+    pub fn embedding_dim(&self) -> usize {
+        self.bag.embedding_dim()
+    }
+
+    /// The length of `hashed_weight` over the size of all tables, as it came out.
+    pub fn compression(&self) -> f64 {
+        self.bag.compression()
+    }
+
+    /// How the rows of a bag become one.
+    pub fn mode(&self) -> Mode {
+        self.bag.mode()
+    }
+
+    /// The hash in use.
+    pub fn hash(&self) -> Hash {
+        self.bag.hash()
+    }
+
+    /// The index that is padding, in every table.
+    pub fn padding_idx(&self) -> Option<i64> {
+        self.bag.padding_idx()
+    }
+
+    /// Whether offsets hold the end of the last bag.
+    pub fn include_last_offset(&self) -> bool {
+        self.bag.include_last_offset()
+    }
+
+    /// What happens with indices and offsets out of range.
+    pub fn bounds_check(&self) -> BoundsCheck {
+        self.bag.bounds_check()
+    }
+
+    /// The same collection with other bounds checks, say for one that came from a checkpoint.
+    pub fn with_bounds_check(self, bounds_check: BoundsCheck) -> Self {
+        Self {
+            bag: self.bag.with_bounds_check(bounds_check),
+        }
+    }
+}
+
+impl Module for HashedEmbeddingBagCollection {
+    /// Looks up `indices` `(batch, tables)` or pools `(batch, tables, bag_len)`, to `(batch, tables, embedding_dim)`.
+    fn forward(&self, indices: &Tensor) -> Result<Tensor> {
+        let tables = self.bag.tables().len();
+        let (batch, bag_len) = match *indices.dims() {
+            [batch, n] if n == tables => (batch, 1),
+            [batch, n, bag_len] if n == tables => (batch, bag_len),
+            ref dims => bail!(
+                "hashed-embedding-bag: indices must have shape [batch, {tables}] or [batch, {tables}, bag_len], got {dims:?}"
+            ),
+        };
+        let bags = contiguous_indices(indices)?.reshape((batch * tables, bag_len))?;
+        self.by_table(self.bag.forward(&bags)?)
+    }
+}
