@@ -3,116 +3,246 @@
 #pragma once
 #include "forward.cuh"
 
+// Whether x replaces best: the first of equals stays, and NaN is larger than every number.
+template <typename A>
+__device__ __forceinline__ bool wins(A x, A best) {
+  return x > best || (x != x && best == best);
+}
+
+// Where a thread block puts its additions to grad_weight, in floats. They are atomic: see add_atomic for what that means for
+// the last bits.
+//
+// Sums of V consecutive slots that come up again and again are kept in shared memory until the end: where a few rows are most
+// of the traffic, their additions would otherwise wait in line at one place of the L2. A line is claimed by the first slots
+// that come to it twice in a row; all others go to memory at once.
+template <int THREADS, int V, typename A, bool KEEPS>
+struct FloatSums {
+  static constexpr uint32_t LINES = KEEPS ? 1024 : 1;
+  static constexpr uint32_t NONE = ~0u;
+
+  struct Lines {
+    alignas(16) A sums[LINES][V];
+    alignas(8) uint2 tags[LINES];  // the number of the slots that claimed a line, and of those seen last
+  };
+
+  A *grad_weight;
+  Lines &lines;
+
+  __device__ __forceinline__ void begin() {
+    if (!KEEPS) return;
+    for (uint32_t line = threadIdx.x; line < LINES; line += THREADS) {
+      lines.tags[line] = {NONE, NONE};
+#pragma unroll
+      for (int v = 0; v < V; v++) lines.sums[line][v] = 0;
+    }
+    __syncthreads();
+  }
+
+  template <typename Hash>
+  __device__ __forceinline__ void add(const Hash &hash, typename Hash::Place place, uint32_t within, const A (&x)[V]) {
+    if (!KEEPS || !keep(hash.template vector<V>(place, within), x)) add_atomic<V>(hash.at(grad_weight + within, place), x);
+  }
+
+  template <typename Hash>
+  __device__ __forceinline__ void add_one(const Hash &hash, typename Hash::Place place, uint32_t within, A x) {
+    atomicAdd(hash.at(grad_weight + within, place), x);
+  }
+
+  __device__ __forceinline__ void end() {
+    if (!KEEPS) return;
+    __syncthreads();
+    for (uint32_t line = threadIdx.x; line < LINES; line += THREADS) {
+      uint32_t number = lines.tags[line].x;
+      if (number != NONE) add_atomic<V>(grad_weight + uint64_t(number) * V, lines.sums[line]);
+    }
+  }
+
+private:
+  // Adds to a line of its own the slots from `number * V` on have; whether they have one.
+  __device__ __forceinline__ bool keep(uint64_t number, const A (&x)[V]) {
+    if (number >= NONE) return false;
+    uint32_t line = number % LINES;
+    uint2 tag = lines.tags[line];
+    if (tag.x != number) {
+      if (tag.x != NONE) return false;
+      if (tag.y != number) {
+        lines.tags[line].y = number;
+        return false;
+      }
+      uint32_t owner = atomicCAS(&lines.tags[line].x, NONE, uint32_t(number));
+      if (owner != NONE && owner != number) return false;
+    }
+#pragma unroll
+    for (int v = 0; v < V; v++) atomicAdd(&lines.sums[line][v], x[v]);
+    return true;
+  }
+};
+
 // grad_weight[slot] += sign * scale * grad_output[bag, column], with scale 1, the weight of the sample, or 1 / count.
 // For max only the winner of each column gets the gradient.
 //
-// Bags and columns are divided as in `forward`, under the same assumptions, and grad_weight is 16-byte aligned. The
-// additions are atomic: see add_atomic for what that means for the last bits.
-template <Mode MODE, int V, int SHARE, typename T, typename Hash>
-__device__ __forceinline__ void backward(const T *__restrict__ grad_output, const T *__restrict__ hashed_weight,
-                                         const void *__restrict__ indices, const void *__restrict__ offsets,
-                                         const T *__restrict__ per_sample_weights, Acc<T> *__restrict__ grad_weight,
-                                         const Bags &bags, const Hash &hash, uint32_t embedding_dim, uint32_t mean,
-                                         uint32_t grad_output_aligned) {
+// Bags and columns are divided as in Forward, under the same assumptions, and grad_weight is 16-byte aligned. `Sums` says how
+// the additions of many threads become one sum.
+template <int THREADS, Mode MODE, int V, typename T, typename Hash, typename Sums>
+struct Backward {
   using A = Acc<T>;
   using Place = typename Hash::Place;
-  bool aligned = grad_output_aligned && embedding_dim % V == 0;
+
+  const T *grad_output;
+  const T *base;
+  const T *per_sample_weights;
+  Sums &sums;
+  const Bags &bags;
+  const Hash &hash;
+  const Inputs &inputs;
+  Columns<V> columns;
+  uint32_t embedding_dim;
+  uint32_t mean;
+  bool aligned;
+
+  A grad[V];
+  // For max, the largest values so far, and where they lie.
+  A best[V];
+  Place winner[V];
+  Raw<V, T> raw[BATCH];
+
+  __device__ __forceinline__ void begin(int64_t bag) {
+    load_row<V>(grad_output + bag * embedding_dim + columns.first, columns.n, aligned, grad);
+    if (MODE == SUM && mean) {
+      A scale = A(1) / bags.divisor<A>(inputs.indices, bags.range(inputs.offsets, bag));
+#pragma unroll
+      for (int v = 0; v < V; v++) grad[v] *= scale;
+    }
+#pragma unroll
+    for (int v = 0; v < V; v++) winner[v] = Place::none();
+  }
+
+  template <typename Batch>
+  __device__ __forceinline__ void load(const Place (&places)[BATCH], Batch) {
+    if (MODE != MAX) return;
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) raw[j] = gather<Batch::all, V>(base, hash, places[j]);
+  }
+
+  template <typename Batch>
+  __device__ __forceinline__ void use(const Place (&places)[BATCH], int64_t i, Batch) {
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+      if ((!Batch::all && places[j].is_none()) || columns.n == 0) continue;
+      A x[V];
+      if (MODE == MAX) {
+        arrive<V, T>(raw[j], places[j], columns, x);
+#pragma unroll
+        for (int v = 0; v < V; v++) raise(v, x[v], places[j]);
+      } else {
+        A scale = MODE == WEIGHTED ? widen(per_sample_weights[i + j]) : A(1);
+        auto signs = places[j].template signs_of<V>(columns.within);
+#pragma unroll
+        for (int v = 0; v < V; v++)
+          // A column past the last has no gradient, whatever the weight: zero times infinity would be one.
+          x[v] = flip<V>(signs, v, MODE == WEIGHTED && v < columns.n ? scale * grad[v] : grad[v]);
+        sums.add(hash, places[j], columns.within, x);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void raise(int v, A x, Place place) {
+    if (winner[v].is_none() || wins(x, best[v])) {
+      best[v] = x;
+      winner[v] = place;
+    }
+  }
+
+  __device__ __forceinline__ void end(int64_t) {
+    if (MODE != MAX) return;
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      if (v >= columns.n || winner[v].is_none()) continue;
+      auto sign = winner[v].template signs_of<1>(columns.within + v);
+      sums.add_one(hash, winner[v], columns.within + v, flip<1>(sign, 0, grad[v]));
+    }
+  }
+
+  // The winners of the groups, in their order: the first of equals stays the first.
+  __device__ __forceinline__ void end_together(int64_t bag) {
+    if (MODE != MAX) return;
+    __shared__ A bests[V][THREADS];
+    __shared__ Place winners[V][THREADS];
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      bests[v][threadIdx.x] = best[v];
+      winners[v][threadIdx.x] = winner[v];
+    }
+    __syncthreads();
+    if (threadIdx.x >= bags.lanes) return;
+    for (uint32_t thread = threadIdx.x + bags.lanes; thread < THREADS; thread += bags.lanes) {
+#pragma unroll
+      for (int v = 0; v < V; v++)
+        if (!winners[v][thread].is_none()) raise(v, bests[v][thread], winners[v][thread]);
+    }
+    end(bag);
+  }
+};
+
+template <int THREADS, Mode MODE, int V, int SHARE, typename T, typename Hash, typename Sums>
+__device__ __forceinline__ void backward(const T *__restrict__ grad_output, const T *__restrict__ hashed_weight,
+                                         const Inputs &inputs, const T *__restrict__ per_sample_weights, Sums &sums,
+                                         const Bags &bags, const Hash &hash, uint32_t embedding_dim, uint32_t mean,
+                                         uint32_t grad_output_aligned) {
   uint32_t lane = threadIdx.x % bags.lanes;
+  sums.begin();
   for (uint32_t chunk = blockIdx.y; uint64_t(chunk) * bags.lanes * V < embedding_dim; chunk += gridDim.y) {
     Columns<V> columns(hash, (chunk * bags.lanes + lane) * V, embedding_dim);
-    uint64_t column_part = hash.column_part(columns.first / hash.block);
-    const T *base = hashed_weight + columns.within;
-    A *grad_base = grad_weight + columns.within;
-    bags.for_each([&](int64_t bag) {
-      Range range = bags.range(offsets, bag);
-      A grad[V];
-      int n = bag < bags.num_bags ? columns.n : 0;
-      load_row<V>(grad_output + bag * embedding_dim + columns.first, n, aligned, grad);
-      if (MODE == SUM && mean) {
-        A count = bags.divisor<A>(indices, range);
-#pragma unroll
-        for (int v = 0; v < V; v++) grad[v] /= count;
-      }
-      A best[V];
-      Place winner[V];
-      bool first = true;
-      for_each_batch<SHARE>(bags, hash, indices, range, column_part,
-                            [&](Place(&places)[BATCH], int64_t i, auto batch) {
-        constexpr bool ALL = decltype(batch)::all;
-        if (MODE == MAX) {
-          A x[BATCH][V];
-#pragma unroll
-          for (int j = 0; j < BATCH; j++) gather<ALL, V>(base, hash, places[j], columns, x[j]);
-#pragma unroll
-          for (int j = 0; j < BATCH; j++) {
-            if (!ALL && places[j].is_none()) continue;
-#pragma unroll
-            for (int v = 0; v < V; v++) {
-              if (first || wins(x[j][v], best[v])) {
-                best[v] = x[j][v];
-                winner[v] = places[j];
-              }
-            }
-            first = false;
-          }
-        } else {
-#pragma unroll
-          for (int j = 0; j < BATCH; j++) {
-            if ((!ALL && places[j].is_none()) || columns.n == 0) continue;
-            A scale = MODE == WEIGHTED ? widen(per_sample_weights[i + j]) : A(1);
-            A x[V];
-#pragma unroll
-            for (int v = 0; v < V; v++)
-              // A column past the last has no gradient, whatever the weight: zero times infinity would be one.
-              x[v] = flip(places[j], columns.within + v,
-                          MODE == WEIGHTED && v < columns.n ? scale * grad[v] : grad[v]);
-            add_atomic<V>(hash.at(grad_base, places[j]), x);
-          }
-        }
-      });
-      if (MODE == MAX && !first) {
-#pragma unroll
-        for (int v = 0; v < V; v++) {
-          if (v < columns.n) {
-            A x = flip(winner[v], columns.within + v, grad[v]);
-            atomicAdd(hash.at(grad_base, winner[v]) + v, x);
-          }
-        }
-      }
-    });
+    Backward<THREADS, MODE, V, T, Hash, Sums> work = {grad_output,
+                                                      hashed_weight + columns.within,
+                                                      per_sample_weights,
+                                                      sums,
+                                                      bags,
+                                                      hash,
+                                                      inputs,
+                                                      columns,
+                                                      embedding_dim,
+                                                      mean,
+                                                      grad_output_aligned && embedding_dim % V == 0};
+    for_each_batch<THREADS, SHARE>(bags, hash, inputs, columns.first / hash.block, work);
   }
+  sums.end();
 }
 
 // grad_weights[i] = <row i, grad_output[bag]> for each position i of the bag that is not padding.
 //
-// One group of lanes owns one bag and all its columns, `lanes * V` at a time; the order of additions is fixed.
-template <int V, typename T, typename Hash>
-__device__ __forceinline__ void backward_per_sample_weights(
-    const T *__restrict__ grad_output, const T *__restrict__ hashed_weight, const void *__restrict__ indices,
-    const void *__restrict__ offsets, T *__restrict__ grad_weights, const Bags &bags, const Hash &hash,
-    uint32_t embedding_dim, uint32_t grad_output_aligned) {
+// One group of threads owns one bag and all its columns, `lanes * V` at a time; the order of additions is fixed.
+template <int THREADS, int V, typename T, typename Hash>
+__device__ __forceinline__ void backward_per_sample_weights(const T *__restrict__ grad_output,
+                                                            const T *__restrict__ hashed_weight, const Inputs &inputs,
+                                                            T *__restrict__ grad_weights, const Bags &bags,
+                                                            const Hash &hash, uint32_t embedding_dim,
+                                                            uint32_t grad_output_aligned) {
   using A = Acc<T>;
   bool aligned = grad_output_aligned && embedding_dim % V == 0;
   uint32_t lane = threadIdx.x % bags.lanes;
-  bags.for_each([&](int64_t bag) {
-    Range range = bags.range(offsets, bag);
-    int64_t longest = bags.longest(range.end - range.start);
-    for (int64_t i = range.start; i < range.start + longest; i++) {
-      int64_t row = i < range.end ? bags.row(indices, i) : 0;
-      bool counts = i < range.end && !bags.is_padding(row);
+  int64_t groups = int64_t(gridDim.x) * THREADS / bags.lanes;
+  int64_t group = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / bags.lanes;
+  uint32_t mask = (bags.lanes == 32 ? WARP : (1u << bags.lanes) - 1) << (threadIdx.x % 32 / bags.lanes * bags.lanes);
+  for (int64_t bag = group; bag < bags.num_bags; bag += groups) {
+    Range range = bags.range(inputs.offsets, bag);
+    int64_t first_row = bags.table(inputs.first_rows, bag).first;
+    for (int64_t i = range.start; i < range.end; i++) {
+      int64_t row = bags.row(inputs.indices, i);
+      if (bags.is_padding(row)) continue;
       A dot = 0;
-      for (uint64_t column = lane * V; counts && column < embedding_dim; column += bags.lanes * V) {
+      for (uint64_t column = lane * V; column < embedding_dim; column += bags.lanes * V) {
         Columns<V> columns(hash, uint32_t(column), embedding_dim);
-        auto place = hash.locate(uint64_t(row), hash.column_part(columns.first / hash.block));
+        auto place = hash.locate(uint64_t(row), hash.shift(hash.column_part(columns.first / hash.block), first_row));
         A grad[V], x[V];
         load_row<V>(grad_output + bag * embedding_dim + columns.first, columns.n, aligned, grad);
-        gather<true, V>(hashed_weight + columns.within, hash, place, columns, x);
+        arrive<V, T>(gather<true, V>(hashed_weight + columns.within, hash, place), place, columns, x);
 #pragma unroll
         for (int v = 0; v < V; v++)
           if (v < columns.n) dot += grad[v] * x[v];
       }
-      for (uint32_t step = bags.lanes / 2; step > 0; step /= 2) dot += __shfl_xor_sync(WARP, dot, step, bags.lanes);
-      if (lane == 0 && counts) narrow(grad_weights[i], dot);
+      for (uint32_t step = bags.lanes / 2; step > 0; step /= 2) dot += __shfl_xor_sync(mask, dot, step, bags.lanes);
+      if (lane == 0) narrow(grad_weights[i], dot);
     }
-  });
+  }
 }

@@ -1,9 +1,19 @@
-// How indices are divided into bags, and how threads are divided among them: the twin of the reading side of src/bags.rs.
+// How indices are divided into bags, which table each bag looks into, and how threads are divided among bags: the twin of
+// the reading side of src/bags.rs.
 //
-// `lanes` neighbouring threads (a power of two, at most a warp) own one bag; each owns V consecutive columns. A warp works
-// on 32 / lanes bags at a time and stays together: all its threads make as many steps as its longest bag needs.
+// `lanes` neighbouring threads (a power of two, at most a warp) are a group; each owns V consecutive columns. A group walks
+// through `bags_per_group` consecutive bags, BATCH rows at a time; the warp stays together, but its groups may be in
+// different bags. A bag too long for one group is left to all groups of the thread block together, afterwards.
 #pragma once
 #include "hash.cuh"
+
+constexpr uint32_t WARP = 0xFFFFFFFFu;
+
+// How many rows are in flight per thread: enough independent loads to cover a trip to the L2.
+constexpr int BATCH = 4;
+
+// A bag of more indices is worked on by a whole thread block.
+constexpr int64_t LONG_BAG = 256;
 
 enum IndexType : uint32_t { U32, I32, I64 };
 
@@ -15,10 +25,22 @@ __device__ __forceinline__ int64_t load_index(const void *indices, IndexType typ
   return type == U32 ? int64_t(uint32_t(index)) : int64_t(index);
 }
 
-constexpr uint32_t WARP = 0xFFFFFFFFu;
-
 struct Range {
   int64_t start, end;
+};
+
+// The rows of one table within the virtual table.
+struct TableRows {
+  int64_t first;
+  uint64_t count;
+};
+
+// The tensors that say what is looked up.
+struct Inputs {
+  const void *indices;
+  const void *offsets;        // null: bags of bag_len indices
+  const int64_t *first_rows;  // (tables + 1,); null: one table
+  uint32_t *out_of_range;     // set to 1 where a row or an offset is; null: nobody asks
 };
 
 // The division of `nnz` indices into bags; passed by value, twin of BagParams in src/op/cuda.rs.
@@ -28,18 +50,46 @@ struct Bags {
   int64_t num_offsets;  // 0: bags of bag_len indices
   int64_t bag_len;
   int64_t padding_idx;
+  int64_t first_row;  // of the only table
+  int64_t num_embeddings;
+  int64_t feature_stride;  // the bags of each table, when their offsets are in feature-major order; else 0
+  Divisor tables;
   uint32_t has_padding;
   uint32_t lanes;
+  uint32_t bags_per_group;
   IndexType index_type;
   IndexType offset_type;
 
-  // The indices of a bag, clamped into 0..nnz whatever the offsets say; none for a bag past the last.
+  // Where the offset of a bag stands.
+  __device__ __forceinline__ int64_t place(int64_t bag) const {
+    if (feature_stride == 0) return bag;
+    int64_t table = tables.rem(bag);
+    return table * feature_stride + tables.div(bag);
+  }
+
+  // The indices of a bag, clamped into 0..nnz whatever the offsets say.
   __device__ __forceinline__ Range range(const void *offsets, int64_t bag) const {
-    if (bag >= num_bags) return {0, 0};
     if (num_offsets == 0) return {bag * bag_len, (bag + 1) * bag_len};
-    int64_t start = clamp(load_index(offsets, offset_type, bag));
-    int64_t end = bag + 1 < num_offsets ? clamp(load_index(offsets, offset_type, bag + 1)) : nnz;
+    int64_t at = place(bag);
+    int64_t start = clamp(load_index(offsets, offset_type, at));
+    int64_t end = at + 1 < num_offsets ? clamp(load_index(offsets, offset_type, at + 1)) : nnz;
     return {start, end < start ? start : end};
+  }
+
+  // Whether the offsets around a bag break the contract: the first is 0, none decreases, none passes nnz.
+  __device__ __forceinline__ bool has_bad_offsets(const void *offsets, int64_t bag) const {
+    if (num_offsets == 0) return false;
+    int64_t at = place(bag);
+    int64_t start = load_index(offsets, offset_type, at);
+    int64_t end = at + 1 < num_offsets ? load_index(offsets, offset_type, at + 1) : nnz;
+    return (at == 0 && start != 0) || start > end || end > nnz;
+  }
+
+  // The table a bag looks into.
+  __device__ __forceinline__ TableRows table(const int64_t *first_rows, int64_t bag) const {
+    if (first_rows == nullptr) return {first_row, uint64_t(num_embeddings)};
+    int64_t t = tables.rem(bag);
+    return {first_rows[t], uint64_t(first_rows[t + 1] - first_rows[t])};
   }
 
   __device__ __forceinline__ int64_t row(const void *indices, int64_t i) const {
@@ -48,8 +98,8 @@ struct Bags {
 
   __device__ __forceinline__ bool is_padding(int64_t row) const { return has_padding && row == padding_idx; }
 
-  // What divides the sum of a bag in mode mean: the number of its rows without padding, 1 when there is none. The whole
-  // warp must call this together.
+  // What divides the sum of a bag in mode mean: the number of its rows without padding, 1 when there is none. A group must
+  // call this together.
   template <typename A>
   __device__ __forceinline__ A divisor(const void *indices, Range range) const {
     int64_t count = range.end - range.start;
@@ -57,28 +107,10 @@ struct Bags {
       count = 0;
       for (int64_t i = range.start + threadIdx.x % lanes; i < range.end; i += lanes)
         count += !is_padding(row(indices, i));
-      for (uint32_t step = lanes / 2; step > 0; step /= 2) count += __shfl_xor_sync(WARP, count, step, lanes);
+      uint32_t group = (lanes == 32 ? WARP : (1u << lanes) - 1) << (threadIdx.x % 32 / lanes * lanes);
+      for (uint32_t step = lanes / 2; step > 0; step /= 2) count += __shfl_xor_sync(group, count, step, lanes);
     }
     return count > 0 ? A(count) : A(1);
-  }
-
-  // Calls f(bag) for each bag of this thread's group, the whole warp together: a bag may lie past the last.
-  template <typename F>
-  __device__ __forceinline__ void for_each(F f) const {
-    uint32_t per_warp = 32 / lanes;
-    int64_t warp = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-    int64_t warps = int64_t(gridDim.x) * blockDim.x / 32;
-    for (int64_t first = warp * per_warp; first < num_bags; first += warps * per_warp)
-      f(first + threadIdx.x % 32 / lanes);
-  }
-
-  // The longest of the bags of the warp.
-  __device__ __forceinline__ int64_t longest(int64_t length) const {
-    for (uint32_t step = lanes; step < 32; step *= 2) {
-      int64_t other = __shfl_xor_sync(WARP, length, step);
-      length = other > length ? other : length;
-    }
-    return length;
   }
 
 private:
@@ -86,9 +118,6 @@ private:
     return offset < 0 ? 0 : offset > nnz ? nnz : offset;
   }
 };
-
-// How many rows are in flight per thread: enough independent loads to cover a trip to the L2.
-constexpr int BATCH = 4;
 
 // Whether every place of a batch is one.
 struct All {
@@ -98,72 +127,197 @@ struct Some {
   static constexpr bool all = false;
 };
 
-// Calls f(places, i, All or Some) for each BATCH of indices i, i + 1, … of a bag: where the block of columns `column_part`
-// of those rows lies, none for padding and past the end. The whole warp must call this together.
-//
-// SHARE neighbouring threads own columns of the same block, so each hashes only every SHARE-th row and the places are
-// passed around. Batches that are full in every bag of the warp come first and need no test per row; there the rows of the
-// next batch are fetched before the values of this one, so that neither waits for the other.
-template <int SHARE, typename Hash, typename F>
-__device__ __forceinline__ void for_each_batch(const Bags &bags, const Hash &hash, const void *indices, Range range,
-                                               uint64_t column_part, F f) {
+// See for_each_batch. A thread block has THREADS threads. SHARE neighbouring threads own columns of the same block, so each hashes only every SHARE-th row and
+// the places are passed around.
+template <int THREADS, int SHARE, typename Hash>
+struct Walk {
   using Place = typename Hash::Place;
-  constexpr int OWN = BATCH / SHARE;
-  // Kept, where the compiler would rather compute it again for every batch.
-  asm volatile("" : "+l"(column_part));
-  int64_t length = range.end - range.start;
-  int64_t longest = bags.longest(length);
-  int64_t shortest = -bags.longest(-length);
-  int64_t full = bags.has_padding ? 0 : shortest / BATCH;
-  uint32_t batches = full < 0x7FFFFFFF ? uint32_t(full) : 0x7FFFFFFF;
-  int64_t first = range.start + threadIdx.x % SHARE;
-  Place places[BATCH];
-  auto share = [&](const Place(&own)[OWN]) {
-#pragma unroll
-    for (int j = 0; j < BATCH; j++) places[j] = SHARE == 1 ? own[j] : shuffle(WARP, own[j / SHARE], j % SHARE, SHARE);
-  };
+  static constexpr int OWN = BATCH / SHARE;
 
-  if (batches > 0) {
-    bool wide = bags.index_type == I64;
-    uint32_t sign_mask = bags.index_type == U32 ? 0 : ~0u;
-    int64_t stride = wide ? 8 : 4;
-    const char *next = static_cast<const char *>(indices) + first * stride;
-    int64_t rows[OWN];
-    auto fetch = [&]() {
-#pragma unroll
-      for (int s = 0; s < OWN; s++) {
-        const char *at = next + s * SHARE * stride;
-        if (wide) {
-          rows[s] = *reinterpret_cast<const int64_t *>(at);
-        } else {
-          int32_t low = *reinterpret_cast<const int32_t *>(at);
-          rows[s] = int64_t(uint64_t(uint32_t(low >> 31) & sign_mask) << 32 | uint32_t(low));
-        }
-      }
-      next += BATCH * stride;
-    };
-    fetch();
-    for (uint32_t batch = 0; batch < batches; batch++) {
-      Place own[OWN];
-#pragma unroll
-      for (int s = 0; s < OWN; s++) own[s] = hash.locate(uint64_t(rows[s]), column_part);
-      if (batch + 1 < batches) fetch();
-      share(own);
-      f(places, range.start + int64_t(batch) * BATCH, All());
-    }
+  const Bags &bags;
+  const Hash &hash;
+  const Inputs &inputs;
+  uint32_t run;  // the number of the block of columns
+
+  __device__ __forceinline__ int64_t block_first() const {
+    return int64_t(blockIdx.x) * (THREADS / bags.lanes * bags.bags_per_group);
   }
-  for (int64_t i = int64_t(batches) * BATCH; i < longest; i += BATCH) {
-    Place own[OWN];
+
+  // The rows of this thread among those of a batch that starts at `first`, of which `left` are there, unless ALL are.
+  template <bool ALL>
+  __device__ __forceinline__ void fetch(const char *first, uint32_t left, int64_t (&rows)[OWN]) const {
+    bool wide = bags.index_type == I64;
 #pragma unroll
     for (int s = 0; s < OWN; s++) {
-      int64_t position = first + i + s * SHARE;
-      own[s] = Place::none();
-      if (position < range.end) {
-        int64_t row = bags.row(indices, position);
-        if (!bags.is_padding(row)) own[s] = hash.locate(uint64_t(row), column_part);
+      rows[s] = 0;
+      if (!ALL && threadIdx.x % SHARE + s * SHARE >= left) continue;
+      if (wide) {
+        rows[s] = reinterpret_cast<const int64_t *>(first)[s * SHARE];
+      } else {
+        int32_t index = reinterpret_cast<const int32_t *>(first)[s * SHARE];
+        rows[s] = bags.index_type == U32 ? int64_t(uint32_t(index)) : int64_t(index);
       }
     }
-    share(own);
-    f(places, range.start + i, Some());
   }
+
+  // Where fetch starts.
+  __device__ __forceinline__ const char *first(int64_t position) const {
+    return static_cast<const char *>(inputs.indices) + (position + threadIdx.x % SHARE) * stride();
+  }
+
+  __device__ __forceinline__ int64_t stride() const { return bags.index_type == I64 ? 8 : 4; }
+
+  // The places of the rows of a batch, of all threads that share; whether one of the rows is not below `num_rows`.
+  template <bool ALL>
+  __device__ __forceinline__ bool locate(const int64_t (&rows)[OWN], uint32_t left, uint64_t part, uint64_t num_rows,
+                                         Place (&places)[BATCH]) const {
+    Place own[OWN];
+    bool out_of_range = false;
+#pragma unroll
+    for (int s = 0; s < OWN; s++) {
+      bool is_row = ALL || (threadIdx.x % SHARE + s * SHARE < left && !bags.is_padding(rows[s]));
+      own[s] = is_row ? hash.locate(uint64_t(rows[s]), part) : Place::none();
+      out_of_range |= is_row && uint64_t(rows[s]) >= num_rows;
+    }
+    share(own, places);
+    return out_of_range;
+  }
+
+  __device__ __forceinline__ void share(const Place (&own)[OWN], Place (&places)[BATCH]) const {
+#pragma unroll
+    for (int j = 0; j < BATCH; j++)
+      places[j] = SHARE == 1 ? own[j] : shuffle(WARP, own[j / SHARE], j % SHARE, SHARE);
+  }
+
+  // The whole warp makes as many steps as the longest of its bags needs. Batches that are full in every bag of the warp come
+  // first and need no test per row.
+  template <typename Work>
+  __device__ __forceinline__ void own_bags(Work &work) const {
+    bool out_of_range = false;
+    int64_t rows[OWN];
+    const char *fetched = nullptr;  // where `rows` come from
+    int64_t bag = block_first() + threadIdx.x / bags.lanes * bags.bags_per_group;
+    // Bags of one length need no comparing, but for those that do not exist.
+    bool differ = bags.num_offsets > 0 || block_first() + THREADS / bags.lanes * bags.bags_per_group > bags.num_bags;
+    for (uint32_t b = 0; b < bags.bags_per_group; b++, bag++) {
+      bool is_mine = bag < bags.num_bags;
+      Range range = is_mine ? bags.range(inputs.offsets, bag) : Range{0, 0};
+      if (range.end - range.start > LONG_BAG) {
+        is_mine = false;
+        range.end = range.start;
+      }
+      TableRows table = bags.table(inputs.first_rows, bag);
+      uint64_t part = hash.shift(hash.column_part(run), table.first);
+      uint64_t num_rows = inputs.out_of_range != nullptr ? table.count : ~0ull;
+      if (is_mine) work.begin(bag);
+
+      uint32_t length = uint32_t(range.end - range.start);
+      uint32_t shortest = length, longest = length;
+      for (uint32_t step = bags.lanes; differ && step < 32; step *= 2) {
+        shortest = min(shortest, __shfl_xor_sync(WARP, shortest, step));
+        longest = max(longest, __shfl_xor_sync(WARP, longest, step));
+      }
+      uint32_t full = bags.has_padding ? 0 : shortest / BATCH;
+      // Rows are fetched a batch ahead, past the end of this bag too: most often, those are the next bag's.
+      bool runs_on = range.end + BATCH <= bags.nnz;
+      const char *next = first(range.start);
+      if (full > 0 && next != fetched) fetch<true>(next, BATCH, rows);
+      for (uint32_t batch = 0; batch < full; batch++) {
+        Place places[BATCH];
+        Place own[OWN];
+#pragma unroll
+        for (int s = 0; s < OWN; s++) {
+          own[s] = hash.locate(uint64_t(rows[s]), part);
+          out_of_range |= uint64_t(rows[s]) >= num_rows;
+        }
+        next += BATCH * stride();
+        if (batch + 1 < full || runs_on) {
+          fetch<true>(next, BATCH, rows);
+          fetched = next;
+        }
+        share(own, places);
+        work.load(places, All());
+        work.use(places, range.start + batch * BATCH, All());
+      }
+      for (uint32_t i = full * BATCH; i < longest; i += BATCH) {
+        uint32_t left = max(length, i) - i;
+        Place places[BATCH];
+        fetch<false>(first(range.start + i), left, rows);
+        fetched = nullptr;
+        out_of_range |= locate<false>(rows, left, part, num_rows, places);
+        work.load(places, Some());
+        work.use(places, range.start + i, Some());
+      }
+      if (is_mine) work.end(bag);
+    }
+    if (inputs.out_of_range != nullptr) {
+      bag -= bags.bags_per_group;
+      for (uint32_t b = 0; b < bags.bags_per_group && bag + b < bags.num_bags; b++)
+        out_of_range |= bags.has_bad_offsets(inputs.offsets, bag + b);
+      if (out_of_range) *inputs.out_of_range = 1;
+    }
+  }
+
+  template <typename Work>
+  __device__ __forceinline__ void long_bags(Work &work) const {
+    __shared__ int64_t next_long;
+    uint32_t groups = THREADS / bags.lanes;
+    uint32_t group = threadIdx.x / bags.lanes;
+    int64_t last = min(block_first() + groups * bags.bags_per_group, bags.num_bags);
+    for (int64_t bag = block_first();; bag++) {
+      __syncthreads();
+      if (threadIdx.x == 0) next_long = last;
+      __syncthreads();
+      for (int64_t candidate = bag + threadIdx.x; candidate < last; candidate += THREADS) {
+        Range range = bags.range(inputs.offsets, candidate);
+        if (range.end - range.start > LONG_BAG)
+          atomicMin(reinterpret_cast<long long *>(&next_long), static_cast<long long>(candidate));
+      }
+      __syncthreads();
+      bag = next_long;
+      if (bag >= last) return;
+
+      // Each group takes a part of whole batches, as many as any other.
+      Range range = bags.range(inputs.offsets, bag);
+      int64_t batches = (range.end - range.start + groups * BATCH - 1) / (groups * BATCH);
+      int64_t start = range.start + group * batches * BATCH;
+      TableRows table = bags.table(inputs.first_rows, bag);
+      uint64_t part = hash.shift(hash.column_part(run), table.first);
+      uint64_t num_rows = inputs.out_of_range != nullptr ? table.count : ~0ull;
+      bool out_of_range = false;
+      work.begin(bag);
+      for (int64_t i = start; i < start + batches * BATCH; i += BATCH) {
+        uint32_t left = uint32_t(max(min(range.end - i, int64_t(BATCH)), int64_t(0)));
+        int64_t rows[OWN];
+        Place places[BATCH];
+        fetch<false>(first(i), left, rows);
+        out_of_range |= locate<false>(rows, left, part, num_rows, places);
+        work.load(places, Some());
+        work.use(places, i, Some());
+      }
+      work.end_together(bag);
+      if (out_of_range) *inputs.out_of_range = 1;
+    }
+  }
+};
+
+// Walks through the bags of this thread's group, and then with the whole thread block through those of its bags that are
+// long, which the block's groups divide among them. The whole thread block must call this together.
+//
+// For each bag or part of one:
+//   work.begin(bag)
+//   for each BATCH of its indices i, i + 1, …, with where block `run` of the columns of those rows lies, none for padding
+//   and past the end, the whole warp together:
+//     work.load(places, All or Some)     starts what takes long
+//     work.use(places, i, All or Some)
+//   work.end(bag), or for a long one work.end_together(bag), the whole thread block together
+//
+// The rows of the next batch, be it of the next bag, are fetched while the values of this one are on their way, so that
+// neither waits for the other.
+template <int THREADS, int SHARE, typename Hash, typename Work>
+__device__ __forceinline__ void for_each_batch(const Bags &bags, const Hash &hash, const Inputs &inputs, uint32_t run,
+                                               Work &work) {
+  Walk<THREADS, SHARE, Hash> walk = {bags, hash, inputs, run};
+  walk.own_bags(work);
+  if (bags.num_offsets > 0 || bags.bag_len > LONG_BAG) walk.long_bags(work);
 }

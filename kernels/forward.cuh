@@ -1,8 +1,9 @@
 // out[bag, column] = pool over rows of the bag of sign * hashed_weight[slot]
 //
-// One group of lanes owns one bag and `lanes * V` columns of it (blockIdx.y the next ones); sums stay in registers.
-// Assumptions: hashed_weight is 16-byte aligned and its blocks are multiples of V columns when V > 1; each place of SHARE
-// threads lies in one block. The result does not depend on the order of execution.
+// One group of threads owns a bag and `lanes * V` columns of it (blockIdx.y the next ones); sums stay in registers, and
+// meet in shared memory where a thread block shares a bag. Assumptions: hashed_weight is 16-byte aligned and its blocks are
+// multiples of V columns when V > 1; each place of SHARE threads lies in one block. The result does not depend on the order
+// of execution.
 #pragma once
 #include "bags.cuh"
 #include "vector.cuh"
@@ -25,72 +26,120 @@ struct Columns {
 // What a place that is none points to: a load from here is cheaper than a branch around one.
 __device__ const uint4 ZEROS = {0, 0, 0, 0};
 
-// x[v] = sign * hashed_weight[slot] of the thread's columns in the row at `place`; zeros where there is none, unless ALL
-// places are one. `base` is the thread's first column in the first block of hashed_weight.
+// The thread's columns of a row on their way: hashed_weight[slot] at `place`, zeros where there is none, unless ALL places
+// are one. `base` is the thread's first column in the first block of hashed_weight.
 //
 // A thread past the last column loads too: its columns exist in the block, if not in the table.
 template <bool ALL, int V, typename T, typename Hash>
-__device__ __forceinline__ void gather(const T *base, const Hash &hash, typename Hash::Place place,
-                                       const Columns<V> &columns, Acc<T> (&x)[V]) {
+__device__ __forceinline__ Raw<V, T> gather(const T *base, const Hash &hash, typename Hash::Place place) {
   const T *block = hash.at(base, place);
   if (!ALL && place.is_none()) block = reinterpret_cast<const T *>(&ZEROS);
-  load<V>(block, x);
+  return load<V>(block);
+}
+
+// x[v] = sign * hashed_weight[slot], once they are there.
+template <int V, typename T, typename Place>
+__device__ __forceinline__ void arrive(const Raw<V, T> &raw, Place place, const Columns<V> &columns, Acc<T> (&x)[V]) {
+  unpack<V, T>(raw, x);
+  auto signs = place.template signs_of<V>(columns.within);
 #pragma unroll
-  for (int v = 0; v < V; v++) x[v] = flip(place, columns.within + v, x[v]);
+  for (int v = 0; v < V; v++) x[v] = flip<V>(signs, v, x[v]);
 }
 
-// Whether x replaces best: the first of equals stays, and NaN is larger than every number.
-template <typename A>
-__device__ __forceinline__ bool wins(A x, A best) {
-  return x > best || (x != x && best == best);
+// The larger; NaN is larger than every number.
+__device__ __forceinline__ double larger(double x, double y) { return y > x || y != y ? y : x; }
+__device__ __forceinline__ float larger(float x, float y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
+#else
+  return y > x || y != y ? y : x;
+#endif
 }
 
-template <Mode MODE, int V, int SHARE, typename T, typename Hash>
-__device__ __forceinline__ void forward(const T *__restrict__ hashed_weight, const void *__restrict__ indices,
-                                        const void *__restrict__ offsets, const T *__restrict__ per_sample_weights,
-                                        T *__restrict__ out, const Bags &bags, const Hash &hash,
-                                        uint32_t embedding_dim, uint32_t mean) {
+template <int THREADS, Mode MODE, int V, typename T, typename Hash>
+struct Forward {
   using A = Acc<T>;
   using Place = typename Hash::Place;
-  bool aligned = embedding_dim % V == 0;
+
+  const T *base;
+  const T *per_sample_weights;
+  T *out;
+  const Bags &bags;
+  const Hash &hash;
+  Columns<V> columns;
+  uint32_t embedding_dim;
+  uint32_t mean;
+
+  A sum[V];
+  uint32_t count;  // of rows that are not padding
+  Raw<V, T> raw[BATCH];
+  A scale[BATCH];
+
+  static __device__ __forceinline__ void combine(A &sum, A x) { sum = MODE == MAX ? larger(sum, x) : sum + x; }
+
+  __device__ __forceinline__ void begin(int64_t) {
+    count = 0;
+#pragma unroll
+    for (int v = 0; v < V; v++) sum[v] = MODE == MAX ? A(-INFINITY) : A(0);
+  }
+
+  template <typename Batch>
+  __device__ __forceinline__ void load(const Place (&places)[BATCH], Batch) {
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) raw[j] = gather<Batch::all, V>(base, hash, places[j]);
+  }
+
+  template <typename Batch>
+  __device__ __forceinline__ void use(const Place (&places)[BATCH], int64_t i, Batch) {
+#pragma unroll
+    for (int j = 0; j < BATCH; j++) {
+      if (!Batch::all && MODE != SUM && places[j].is_none()) continue;
+      A x[V];
+      arrive<V, T>(raw[j], places[j], columns, x);
+      A scale = MODE == WEIGHTED ? widen(per_sample_weights[i + j]) : A(1);
+#pragma unroll
+      for (int v = 0; v < V; v++) combine(sum[v], MODE == WEIGHTED ? scale * x[v] : x[v]);
+      count += Batch::all || !places[j].is_none();
+    }
+  }
+
+  __device__ __forceinline__ void end(int64_t bag) {
+    if (columns.n == 0) return;
+    A scale = MODE == SUM && mean && count > 1 ? A(1) / A(count) : A(1);
+#pragma unroll
+    for (int v = 0; v < V; v++) sum[v] = MODE == MAX && count == 0 ? A(0) : MODE == SUM ? sum[v] * scale : sum[v];
+    store_row<V>(out + bag * embedding_dim + columns.first, columns.n, embedding_dim % V == 0, sum);
+  }
+
+  // The parts of the groups are combined in their order.
+  __device__ __forceinline__ void end_together(int64_t bag) {
+    __shared__ A sums[V][THREADS];
+    __shared__ uint32_t counts[THREADS];
+#pragma unroll
+    for (int v = 0; v < V; v++) sums[v][threadIdx.x] = sum[v];
+    counts[threadIdx.x] = count;
+    __syncthreads();
+    if (threadIdx.x >= bags.lanes) return;
+    for (uint32_t thread = threadIdx.x + bags.lanes; thread < THREADS; thread += bags.lanes) {
+#pragma unroll
+      for (int v = 0; v < V; v++) combine(sum[v], sums[v][thread]);
+      count += counts[thread];
+    }
+    end(bag);
+  }
+};
+
+template <int THREADS, Mode MODE, int V, int SHARE, typename T, typename Hash>
+__device__ __forceinline__ void forward(const T *__restrict__ hashed_weight, const Inputs &inputs,
+                                        const T *__restrict__ per_sample_weights, T *__restrict__ out,
+                                        const Bags &bags, const Hash &hash, uint32_t embedding_dim, uint32_t mean) {
   uint32_t lane = threadIdx.x % bags.lanes;
   for (uint32_t chunk = blockIdx.y; uint64_t(chunk) * bags.lanes * V < embedding_dim; chunk += gridDim.y) {
     Columns<V> columns(hash, (chunk * bags.lanes + lane) * V, embedding_dim);
-    uint64_t column_part = hash.column_part(columns.first / hash.block);
-    const T *base = hashed_weight + columns.within;
-    bags.for_each([&](int64_t bag) {
-      Range range = bags.range(offsets, bag);
-      A sum[V] = {};
-      bool first = true;
-      for_each_batch<SHARE>(bags, hash, indices, range, column_part,
-                            [&](Place(&places)[BATCH], int64_t i, auto batch) {
-        constexpr bool ALL = decltype(batch)::all;
-        A x[BATCH][V];
-        A scale[BATCH];
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-          gather<ALL, V>(base, hash, places[j], columns, x[j]);
-          if (MODE == WEIGHTED) scale[j] = !ALL && places[j].is_none() ? A(0) : widen(per_sample_weights[i + j]);
-        }
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-          if (MODE == MAX && !ALL && places[j].is_none()) continue;
-#pragma unroll
-          for (int v = 0; v < V; v++) {
-            if (MODE == MAX)
-              sum[v] = first || wins(x[j][v], sum[v]) ? x[j][v] : sum[v];
-            else
-              sum[v] += MODE == WEIGHTED ? scale[j] * x[j][v] : x[j][v];
-          }
-          first = false;
-        }
-      });
-      if (MODE == SUM && mean) {
-        A count = bags.divisor<A>(indices, range);
-#pragma unroll
-        for (int v = 0; v < V; v++) sum[v] /= count;
-      }
-      if (columns.n > 0 && bag < bags.num_bags) store_row<V>(out + bag * embedding_dim + columns.first, columns.n, aligned, sum);
-    });
+    Forward<THREADS, MODE, V, T, Hash> work = {hashed_weight + columns.within, per_sample_weights, out, bags, hash, columns,
+                                      embedding_dim, mean};
+    for_each_batch<THREADS, SHARE>(bags, hash, inputs, columns.first / hash.block, work);
   }
 }

@@ -4,9 +4,12 @@
 // Both families offer the same to the loops:
 //   Hash::Place                     where one block of columns lies; Place::none() stands for "no row here"
 //   hash.column_part(run)           the share of block number `run` in the hash: once per thread
+//   hash.shift(column_part, rows)   the column_part to use for rows that count from `rows` on
 //   hash.locate(row, column_part)   the place of that block of that row
 //   hash.at(base, place)            the value `base` points to, but in the block at `place` and not in block or slot 0
-//   flip(place, i, x)               x, negated where column i of the block is negative
+//   hash.vector<V>(place, i)        the number of the V slots that hold columns i … i + V - 1 of the block, all of its V
+//   place.signs_of<V>(i)            the signs of columns i … i + V - 1 of the block
+//   flip<V>(signs, v, x)            x, negated where column v of those is negative
 //   shuffle(mask, place, lane, n)   the place that thread `lane` of a group of n threads holds
 #pragma once
 #include <cstdint>
@@ -20,7 +23,26 @@ struct Divisor {
     uint64_t remainder = x - __umul64hi(x, reciprocal) * value;
     return remainder >= value ? remainder - value : remainder;
   }
+
+  __device__ __forceinline__ uint64_t div(uint64_t x) const {
+    uint64_t quotient = __umul64hi(x, reciprocal);
+    return x - quotient * value >= value ? quotient + 1 : quotient;
+  }
 };
+
+struct MixSigns {
+  uint32_t top;
+};
+
+template <int V>
+__device__ __forceinline__ float flip(MixSigns signs, int v, float x) {
+  return __uint_as_float(__float_as_uint(x) ^ ((signs.top << (V - 1 - v)) & 0x80000000u));
+}
+
+template <int V>
+__device__ __forceinline__ double flip(MixSigns signs, int v, double x) {
+  return int32_t(signs.top << (V - 1 - v)) < 0 ? -x : x;
+}
 
 struct MixPlace {
   uint32_t block;  // at most 2^32 - 2, since there are fewer than 2^32 blocks
@@ -28,6 +50,13 @@ struct MixPlace {
 
   static __device__ __forceinline__ MixPlace none() { return {0xFFFFFFFFu, 0}; }
   __device__ __forceinline__ bool is_none() const { return block == 0xFFFFFFFFu; }
+
+  // The last of them in the highest bit, so that each is a constant shift away from the sign of a float. Blocks longer than
+  // 32 carry no signs: any shift of them is right.
+  template <int V>
+  __device__ __forceinline__ MixSigns signs_of(uint32_t i) const {
+    return {signs << ((32 - V - i) & 31)};
+  }
 };
 
 struct MixSlots {
@@ -41,6 +70,8 @@ struct MixSlots {
   __device__ __forceinline__ uint64_t column_part(uint32_t run) const {
     return key + (uint64_t(run) + 1) * 0x9E3779B97F4A7C15ull;
   }
+
+  __device__ __forceinline__ uint64_t shift(uint64_t column_part, int64_t rows) const { return column_part + rows; }
 
   __device__ __forceinline__ Place locate(uint64_t row, uint64_t column_part) const {
     uint64_t h = column_part + row;
@@ -56,20 +87,23 @@ struct MixSlots {
     uint32_t bytes = block * uint32_t(sizeof(T));
     return reinterpret_cast<T *>(reinterpret_cast<uintptr_t>(base) + uint64_t(place.block) * bytes);
   }
+
+  // The number of the vector of V slots that holds column `within` of a block.
+  template <int V>
+  __device__ __forceinline__ uint64_t vector(Place place, uint32_t within) const {
+    return uint64_t(place.block) * (block / V) + within / V;
+  }
 };
-
-__device__ __forceinline__ float flip(MixPlace place, uint32_t i, float x) {
-  // Blocks longer than 32 carry no signs, so that any shift of them is right.
-  uint32_t sign = (place.signs << (31 - (i & 31))) & 0x80000000u;
-  return __uint_as_float(__float_as_uint(x) ^ sign);
-}
-
-__device__ __forceinline__ double flip(MixPlace place, uint32_t i, double x) {
-  return (place.signs >> (i & 31)) & 1 ? -x : x;
-}
 
 __device__ __forceinline__ MixPlace shuffle(uint32_t mask, MixPlace place, int lane, int threads) {
   return {__shfl_sync(mask, place.block, lane, threads), __shfl_sync(mask, place.signs, lane, threads)};
+}
+
+struct NoSigns {};
+
+template <int V, typename A>
+__device__ __forceinline__ A flip(NoSigns, int, A x) {
+  return x;
 }
 
 struct AffinePlace {
@@ -77,6 +111,11 @@ struct AffinePlace {
 
   static __device__ __forceinline__ AffinePlace none() { return {~0ull}; }
   __device__ __forceinline__ bool is_none() const { return first_slot == ~0ull; }
+
+  template <int V>
+  __device__ __forceinline__ NoSigns signs_of(uint32_t) const {
+    return {};
+  }
 };
 
 struct AffineSlots {
@@ -89,6 +128,8 @@ struct AffineSlots {
 
   __device__ __forceinline__ uint64_t column_part(uint32_t run) const { return run * b + c; }
 
+  __device__ __forceinline__ uint64_t shift(uint64_t column_part, int64_t rows) const { return column_part + rows * a; }
+
   __device__ __forceinline__ Place locate(uint64_t row, uint64_t column_part) const {
     return {starts.rem(modulus.rem(row * a + column_part))};
   }
@@ -97,12 +138,12 @@ struct AffineSlots {
   __device__ __forceinline__ T *at(T *base, Place place) const {
     return base + place.first_slot;
   }
-};
 
-template <typename A>
-__device__ __forceinline__ A flip(AffinePlace, uint32_t, A x) {
-  return x;
-}
+  template <int V>
+  __device__ __forceinline__ uint64_t vector(Place place, uint32_t within) const {
+    return (place.first_slot + within) / V;
+  }
+};
 
 __device__ __forceinline__ AffinePlace shuffle(uint32_t mask, AffinePlace place, int lane, int threads) {
   return {__shfl_sync(mask, place.first_slot, lane, threads)};

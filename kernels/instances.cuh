@@ -8,53 +8,100 @@
 //   mix_share2
 //   mix_share4
 #pragma once
-#include "backward.cuh"
+#include "fixed.cuh"
 
-constexpr int THREADS = 256;
+// Threads of a block, as in src/op/cuda.rs: few, so that the next block starts as soon as one is done; many, where they share
+// sums of hot slots.
+constexpr int FORWARD_THREADS = 128;
+constexpr int BACKWARD_THREADS = 512;
+constexpr int MAX_BACKWARD_THREADS = 256;
+constexpr int STRIDED_THREADS = 512;
 
-#define FORWARD(mode, MODE, T, dtype, hash, Hash, V, SHARE)                                                           \
-  extern "C" __global__ void __launch_bounds__(THREADS) hashed_embedding_bag_fwd_##mode##_##dtype##_##hash(           \
-      const T *hashed_weight, const void *indices, const void *offsets, const T *per_sample_weights, T *out, Bags bags, \
-      Hash slots, uint32_t embedding_dim, uint32_t mean) {                                                            \
-    forward<MODE, V, SHARE>(hashed_weight, indices, offsets, per_sample_weights, out, bags, slots, embedding_dim,     \
-                            mean);                                                                                    \
+template <Mode MODE>
+constexpr int THREADS_OF = MODE == MAX ? MAX_BACKWARD_THREADS : BACKWARD_THREADS;
+
+// So few registers that so many blocks are in flight. 16-bit values come eight at a time and need more of them.
+template <typename T>
+constexpr int FORWARD_BLOCKS = sizeof(T) == 2 ? 7 : 8;
+
+#define FORWARD(mode, MODE, T, dtype, hash, Hash, V, SHARE)                                                            \
+  extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS<T>)                                     \
+      hashed_embedding_bag_fwd_##mode##_##dtype##_##hash(                                                              \
+          const T *hashed_weight, const void *indices, const void *offsets, const int64_t *first_rows,                 \
+          const T *per_sample_weights, T *out, uint32_t *out_of_range, Bags bags, Hash slots, uint32_t embedding_dim,  \
+          uint32_t mean) {                                                                                             \
+    forward<FORWARD_THREADS, MODE, V, SHARE>(hashed_weight, {indices, offsets, first_rows, out_of_range},              \
+                                             per_sample_weights, out, bags, slots, embedding_dim, mean);               \
   }
 
-#define BACKWARD(mode, MODE, T, dtype, hash, Hash, V, SHARE)                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS) hashed_embedding_bag_bwd_##mode##_##dtype##_##hash(           \
-      const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                         \
-      const T *per_sample_weights, Acc<T> *grad_weight, Bags bags, Hash slots, uint32_t embedding_dim, uint32_t mean, \
-      uint32_t grad_output_aligned) {                                                                                 \
-    backward<MODE, V, SHARE>(grad_output, hashed_weight, indices, offsets, per_sample_weights, grad_weight, bags,     \
-                             slots, embedding_dim, mean, grad_output_aligned);                                        \
+#define BACKWARD(mode, MODE, T, dtype, hash, Hash, V, SHARE)                                                           \
+  extern "C" __global__ void __launch_bounds__(THREADS_OF<MODE>) hashed_embedding_bag_bwd_##mode##_##dtype##_##hash(   \
+      const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                          \
+      const int64_t *first_rows, const T *per_sample_weights, Acc<T> *grad_weight, Bags bags, Hash slots,              \
+      uint32_t embedding_dim, uint32_t mean, uint32_t grad_output_aligned) {                                           \
+    /* Single values, and the one winner of a whole bag, seldom meet. */                                               \
+    using Sums = FloatSums<THREADS_OF<MODE>, V, Acc<T>, MODE != MAX && (V > 1)>;                                       \
+    __shared__ Sums::Lines lines;                                                                                      \
+    Sums sums = {grad_weight, lines};                                                                                  \
+    backward<THREADS_OF<MODE>, MODE, V, SHARE>(grad_output, hashed_weight, {indices, offsets, first_rows, nullptr},    \
+                                               per_sample_weights, sums, bags, slots, embedding_dim, mean,             \
+                                               grad_output_aligned);                                                   \
   }
 
-#define BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, hash, Hash, V)                                                          \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                                               \
-      hashed_embedding_bag_bwd_per_sample_weights_##dtype##_##hash(                                                   \
-          const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets, T *grad_weights,    \
-          Bags bags, Hash slots, uint32_t embedding_dim, uint32_t grad_output_aligned) {                              \
-    backward_per_sample_weights<V>(grad_output, hashed_weight, indices, offsets, grad_weights, bags, slots,           \
-                                   embedding_dim, grad_output_aligned);                                               \
+#define BACKWARD_FIXED(mode, MODE, T, dtype, hash, Hash, V, SHARE)                                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS_OF<MODE>)                                                       \
+      hashed_embedding_bag_bwd_fixed_##mode##_##dtype##_##hash(                                                        \
+          const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                      \
+          const int64_t *first_rows, const T *per_sample_weights, Acc<T> *grad_weight, int64_t *units, uint64_t len,   \
+          const Acc<T> *largest, uint32_t log2_terms, Bags bags, Hash slots, uint32_t embedding_dim, uint32_t mean,    \
+          uint32_t grad_output_aligned) {                                                                              \
+    FixedSums<V, Acc<T>> sums(grad_weight, units, len, largest, log2_terms);                                           \
+    backward<THREADS_OF<MODE>, MODE, V, SHARE>(grad_output, hashed_weight, {indices, offsets, first_rows, nullptr},    \
+                                               per_sample_weights, sums, bags, slots, embedding_dim, mean,             \
+                                               grad_output_aligned);                                                   \
   }
 
-#define MODES(PASS, ...)                                                                                              \
-  PASS(sum, SUM, __VA_ARGS__)                                                                                         \
-  PASS(weighted, WEIGHTED, __VA_ARGS__)                                                                               \
+#define BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, hash, Hash, V)                                                           \
+  extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS)                                                       \
+      hashed_embedding_bag_bwd_per_sample_weights_##dtype##_##hash(                                                    \
+          const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                      \
+          const int64_t *first_rows, T *grad_weights, Bags bags, Hash slots, uint32_t embedding_dim,                   \
+          uint32_t grad_output_aligned) {                                                                              \
+    backward_per_sample_weights<BACKWARD_THREADS, V>(grad_output, hashed_weight,                                       \
+                                                     {indices, offsets, first_rows, nullptr}, grad_weights, bags,      \
+                                                     slots, embedding_dim, grad_output_aligned);                       \
+  }
+
+#define MODES(PASS, ...)                                                                                               \
+  PASS(sum, SUM, __VA_ARGS__)                                                                                          \
+  PASS(weighted, WEIGHTED, __VA_ARGS__)                                                                                \
   PASS(max, MAX, __VA_ARGS__)
 
-#define HASHES(PASS, T, dtype, V)                                                                                     \
-  MODES(PASS, T, dtype, affine, AffineSlots, 1, 1)                                                                    \
-  MODES(PASS, T, dtype, mix_scalar, MixSlots, 1, 1)                                                                   \
-  MODES(PASS, T, dtype, mix_share1, MixSlots, V, 1)                                                                   \
-  MODES(PASS, T, dtype, mix_share2, MixSlots, V, 2)                                                                   \
+#define HASHES(PASS, T, dtype, V)                                                                                      \
+  MODES(PASS, T, dtype, affine, AffineSlots, 1, 1)                                                                     \
+  MODES(PASS, T, dtype, mix_scalar, MixSlots, 1, 1)                                                                    \
+  MODES(PASS, T, dtype, mix_share1, MixSlots, V, 1)                                                                    \
+  MODES(PASS, T, dtype, mix_share2, MixSlots, V, 2)                                                                    \
   MODES(PASS, T, dtype, mix_share4, MixSlots, V, 4)
 
 #define FORWARD_INSTANCES(T, dtype) HASHES(FORWARD, T, dtype, WIDE<T>)
 
 // Here a thread's access is as wide as its 16 bytes of gradient sums.
-#define BACKWARD_INSTANCES(T, dtype)                                                                                  \
-  HASHES(BACKWARD, T, dtype, WIDE<Acc<T>>)                                                                            \
-  BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, affine, AffineSlots, 1)                                                       \
-  BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, mix_scalar, MixSlots, 1)                                                      \
+#define BACKWARD_INSTANCES(T, dtype)                                                                                   \
+  HASHES(BACKWARD, T, dtype, WIDE<Acc<T>>)                                                                             \
+  BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, affine, AffineSlots, 1)                                                        \
+  BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, mix_scalar, MixSlots, 1)                                                       \
   BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, mix_wide, MixSlots, WIDE<T>)
+
+#define DETERMINISTIC_INSTANCES(T, dtype)                                                                              \
+  HASHES(BACKWARD_FIXED, T, dtype, WIDE<Acc<T>>)                                                                       \
+  extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                       \
+      hashed_embedding_bag_largest_##dtype(const T *values, uint64_t n, Acc<T> *largest) {                             \
+    find_largest<STRIDED_THREADS>(values, n, largest);                                                                \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(STRIDED_THREADS) hashed_embedding_bag_from_fixed_##dtype(              \
+      Acc<T> *grad_weight, int64_t *units, uint64_t len, const Acc<T> *largest, uint32_t log2_terms) {                 \
+    FixedSums<1, Acc<T>> sums(grad_weight, units, len, largest, log2_terms);                                           \
+    uint64_t threads = uint64_t(gridDim.x) * STRIDED_THREADS;                                                         \
+    for (uint64_t i = uint64_t(blockIdx.x) * STRIDED_THREADS + threadIdx.x; i < len; i += threads) sums.finish(i);    \
+  }

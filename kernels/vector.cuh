@@ -3,6 +3,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 template <typename T>
 struct Accumulator {
   using type = float;
@@ -28,38 +30,47 @@ __device__ __forceinline__ void narrow(double &to, double x) { to = x; }
 template <typename T>
 constexpr int WIDE = 16 / sizeof(T);
 
-// What one access of N bytes moves.
-template <int N>
-struct Bytes;
-template <>
-struct Bytes<16> {
+// What one access of V values moves. V is 1, or V values are 8 or 16 bytes.
+template <int V, typename T>
+struct Access;
+template <typename T>
+struct Access<1, T> {
+  using type = T;
+};
+template <typename T>
+struct Access<2, T> {
+  using type = typename std::conditional<sizeof(T) == 8, uint4, uint2>::type;
+};
+template <typename T>
+struct Access<4, T> {
+  using type = typename std::conditional<sizeof(T) == 4, uint4, uint2>::type;
+};
+template <typename T>
+struct Access<8, T> {
   using type = uint4;
 };
-template <>
-struct Bytes<8> {
-  using type = uint2;
-};
-
-// x[v] = from[v]. V is 1, or V values are 8 or 16 bytes and `from` is aligned to them.
 template <int V, typename T>
-__device__ __forceinline__ void load(const T *__restrict__ from, Acc<T> (&x)[V]) {
-  if constexpr (V == 1) {
-    x[0] = widen(*from);
-  } else {
-    using Raw = typename Bytes<V * sizeof(T)>::type;
-    Raw bytes = __ldg(reinterpret_cast<const Raw *>(from));
-    T values[V];
-    memcpy(values, &bytes, sizeof(bytes));
+using Raw = typename Access<V, T>::type;
+
+// `from` is aligned to V values.
+template <int V, typename T>
+__device__ __forceinline__ Raw<V, T> load(const T *__restrict__ from) {
+  return __ldg(reinterpret_cast<const Raw<V, T> *>(from));
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void unpack(const Raw<V, T> &raw, Acc<T> (&x)[V]) {
+  T values[V];
+  memcpy(values, &raw, sizeof(raw));
 #pragma unroll
-    for (int v = 0; v < V; v++) x[v] = widen(values[v]);
-  }
+  for (int v = 0; v < V; v++) x[v] = widen(values[v]);
 }
 
 // x[v] = from[v] for the first `n` values, zero for the others. Aligned as for `load` whenever n >= V.
 template <int V, typename T>
 __device__ __forceinline__ void load_row(const T *__restrict__ from, int n, bool aligned, Acc<T> (&x)[V]) {
   if (n >= V && (V == 1 || aligned)) {
-    load<V>(from, x);
+    unpack<V, T>(load<V>(from), x);
   } else {
 #pragma unroll
     for (int v = 0; v < V; v++) x[v] = v < n ? widen(from[v]) : Acc<T>(0);
@@ -74,10 +85,9 @@ __device__ __forceinline__ void store_row(T *to, int n, bool aligned, const Acc<
   for (int v = 0; v < V; v++) narrow(values[v], x[v]);
   if (V > 1 && n >= V && aligned) {
     if constexpr (V > 1) {
-      using Raw = typename Bytes<V * sizeof(T)>::type;
-      Raw bytes;
-      memcpy(&bytes, values, sizeof(bytes));
-      *reinterpret_cast<Raw *>(to) = bytes;
+      Raw<V, T> raw;
+      memcpy(&raw, values, sizeof(raw));
+      *reinterpret_cast<Raw<V, T> *>(to) = raw;
     }
   } else {
 #pragma unroll

@@ -457,6 +457,17 @@ pub(crate) trait Locate: Copy + Send + Sync {
     fn signs(&self, place: Place) -> u32;
 }
 
+impl Slots {
+    /// Consecutive columns that share a hash.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn block(&self) -> usize {
+        match self {
+            Self::Mix(mix) => mix.block as usize,
+            Self::Affine(affine) => affine.block as usize,
+        }
+    }
+}
+
 /// [`Mix`] bound to a length; twin of `MixSlots` in `kernels/hash.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -672,7 +683,7 @@ impl Locate for AffineRows {
 /// Division by a number that is known once and used often: one multiplication instead of a division.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-struct Divisor {
+pub(crate) struct Divisor {
     value: u64,
     /// `floor((2^64 - 1) / value)`
     reciprocal: u64,
@@ -680,7 +691,7 @@ struct Divisor {
 
 impl Divisor {
     /// `value` is not zero.
-    fn new(value: u64) -> Self {
+    pub fn new(value: u64) -> Self {
         Self {
             value,
             reciprocal: u64::MAX / value,

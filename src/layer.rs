@@ -9,7 +9,7 @@
 
 use crate::bags::{BoundsCheck, JaggedLayout, Tables};
 use crate::hash::Hash;
-use crate::op::{self, check_dtype, Mode, Offsets, Table, WEIGHT_DTYPES};
+use crate::op::{self, check_dtype, Gradient, Mode, Offsets, Table, WEIGHT_DTYPES};
 use candle_core::{bail, Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
 use std::sync::Arc;
@@ -47,6 +47,8 @@ pub struct HashedEmbeddingBagConfig {
     pub first_row: usize,
     /// What happens with indices and offsets out of range. Default [`BoundsCheck::Error`].
     pub bounds_check: BoundsCheck,
+    /// Whether the gradient is to be the same, bit for bit, in every run on CUDA. Default [`Gradient::Fastest`].
+    pub gradient: Gradient,
 }
 
 impl Default for HashedEmbeddingBagConfig {
@@ -59,6 +61,7 @@ impl Default for HashedEmbeddingBagConfig {
             include_last_offset: false,
             first_row: 0,
             bounds_check: BoundsCheck::Error,
+            gradient: Gradient::Fastest,
         }
     }
 }
@@ -109,6 +112,7 @@ pub struct HashedEmbeddingBag {
     table: Table,
     include_last_offset: bool,
     bounds_check: BoundsCheck,
+    gradient: Gradient,
 }
 
 /// A [`HashedEmbeddingBag`] with a variable named `hashed_weight`, which is initialised uniformly in
@@ -220,6 +224,7 @@ impl HashedEmbeddingBag {
             table,
             include_last_offset: config.include_last_offset,
             bounds_check: config.bounds_check,
+            gradient: config.gradient,
         })
     }
 
@@ -269,6 +274,7 @@ impl HashedEmbeddingBag {
             per_sample_weights,
             &self.table,
             self.bounds_check,
+            self.gradient,
         )
     }
 
@@ -282,6 +288,7 @@ impl HashedEmbeddingBag {
             include_last_offset: self.include_last_offset,
             first_row: self.first_row(),
             bounds_check: self.bounds_check,
+            gradient: self.gradient,
         }
     }
 
@@ -339,6 +346,11 @@ impl HashedEmbeddingBag {
     /// What happens with indices and offsets out of range.
     pub fn bounds_check(&self) -> BoundsCheck {
         self.bounds_check
+    }
+
+    /// How the gradient is summed on CUDA.
+    pub fn gradient(&self) -> Gradient {
+        self.gradient
     }
 
     /// The same layer with other bounds checks, say for a layer that came from a checkpoint.

@@ -58,7 +58,7 @@ pub use layer::{
     hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag,
     HashedEmbeddingBagConfig,
 };
-pub use op::Mode;
+pub use op::{Gradient, Mode};
 
 /// Compiles and runs the README's Rust.
 #[cfg(doctest)]

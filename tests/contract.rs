@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
-    hashed_embedding, hashed_embedding_bag, BoundsCheck, Hash, HashedEmbeddingBag,
+    hashed_embedding, hashed_embedding_bag, BoundsCheck, Gradient, Hash, HashedEmbeddingBag,
     HashedEmbeddingBagConfig, Mode,
 };
 use candle_nn::{VarBuilder, VarMap};
@@ -355,6 +355,7 @@ fn construction() -> Result<()> {
             include_last_offset: true,
             first_row: 0,
             bounds_check: BoundsCheck::Off,
+            gradient: Gradient::Deterministic,
         };
         let bag = hashed_embedding_bag(num_embeddings, embedding_dim, config, vb)?;
         assert_eq!(bag.hashed_weight().dims(), [len]);
@@ -367,6 +368,7 @@ fn construction() -> Result<()> {
         assert_eq!(bag.padding_idx(), Some(3));
         assert!(bag.include_last_offset());
         assert_eq!(bag.bounds_check(), BoundsCheck::Off);
+        assert_eq!(bag.gradient(), Gradient::Deterministic);
         let bag = bag.with_bounds_check(BoundsCheck::Error);
         assert_eq!(bag.bounds_check(), BoundsCheck::Error);
 

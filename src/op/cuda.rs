@@ -3,18 +3,20 @@
 //! Each pass and dtype of `hashed_weight` has a module of its own, loaded at its first use; kernels/instances.cuh is the
 //! table of its kernels. The dtypes of indices and offsets are arguments.
 
-use super::{Backend, Lookup, Mode, Operands, View};
-use crate::bags::{bad_offset, bad_row, Division};
-use crate::hash::{AffineSlots, MixSlots, Slots};
+use super::{cpu, Backend, Gradient, Lookup, Mode, Operands, View};
+use crate::bags::{BoundsCheck, Division};
+use crate::hash::{AffineSlots, Divisor, MixSlots, Slots};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::{
-    bail, CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Storage,
+    bail, CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor,
 };
 use cudarc::driver::{
-    CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg, ValidAsZeroBits,
+    CudaFunction, CudaSlice, CudaStream, CudaView, DeviceRepr, LaunchArgs, LaunchConfig,
+    PushKernelArg, ValidAsZeroBits,
 };
 use half::{bf16, f16};
+use std::sync::Arc;
 
 macro_rules! ptx {
     ($($file:literal),*) => {
@@ -22,18 +24,27 @@ macro_rules! ptx {
     };
 }
 
-/// Threads per block, as in the kernels' launch bounds.
-const THREADS: usize = 256;
+/// Threads of a block, as in kernels/instances.cuh.
+const FORWARD_THREADS: usize = 128;
+const BACKWARD_THREADS: usize = 512;
+const MAX_BACKWARD_THREADS: usize = 256;
+/// As in kernels/instances.cuh and kernels/indices.cu.
+const STRIDED_THREADS: usize = 512;
 const WARP: usize = 32;
 /// The widest access of a thread, in bytes.
 const WIDE: usize = 16;
+/// The kernels count the indices of a bag in 32 bits, and share a longer one among 8 groups at least.
+const MAX_INDICES: usize = 1 << 34;
 
 /// A dtype of `hashed_weight`, and the dtype its gradient is summed in.
 trait Element: CudaDType + DeviceRepr + ValidAsZeroBits {
     const NAME: &'static str;
     const FORWARD: &'static str;
     const BACKWARD: &'static str;
-    type Acc: CudaDType + DeviceRepr + ValidAsZeroBits;
+    const DETERMINISTIC: &'static str;
+    type Acc: CudaDType + DeviceRepr + ValidAsZeroBits + 'static;
+
+    fn acc(x: f64) -> Self::Acc;
 }
 
 macro_rules! element {
@@ -42,7 +53,12 @@ macro_rules! element {
             const NAME: &'static str = $name;
             const FORWARD: &'static str = ptx!("forward_", $name);
             const BACKWARD: &'static str = ptx!("backward_", $name);
+            const DETERMINISTIC: &'static str = ptx!("deterministic_", $name);
             type Acc = $acc;
+
+            fn acc(x: f64) -> $acc {
+                x as $acc
+            }
         }
     };
 }
@@ -60,8 +76,13 @@ struct BagParams {
     num_offsets: i64,
     bag_len: i64,
     padding_idx: i64,
+    first_row: i64,
+    num_embeddings: i64,
+    feature_stride: i64,
+    tables: Divisor,
     has_padding: u32,
     lanes: u32,
+    bags_per_group: u32,
     index_type: u32,
     offset_type: u32,
 }
@@ -123,15 +144,6 @@ impl<'a> IndexView<'a> {
             Self::I64(view) => args.arg(view),
         };
     }
-
-    /// The element at `i`, copied to the host.
-    fn get(&self, device: &CudaDevice, i: usize) -> Result<i64> {
-        Ok(match self {
-            Self::U32(view) => device.clone_dtoh(&view.slice(i..i + 1))?[0].into(),
-            Self::I32(view) => device.clone_dtoh(&view.slice(i..i + 1))?[0].into(),
-            Self::I64(view) => device.clone_dtoh(&view.slice(i..i + 1))?[0],
-        })
-    }
 }
 
 fn push_or_null<'b, T>(args: &mut LaunchArgs<'b>, view: &'b Option<CudaView<'_, T>>) {
@@ -139,45 +151,6 @@ fn push_or_null<'b, T>(args: &mut LaunchArgs<'b>, view: &'b Option<CudaView<'_, 
         Some(view) => args.arg(view),
         None => args.arg(&NULL),
     };
-}
-
-fn bag_params(
-    lookup: &Lookup,
-    lanes: usize,
-    indices: &IndexView,
-    offsets: Option<&IndexView>,
-) -> BagParams {
-    let bags = &lookup.bags;
-    let (num_offsets, bag_len) = match bags.division {
-        Division::Fixed(bag_len) => (0, bag_len),
-        Division::Offsets {
-            include_last_offset,
-        } => (bags.num_bags + usize::from(include_last_offset), 0),
-    };
-    BagParams {
-        nnz: bags.nnz as i64,
-        num_bags: bags.num_bags as i64,
-        num_offsets: num_offsets as i64,
-        bag_len: bag_len as i64,
-        padding_idx: lookup.table.padding_idx.unwrap_or_default(),
-        has_padding: lookup.table.padding_idx.is_some().into(),
-        lanes: lanes as u32,
-        index_type: indices.index_type(),
-        offset_type: offsets.map_or(0, IndexView::index_type),
-    }
-}
-
-/// The grid: a group of `lanes` threads per bag along x, chunks of columns along y. The kernels stride past its limits.
-fn grid(num_bags: usize, lanes: usize, column_chunks: usize) -> LaunchConfig {
-    let blocks = num_bags
-        .saturating_mul(lanes)
-        .div_ceil(THREADS)
-        .clamp(1, i32::MAX as usize);
-    LaunchConfig {
-        grid_dim: (blocks as u32, column_chunks.clamp(1, 65_535) as u32, 1),
-        block_dim: (THREADS as u32, 1, 1),
-        shared_mem_bytes: 0,
-    }
 }
 
 /// What to compute; the gradients hold grad_output, `(num_bags, embedding_dim)`.
@@ -188,10 +161,10 @@ enum Pass<'a> {
     GradPerSampleWeights(View<'a, CudaStorage>),
 }
 
-/// How the threads of a bag share its columns and hashes: the choice of a kernel instance.
+/// How the threads of a group share the columns and hashes of a row: the choice of a kernel instance.
 struct Sharing {
     name: &'static str,
-    /// Threads per bag.
+    /// Threads of a group, which share a bag.
     lanes: usize,
     /// `lanes` times the columns per thread.
     columns: usize,
@@ -232,135 +205,367 @@ impl Sharing {
     }
 }
 
-/// One pass over the bags, for one dtype of `hashed_weight`.
-fn run<T: Element>(
+/// How groups are divided among bags and thread blocks.
+struct Groups {
+    /// Consecutive bags of a group.
+    bags_per_group: usize,
+    threads: usize,
+    blocks: usize,
+}
+
+impl Groups {
+    /// A group has several bags, so that what it sets up serves them all and the rows of one are fetched while the one before
+    /// is summed; but only where all groups together still fill a large GPU more than twice. Measured on an H200.
+    fn new(lookup: &Lookup, pass: Pass, lanes: usize) -> Self {
+        let (threads, full) = match (pass, lookup.table.mode) {
+            (Pass::Forward, _) => (FORWARD_THREADS, 1 << 19),
+            (Pass::GradWeight(_), Mode::Max) => (MAX_BACKWARD_THREADS, 1 << 20),
+            _ => (BACKWARD_THREADS, 1 << 20),
+        };
+        let num_bags = lookup.bags.num_bags;
+        let bags_per_group = (num_bags.saturating_mul(lanes) / full).clamp(1, 8);
+        Self {
+            bags_per_group,
+            threads,
+            blocks: num_bags.div_ceil(threads / lanes * bags_per_group),
+        }
+    }
+
+    /// Thread blocks of consecutive bags along x, chunks of columns along y, which the kernels stride past its limit.
+    fn grid(&self, column_chunks: usize) -> LaunchConfig {
+        LaunchConfig {
+            grid_dim: (self.blocks as u32, column_chunks.clamp(1, 65_535) as u32, 1),
+            block_dim: (self.threads as u32, 1, 1),
+            shared_mem_bytes: 0,
+        }
+    }
+}
+
+/// One pass over the bags, for one dtype of `hashed_weight`: what its launch needs.
+struct Launch<'a, T: Element> {
+    lookup: &'a Lookup,
+    operands: &'a Operands<'a, CudaStorage>,
+    device: &'a CudaDevice,
+    stream: Arc<CudaStream>,
+    hashed_weight: CudaView<'a, T>,
+    indices: IndexView<'a>,
+    offsets: Option<IndexView<'a>>,
+    first_rows: Option<CudaView<'a, i64>>,
+    per_sample_weights: Option<CudaView<'a, T>>,
+    sharing: Sharing,
+    params: BagParams,
+    embedding_dim: u32,
+    mean: u32,
+    config: LaunchConfig,
+}
+
+/// `Launch` for `pass`, as `|launch| body`; `first_rows` lives in a tensor that has to be locked meanwhile.
+fn launch<T: Element, R>(
     pass: Pass,
     lookup: &Lookup,
     operands: &Operands<CudaStorage>,
-) -> Result<CudaStorage> {
-    let device = operands.hashed_weight.0.device();
-    let (bags, table) = (&lookup.bags, &lookup.table);
-    let is_empty = bags.num_bags == 0 || bags.nnz == 0;
-
-    let hashed_weight = view::<T>(operands.hashed_weight)?;
+    body: impl FnOnce(Launch<T>) -> Result<R>,
+) -> Result<R> {
+    let Lookup { table, bags, .. } = lookup;
+    if bags.nnz > MAX_INDICES {
+        let nnz = bags.nnz;
+        bail!("hashed-embedding-bag: at most {MAX_INDICES} indices on CUDA, got {nnz}");
+    }
     let indices = IndexView::new(operands.indices)?;
     let offsets = operands.offsets.map(IndexView::new).transpose()?;
-    let per_sample_weights = operands.per_sample_weights.map(view::<T>).transpose()?;
-    let sharing = Sharing::new::<T>(lookup, pass, is_aligned::<T>(operands.hashed_weight));
-    let params = bag_params(lookup, sharing.lanes, &indices, offsets.as_ref());
-    let embedding_dim = table.embedding_dim as u32;
-    let mean = u32::from(table.mode == Mode::Mean);
-    let mode = match table.mode {
-        _ if per_sample_weights.is_some() => "weighted",
-        Mode::Sum | Mode::Mean => "sum",
-        Mode::Max => "max",
+    let first_rows = table.first_rows.as_ref().map(Tensor::storage_and_layout);
+    let first_rows = match &first_rows {
+        Some((storage, layout)) => Some(view::<i64>((Cuda::storage(storage)?, layout))?),
+        None => None,
     };
-    let kernel = |name: &str| {
-        let (dtype, sharing) = (T::NAME, sharing.name);
-        let (module, ptx) = match pass {
-            Pass::Forward => ("forward", T::FORWARD),
-            Pass::GradWeight(_) | Pass::GradPerSampleWeights(_) => ("backward", T::BACKWARD),
-        };
-        device.get_or_load_custom_func(
-            &format!("hashed_embedding_bag_{name}_{dtype}_{sharing}"),
+    let aligned = is_aligned::<T>(operands.hashed_weight);
+    let sharing = Sharing::new::<T>(lookup, pass, aligned);
+    let groups = Groups::new(lookup, pass, sharing.lanes);
+    let chunks = match pass {
+        Pass::GradPerSampleWeights(_) => 1,
+        _ => table.embedding_dim.div_ceil(sharing.columns),
+    };
+    let (num_offsets, bag_len) = match bags.division {
+        Division::Fixed(bag_len) => (0, bag_len),
+        Division::Offsets {
+            include_last_offset,
+            ..
+        } => (bags.num_bags + usize::from(include_last_offset), 0),
+    };
+    let params = BagParams {
+        nnz: bags.nnz as i64,
+        num_bags: bags.num_bags as i64,
+        num_offsets: num_offsets as i64,
+        bag_len: bag_len as i64,
+        padding_idx: table.padding_idx.unwrap_or_default(),
+        first_row: table.tables.first_row(0),
+        num_embeddings: table.tables.num_embeddings(0) as i64,
+        feature_stride: bags.feature_stride() as i64,
+        tables: Divisor::new(bags.tables as u64),
+        has_padding: table.padding_idx.is_some().into(),
+        lanes: sharing.lanes as u32,
+        bags_per_group: groups.bags_per_group as u32,
+        index_type: indices.index_type(),
+        offset_type: offsets.as_ref().map_or(0, IndexView::index_type),
+    };
+    let device = operands.hashed_weight.0.device();
+    body(Launch {
+        lookup,
+        operands,
+        device,
+        stream: device.cuda_stream(),
+        hashed_weight: view(operands.hashed_weight)?,
+        indices,
+        offsets,
+        first_rows,
+        per_sample_weights: operands.per_sample_weights.map(view::<T>).transpose()?,
+        embedding_dim: table.embedding_dim as u32,
+        mean: (table.mode == Mode::Mean).into(),
+        config: groups.grid(chunks),
+        sharing,
+        params,
+    })
+}
+
+impl<T: Element> Launch<'_, T> {
+    /// A kernel of a module of this dtype, compiled from `ptx` at its first use.
+    fn kernel(&self, module: &str, ptx: &'static str, name: &str) -> Result<CudaFunction> {
+        let dtype = T::NAME;
+        let kernel = self.device.get_or_load_custom_func(
+            &format!("hashed_embedding_bag_{name}"),
             &format!("candle-hashed-embedding-bag-{module}-{dtype}"),
             ptx,
-        )
-    };
-    fn push_indices<'b>(
-        args: &mut LaunchArgs<'b>,
-        indices: &'b IndexView,
-        offsets: &'b Option<IndexView>,
-    ) {
-        indices.push(args);
-        match offsets {
-            Some(offsets) => offsets.push(args),
+        )?;
+        Ok(kernel.into_cuda_function())
+    }
+
+    /// The suffix of a kernel of this mode.
+    fn mode(&self) -> String {
+        let mode = match self.lookup.table.mode {
+            _ if self.per_sample_weights.is_some() => "weighted",
+            Mode::Sum | Mode::Mean => "sum",
+            Mode::Max => "max",
+        };
+        format!("{mode}_{}_{}", T::NAME, self.sharing.name)
+    }
+
+    /// Whether no bag holds anything.
+    fn is_empty(&self) -> bool {
+        self.lookup.bags.num_bags == 0 || self.lookup.bags.nnz == 0
+    }
+
+    fn push_inputs<'b>(&'b self, args: &mut LaunchArgs<'b>) {
+        self.indices.push(args); // const void *indices
+        match &self.offsets {
+            Some(offsets) => offsets.push(args), // const void *offsets
             None => {
                 args.arg(&NULL);
             }
         }
-    }
-    fn push_slots<'b>(args: &mut LaunchArgs<'b>, slots: &'b Slots) {
-        match slots {
-            Slots::Mix(mix) => args.arg(mix),
-            Slots::Affine(affine) => args.arg(affine),
-        };
+        push_or_null(args, &self.first_rows); // const int64_t *first_rows
     }
 
-    match pass {
-        Pass::Forward => {
-            let len = bags.num_bags * table.embedding_dim;
-            if is_empty {
-                return zeros::<T>(device, len);
+    fn push_bags<'b>(&'b self, args: &mut LaunchArgs<'b>) {
+        args.arg(&self.params); // Bags bags
+        match &self.lookup.table.slots {
+            Slots::Mix(mix) => args.arg(mix), // Hash slots
+            Slots::Affine(affine) => args.arg(affine),
+        };
+        args.arg(&self.embedding_dim); // uint32_t embedding_dim
+    }
+
+    fn forward(&self) -> Result<CudaStorage> {
+        let (device, bags) = (self.device, &self.lookup.bags);
+        let is_checked = self.lookup.bounds_check == BoundsCheck::Error;
+        let len = bags.num_bags * self.lookup.table.embedding_dim;
+        if len == 0 {
+            // No bag looks at the offsets then, of which there may be one.
+            if is_checked {
+                check_bounds(self.lookup, self.operands)?;
             }
-            // SAFETY: the kernel writes every column of every bag.
-            let mut out = unsafe { device.alloc::<T>(len)? };
-            let function = kernel(&format!("fwd_{mode}"))?;
-            let mut args = function.builder();
-            args.arg(&hashed_weight); // const T *hashed_weight
-            push_indices(&mut args, &indices, &offsets); // const void *indices, const void *offsets
-            push_or_null(&mut args, &per_sample_weights); // const T *per_sample_weights
-            args.arg(&mut out); // T *out
-            args.arg(&params); // Bags bags
-            push_slots(&mut args, &table.slots); // Hash slots
-            args.arg(&embedding_dim); // uint32_t embedding_dim
-            args.arg(&mean); // uint32_t mean
-            let chunks = table.embedding_dim.div_ceil(sharing.columns);
-            // SAFETY: the arguments are those of FORWARD in kernels/instances.cuh; the kernel reads hashed_weight below
-            // its length, which the slots are bound to, and clamps offsets into indices.
-            unsafe { args.launch(grid(bags.num_bags, sharing.lanes, chunks)) }.w()?;
-            Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
+            return zeros::<T>(device, len);
         }
-        Pass::GradWeight(grad_output) => {
-            let len = operands.hashed_weight.1.shape().elem_count();
-            let mut grad_weight = device.alloc_zeros::<T::Acc>(len)?;
-            if !is_empty {
-                let aligned = u32::from(is_aligned::<T>(grad_output));
-                let grad_output = view::<T>(grad_output)?;
-                let function = kernel(&format!("bwd_{mode}"))?;
-                let mut args = function.builder();
-                args.arg(&grad_output); // const T *grad_output
-                args.arg(&hashed_weight); // const T *hashed_weight
-                push_indices(&mut args, &indices, &offsets); // const void *indices, const void *offsets
-                push_or_null(&mut args, &per_sample_weights); // const T *per_sample_weights
-                args.arg(&mut grad_weight); // Acc<T> *grad_weight
-                args.arg(&params); // Bags bags
-                push_slots(&mut args, &table.slots); // Hash slots
-                args.arg(&embedding_dim); // uint32_t embedding_dim
-                args.arg(&mean); // uint32_t mean
-                args.arg(&aligned); // uint32_t grad_output_aligned
-                let chunks = table.embedding_dim.div_ceil(sharing.columns);
-                // SAFETY: the arguments are those of BACKWARD in kernels/instances.cuh; the kernel adds to grad_weight
-                // below its length, which the slots are bound to, and clamps offsets into indices.
-                unsafe { args.launch(grid(bags.num_bags, sharing.lanes, chunks)) }.w()?;
+        let mut out_of_range = match is_checked {
+            true => Some(device.alloc_zeros::<u32>(1)?),
+            false => None,
+        };
+        // SAFETY: the kernel writes every column of every bag.
+        let mut out = unsafe { device.alloc::<T>(len)? };
+        let function = self.kernel("forward", T::FORWARD, &format!("fwd_{}", self.mode()))?;
+        let mut args = self.stream.launch_builder(&function);
+        args.arg(&self.hashed_weight); // const T *hashed_weight
+        self.push_inputs(&mut args);
+        push_or_null(&mut args, &self.per_sample_weights); // const T *per_sample_weights
+        args.arg(&mut out); // T *out
+        match &mut out_of_range {
+            Some(out_of_range) => args.arg(out_of_range), // uint32_t *out_of_range
+            None => args.arg(&NULL),
+        };
+        self.push_bags(&mut args);
+        args.arg(&self.mean); // uint32_t mean
+
+        // SAFETY: the arguments are those of FORWARD in kernels/instances.cuh; the kernel reads hashed_weight below its
+        // length, which the slots are bound to, and clamps offsets into indices.
+        unsafe { args.launch(self.config) }.w()?;
+        if let Some(out_of_range) = out_of_range {
+            if device.clone_dtoh(&out_of_range)? != [0] {
+                check_bounds(self.lookup, self.operands)?;
+                bail!("hashed-embedding-bag: indices or offsets changed during the lookup");
             }
-            Ok(CudaStorage::wrap_cuda_slice(grad_weight, device.clone()))
         }
-        Pass::GradPerSampleWeights(grad_output) => {
-            if is_empty {
-                return zeros::<T>(device, bags.nnz);
-            }
-            // Zeros, not fresh memory: padding, and indices in no bag, have no gradient.
-            let mut grad_weights = device.alloc_zeros::<T>(bags.nnz)?;
+        Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
+    }
+
+    fn grad_weight(&self, grad_output: View<CudaStorage>) -> Result<CudaStorage> {
+        let device = self.device;
+        let mut grad_weight = device.alloc_zeros::<T::Acc>(self.hashed_weight.len())?;
+        if !self.is_empty() {
             let aligned = u32::from(is_aligned::<T>(grad_output));
             let grad_output = view::<T>(grad_output)?;
-            let function = kernel("bwd_per_sample_weights")?;
-            let mut args = function.builder();
+            let fixed = match self.lookup.gradient {
+                Gradient::Fastest => None,
+                Gradient::Deterministic => Some(self.fixed_point(&grad_output)?),
+            };
+            let mode = self.mode();
+            let function = match fixed {
+                None => self.kernel("backward", T::BACKWARD, &format!("bwd_{mode}"))?,
+                Some(_) => self.deterministic(&format!("bwd_fixed_{mode}"))?,
+            };
+            let mut args = self.stream.launch_builder(&function);
             args.arg(&grad_output); // const T *grad_output
-            args.arg(&hashed_weight); // const T *hashed_weight
-            push_indices(&mut args, &indices, &offsets); // const void *indices, const void *offsets
-            args.arg(&mut grad_weights); // T *grad_weights
-            args.arg(&params); // Bags bags
-            push_slots(&mut args, &table.slots); // Hash slots
-            args.arg(&embedding_dim); // uint32_t embedding_dim
+            args.arg(&self.hashed_weight); // const T *hashed_weight
+            self.push_inputs(&mut args);
+            push_or_null(&mut args, &self.per_sample_weights); // const T *per_sample_weights
+            args.arg(&mut grad_weight); // Acc<T> *grad_weight
+            if let Some(fixed) = &fixed {
+                fixed.push(&mut args);
+            }
+            self.push_bags(&mut args);
+            args.arg(&self.mean); // uint32_t mean
             args.arg(&aligned); // uint32_t grad_output_aligned
-            let config = grid(bags.num_bags, sharing.lanes, 1);
-            // SAFETY: the arguments are those of BACKWARD_PER_SAMPLE_WEIGHTS in kernels/instances.cuh; the kernel writes
-            // grad_weights at positions that it clamps into indices, whose length is the same.
-            unsafe { args.launch(config) }.w()?;
-            Ok(CudaStorage::wrap_cuda_slice(grad_weights, device.clone()))
+
+            // SAFETY: the arguments are those of BACKWARD or BACKWARD_FIXED in kernels/instances.cuh; the kernel adds to
+            // grad_weight, and to as many units per slot as FixedPoint has, below their length, which the slots are bound
+            // to, and clamps offsets into indices.
+            unsafe { args.launch(self.config) }.w()?;
+            if let Some(fixed) = &fixed {
+                let function = self.deterministic(&format!("from_fixed_{}", T::NAME))?;
+                let mut args = self.stream.launch_builder(&function);
+                args.arg(&mut grad_weight); // Acc<T> *grad_weight
+                fixed.push(&mut args);
+                let config = strided(fixed.len as usize);
+                // SAFETY: the arguments are those of hashed_embedding_bag_from_fixed, which goes over `len` slots.
+                unsafe { args.launch(config) }.w()?;
+            }
         }
+        Ok(CudaStorage::wrap_cuda_slice(grad_weight, device.clone()))
     }
+
+    fn grad_per_sample_weights(&self, grad_output: View<CudaStorage>) -> Result<CudaStorage> {
+        let (device, nnz) = (self.device, self.lookup.bags.nnz);
+        if self.is_empty() {
+            return zeros::<T>(device, nnz);
+        }
+        // Zeros, not fresh memory: padding, and indices in no bag, have no gradient.
+        let mut grad_weights = device.alloc_zeros::<T>(nnz)?;
+        let aligned = u32::from(is_aligned::<T>(grad_output));
+        let grad_output = view::<T>(grad_output)?;
+        let name = format!("bwd_per_sample_weights_{}_{}", T::NAME, self.sharing.name);
+        let function = self.kernel("backward", T::BACKWARD, &name)?;
+        let mut args = self.stream.launch_builder(&function);
+        args.arg(&grad_output); // const T *grad_output
+        args.arg(&self.hashed_weight); // const T *hashed_weight
+        self.push_inputs(&mut args);
+        args.arg(&mut grad_weights); // T *grad_weights
+        self.push_bags(&mut args);
+        args.arg(&aligned); // uint32_t grad_output_aligned
+
+        // SAFETY: the arguments are those of BACKWARD_PER_SAMPLE_WEIGHTS in kernels/instances.cuh; the kernel writes
+        // grad_weights at positions that it clamps into indices, whose length is the same.
+        unsafe { args.launch(self.config) }.w()?;
+        Ok(CudaStorage::wrap_cuda_slice(grad_weights, device.clone()))
+    }
+
+    fn deterministic(&self, name: &str) -> Result<CudaFunction> {
+        self.kernel("deterministic", T::DETERMINISTIC, name)
+    }
+
+    /// The grid on which the gradients of this call are summed.
+    fn fixed_point(&self, grad_output: &CudaView<T>) -> Result<FixedPoint<T::Acc>> {
+        let (device, Lookup { table, bags, .. }) = (self.device, self.lookup);
+        let len = self.hashed_weight.len();
+        // A block of columns puts one term at most into a slot.
+        let terms = bags.nnz as u128 * table.embedding_dim.div_ceil(table.slots.block()) as u128;
+        let log2_terms = terms.next_power_of_two().trailing_zeros();
+        if log2_terms > 60 {
+            bail!("hashed-embedding-bag: {terms} terms are too many for a deterministic gradient");
+        }
+        let grids = size_of::<T::Acc>() / 4;
+        let units = device.alloc_zeros::<i64>(grids * len)?;
+        let weights = self.per_sample_weights.as_ref();
+        let none = if weights.is_none() { 1.0 } else { 0.0 };
+        let mut largest = device.clone_htod(&[T::acc(0.0), T::acc(none)])?;
+        let function = self.deterministic(&format!("largest_{}", T::NAME))?;
+        for (i, values) in [Some(grad_output), weights]
+            .into_iter()
+            .flatten()
+            .enumerate()
+        {
+            let mut largest = largest.slice_mut(i..i + 1);
+            let n = values.len() as u64;
+            let mut args = self.stream.launch_builder(&function);
+            args.arg(values); // const T *values
+            args.arg(&n); // uint64_t n
+            args.arg(&mut largest); // Acc<T> *largest
+            let config = strided(values.len());
+            // SAFETY: the arguments are those of hashed_embedding_bag_largest, which goes over n values.
+            unsafe { args.launch(config) }.w()?;
+        }
+        Ok(FixedPoint {
+            units,
+            len: len as u64,
+            largest,
+            log2_terms,
+        })
+    }
+}
+
+/// Sums in fixed point, see kernels/fixed.cuh.
+struct FixedPoint<A> {
+    units: CudaSlice<i64>,
+    len: u64,
+    largest: CudaSlice<A>,
+    log2_terms: u32,
+}
+
+impl<A: DeviceRepr> FixedPoint<A> {
+    fn push<'b>(&'b self, args: &mut LaunchArgs<'b>) {
+        args.arg(&self.units); // int64_t *units, changed by atomic additions alone
+        args.arg(&self.len); // uint64_t len
+        args.arg(&self.largest); // const Acc<T> *largest
+        args.arg(&self.log2_terms); // uint32_t log2_terms
+    }
+}
+
+/// The grid of a kernel that strides over `n` values.
+fn strided(n: usize) -> LaunchConfig {
+    LaunchConfig {
+        grid_dim: (n.div_ceil(STRIDED_THREADS).clamp(1, 2048) as u32, 1, 1),
+        block_dim: (STRIDED_THREADS as u32, 1, 1),
+        shared_mem_bytes: 0,
+    }
+}
+
+/// The error for what a kernel found out of range, from a copy on the host.
+fn check_bounds(lookup: &Lookup, operands: &Operands<CudaStorage>) -> Result<()> {
+    let (indices, layout) = operands.indices;
+    let indices = indices.to_cpu_storage()?;
+    let offsets = match operands.offsets {
+        Some((offsets, layout)) => Some((offsets.to_cpu_storage()?, layout)),
+        None => None,
+    };
+    let offsets = offsets.as_ref().map(|(offsets, layout)| (offsets, *layout));
+    cpu::check_bounds(lookup, (&indices, layout), offsets)
 }
 
 /// `len` zeros; an allocation of nothing is an error of the driver, so there is always at least one.
@@ -372,7 +577,19 @@ fn zeros<T: CudaDType + DeviceRepr + ValidAsZeroBits>(
     Ok(CudaStorage::wrap_cuda_slice(zeros, device.clone()))
 }
 
+/// Resolves the dtype.
 fn dispatch(pass: Pass, lookup: &Lookup, operands: &Operands<CudaStorage>) -> Result<CudaStorage> {
+    fn run<T: Element>(
+        pass: Pass,
+        lookup: &Lookup,
+        operands: &Operands<CudaStorage>,
+    ) -> Result<CudaStorage> {
+        launch::<T, _>(pass, lookup, operands, |launch| match pass {
+            Pass::Forward => launch.forward(),
+            Pass::GradWeight(grad_output) => launch.grad_weight(grad_output),
+            Pass::GradPerSampleWeights(grad_output) => launch.grad_per_sample_weights(grad_output),
+        })
+    }
     match operands.hashed_weight.0.dtype() {
         DType::F16 => run::<f16>(pass, lookup, operands),
         DType::BF16 => run::<bf16>(pass, lookup, operands),
@@ -441,7 +658,7 @@ impl CustomOp1 for ContiguousI32 {
             args.arg(&shape); // Strides shape
                               // SAFETY: the arguments are those of hashed_embedding_bag_copy_i32, which writes n elements and reads them
                               // where the layout says they lie.
-            unsafe { args.launch(grid(n, 1, 1)) }.w()?;
+            unsafe { args.launch(strided(n)) }.w()?;
         }
         let to = CudaStorage::wrap_cuda_slice(to, device.clone());
         Ok((to, layout.shape().clone()))
@@ -460,64 +677,6 @@ impl Backend for Cuda {
                 bail!("hashed-embedding-bag: expected a tensor on CUDA, got one elsewhere")
             }
         }
-    }
-
-    fn check_bounds(
-        lookup: &Lookup,
-        indices: View<CudaStorage>,
-        offsets: Option<View<CudaStorage>>,
-    ) -> Result<()> {
-        let device = indices.0.device();
-        let (bags, table) = (&lookup.bags, &lookup.table);
-        let indices = IndexView::new(indices)?;
-        let offsets = offsets.map(IndexView::new).transpose()?;
-        let params = bag_params(lookup, 1, &indices, offsets.as_ref());
-        let num_embeddings = table.num_embeddings as i64;
-        let kernel = |name: &str| {
-            device.get_or_load_custom_func(
-                &format!("hashed_embedding_bag_check_{name}"),
-                INDICES_MODULE,
-                INDICES_PTX,
-            )
-        };
-
-        // For offsets and rows: how many positions there are from the first bad one to the end, zero for none.
-        let mut bad = device.alloc_zeros::<u64>(2)?;
-        if let Some(offsets) = offsets.as_ref().filter(|_| params.num_offsets > 0) {
-            let function = kernel("offsets")?;
-            let mut first_bad = bad.slice_mut(0..1);
-            let mut args = function.builder();
-            offsets.push(&mut args); // const void *offsets
-            args.arg(&params); // Bags bags
-            args.arg(&mut first_bad); // unsigned long long *first_bad
-                                      // SAFETY: the arguments are those of hashed_embedding_bag_check_offsets, which reads num_offsets offsets.
-            unsafe { args.launch(grid(params.num_offsets as usize, 1, 1)) }.w()?;
-        }
-        if bags.nnz > 0 {
-            let function = kernel("rows")?;
-            let mut first_bad = bad.slice_mut(1..2);
-            let mut args = function.builder();
-            indices.push(&mut args); // const void *indices
-            args.arg(&params); // Bags bags
-            args.arg(&num_embeddings); // int64_t num_embeddings
-            args.arg(&mut first_bad); // unsigned long long *first_bad
-                                      // SAFETY: the arguments are those of hashed_embedding_bag_check_rows, which reads nnz indices.
-            unsafe { args.launch(grid(bags.nnz, 1, 1)) }.w()?;
-        }
-        let bad = device.clone_dtoh(&bad)?;
-        if let (Some(offsets), bad @ 1..) = (&offsets, bad[0]) {
-            let at = (params.num_offsets as u64 - bad) as usize;
-            let previous = match at.checked_sub(1) {
-                Some(before) => Some(offsets.get(device, before)?),
-                None => None,
-            };
-            return bad_offset(at, offsets.get(device, at)?, previous, bags.nnz);
-        }
-        if bad[1] > 0 {
-            let at = bags.nnz - bad[1] as usize;
-            return bad_row(at, indices.get(device, at)?, table.num_embeddings);
-        }
-        Ok(())
     }
 
     fn forward(lookup: &Lookup, operands: &Operands<CudaStorage>) -> Result<CudaStorage> {

@@ -44,6 +44,17 @@ pub enum Mode {
     Max,
 }
 
+/// How the gradient of `hashed_weight` is summed on CUDA. On the CPU it is deterministic in any case.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Gradient {
+    /// In the order in which threads arrive: the last bits may differ from run to run.
+    #[default]
+    Fastest,
+    /// The same bits in every run, whatever the launch, at less than twice the time: terms are rounded to a grid of fixed
+    /// point, finer than additions in f32 round, and added as integers. Needs memory for 8 bytes per slot (16 in f64).
+    Deterministic,
+}
+
 /// The virtual table that a layer stands for: its configuration, bound to one length of `hashed_weight`.
 #[derive(Debug, Clone)]
 pub(crate) struct Table {
@@ -70,6 +81,9 @@ struct Lookup {
     table: Table,
     bags: BagShape,
     bounds_check: BoundsCheck,
+    /// For kernels.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    gradient: Gradient,
 }
 
 /// A storage and where in it the tensor lies; always contiguous here.
@@ -108,6 +122,7 @@ pub(crate) fn hashed_embedding_bag(
     per_sample_weights: Option<&Tensor>,
     table: &Table,
     bounds_check: BoundsCheck,
+    gradient: Gradient,
 ) -> Result<Tensor> {
     let tables = table.tables.len();
     check_dtype("indices", indices, &INDEX_DTYPES)?;
@@ -163,6 +178,7 @@ pub(crate) fn hashed_embedding_bag(
         table: table.clone(),
         bags,
         bounds_check,
+        gradient,
     };
     match (offsets, per_sample_weights) {
         (None, None) => hashed_weight.apply_op2(&indices, FixedBags(lookup)),

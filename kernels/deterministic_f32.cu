@@ -1,0 +1,3 @@
+#include "instances.cuh"
+
+DETERMINISTIC_INSTANCES(float, f32)
