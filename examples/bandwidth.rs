@@ -11,7 +11,8 @@
 use anyhow::{Context, Result};
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_hashed_embedding_bag::{
-    BoundsCheck, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode,
+    BoundsCheck, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection,
+    HashedEmbeddingBagConfig, Mode,
 };
 use clap::Parser;
 use comfy_table::{presets::ASCII_MARKDOWN, CellAlignment, Table};
@@ -54,6 +55,8 @@ enum Rows {
     Ragged,
     /// One bag in 1,000 of 5,000 uniform rows, the others of 15 or so.
     HeavyTail,
+    /// 2,048 bags of 0 to 6 of 20,000 rows: what HashedEmbeddingBag measures itself with.
+    Original,
 }
 
 impl Rows {
@@ -63,6 +66,14 @@ impl Rows {
             Self::Zipf => "zipf",
             Self::Ragged => "ragged",
             Self::HeavyTail => "heavy-tail",
+            Self::Original => "original",
+        }
+    }
+
+    fn num_embeddings(self) -> usize {
+        match self {
+            Self::Original => 20_000,
+            _ => NUM_EMBEDDINGS,
         }
     }
 
@@ -77,6 +88,7 @@ impl Rows {
                     .map(|_| rng.random_range(0..=2 * BAG_LEN))
                     .collect(),
             ),
+            Self::Original => Some((0..2_048).map(|_| rng.random_range(0..=6)).collect()),
             Self::HeavyTail => {
                 let long = |bag: usize| bag % 1_000 == 500;
                 let rest = nnz - (0..NUM_BAGS).filter(|&bag| long(bag)).count() * 5_000;
@@ -89,10 +101,10 @@ impl Rows {
             }
         };
         let nnz = lengths.as_ref().map_or(nnz, |lengths| lengths.iter().sum());
-        let n = NUM_EMBEDDINGS as f64;
+        let n = self.num_embeddings() as f64;
         let draw = |rng: &mut SmallRng| match self {
             Self::Zipf => n.powf(rng.random::<f64>()).floor() as i64 - 1,
-            _ => rng.random_range(0..NUM_EMBEDDINGS as i64),
+            _ => rng.random_range(0..self.num_embeddings() as i64),
         };
         let indices = (0..nnz).map(|_| draw(&mut rng)).collect();
         let offsets = lengths.map(|lengths| {
@@ -116,6 +128,7 @@ struct Workload {
     embedding_dim: usize,
     len: usize,
     bounds_check: BoundsCheck,
+    gradient: Gradient,
 }
 
 fn workloads() -> Result<Vec<Workload>> {
@@ -130,6 +143,7 @@ fn workloads() -> Result<Vec<Workload>> {
             embedding_dim: 128,
             len: 1_280_000,
             bounds_check: BoundsCheck::Off,
+            gradient: Gradient::Fastest,
         })
     };
     let checked = BoundsCheck::Error;
@@ -138,6 +152,11 @@ fn workloads() -> Result<Vec<Workload>> {
         Workload {
             name: "checked",
             bounds_check: checked,
+            ..base()?
+        },
+        Workload {
+            name: "deterministic",
+            gradient: Gradient::Deterministic,
             ..base()?
         },
         Workload {
@@ -195,6 +214,21 @@ fn workloads() -> Result<Vec<Workload>> {
             ..base()?
         },
         Workload {
+            name: "the original's own",
+            rows: Rows::Original,
+            hash: Hash::original(),
+            embedding_dim: 16,
+            len: 10_000,
+            ..base()?
+        },
+        Workload {
+            name: "the same, mix",
+            rows: Rows::Original,
+            embedding_dim: 16,
+            len: 10_000,
+            ..base()?
+        },
+        Workload {
             name: "max",
             mode: Mode::Max,
             ..base()?
@@ -229,6 +263,9 @@ struct Measurement {
     /// Bytes of gathered values per second.
     forward_tb_per_s: f64,
     share_of_copy: f64,
+    /// Device memory that a forward and backward need at their peak, beside indices, weight, output and the gradients of
+    /// weight and output.
+    step_mib: f64,
 }
 
 #[derive(Serialize)]
@@ -293,10 +330,12 @@ fn measure(w: &Workload, device: &Device, repeats: usize, copy: f64) -> Result<M
         mode: w.mode,
         hash: Some(w.hash),
         bounds_check: w.bounds_check,
+        gradient: w.gradient,
         ..Default::default()
     };
+    let num_embeddings = w.rows.num_embeddings();
     let layer = |weight: &Tensor| {
-        HashedEmbeddingBag::new(weight.clone(), NUM_EMBEDDINGS, w.embedding_dim, config)
+        HashedEmbeddingBag::new(weight.clone(), num_embeddings, w.embedding_dim, config)
     };
     let forward = |layer: &HashedEmbeddingBag| match &offsets {
         None => layer.forward(&indices),
@@ -307,6 +346,15 @@ fn measure(w: &Workload, device: &Device, repeats: usize, copy: f64) -> Result<M
     let var = Var::from_tensor(&weight)?;
     let trained = layer(&var)?;
     let forward_backward_ms = median_ms(device, repeats, || forward(&trained)?.backward())?;
+
+    let memory = DeviceMemory::start(device)?;
+    let out = forward(&trained)?;
+    let grads = out.backward()?;
+    device.synchronize()?;
+    // The weight's gradient, the output and the gradient it starts from.
+    let kept = (w.len + 2 * out.elem_count()) * w.dtype.size_in_bytes();
+    let step_mib = (memory.peak()? as f64 - kept as f64) / f64::from(1 << 20);
+    drop(grads);
 
     let values = nnz * w.embedding_dim;
     let tb_per_s = (values * w.dtype.size_in_bytes()) as f64 / forward_ms / 1e9;
@@ -320,7 +368,125 @@ fn measure(w: &Workload, device: &Device, repeats: usize, copy: f64) -> Result<M
         backward_gel_per_s: values as f64 / (forward_backward_ms - forward_ms) / 1e6,
         forward_tb_per_s: tb_per_s,
         share_of_copy: tb_per_s / copy,
+        step_mib,
     })
+}
+
+/// How much device memory is used, as the driver's pool counts it, which candle allocates from.
+struct DeviceMemory {
+    #[cfg(feature = "cuda")]
+    pool: candle_core::cuda_backend::cudarc::driver::sys::CUmemoryPool,
+    before: u64,
+}
+
+#[cfg(feature = "cuda")]
+impl DeviceMemory {
+    fn pool(
+        device: &Device,
+    ) -> Result<candle_core::cuda_backend::cudarc::driver::sys::CUmemoryPool> {
+        use candle_core::cuda_backend::cudarc::driver::sys;
+        let stream = device.as_cuda_device()?.cuda_stream();
+        stream.synchronize()?;
+        let mut pool = std::ptr::null_mut();
+        // SAFETY: `pool` is where the driver writes the pool of a device that exists.
+        unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, stream.context().cu_device()) }
+            .result()?;
+        Ok(pool)
+    }
+
+    /// Lets the pool keep what is freed, as torch's allocator does. By default it gives memory back whenever the device is
+    /// waited for, and the next call pays for mapping it again.
+    fn keep(device: &Device) -> Result<()> {
+        use candle_core::cuda_backend::cudarc::driver::sys;
+        let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        let mut all = u64::MAX;
+        // SAFETY: the attribute is a u64.
+        unsafe {
+            sys::cuMemPoolSetAttribute(Self::pool(device)?, attribute, (&raw mut all).cast())
+        }
+        .result()?;
+        Ok(())
+    }
+
+    fn start(device: &Device) -> Result<Self> {
+        use candle_core::cuda_backend::cudarc::driver::sys;
+        let pool = Self::pool(device)?;
+        let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+        let mut zero = 0u64;
+        // SAFETY: the attribute is a u64, and zero is what resets it to the present use.
+        unsafe { sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut zero).cast()) }.result()?;
+        let mut memory = Self { pool, before: 0 };
+        memory.before = memory.read()?;
+        Ok(memory)
+    }
+
+    /// The most bytes in use at any time since `start`.
+    fn read(&self) -> Result<u64> {
+        use candle_core::cuda_backend::cudarc::driver::sys;
+        let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
+        let mut bytes = 0u64;
+        // SAFETY: the attribute is a u64.
+        unsafe { sys::cuMemPoolGetAttribute(self.pool, attribute, (&raw mut bytes).cast()) }
+            .result()?;
+        Ok(bytes)
+    }
+
+    /// How far use rose above that at `start`.
+    fn peak(&self) -> Result<u64> {
+        Ok(self.read()? - self.before)
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+impl DeviceMemory {
+    fn keep(_: &Device) -> Result<()> {
+        anyhow::bail!("built without the feature cuda")
+    }
+
+    fn start(_: &Device) -> Result<Self> {
+        anyhow::bail!("built without the feature cuda")
+    }
+
+    fn peak(&self) -> Result<u64> {
+        Ok(self.before)
+    }
+}
+
+/// 26 tables, one row of each for 64 samples: as one collection, and as a layer for each.
+fn tables(device: &Device, repeats: usize) -> Result<[Small; 2]> {
+    let (batch, tables, rows) = (64, 26, NUM_EMBEDDINGS / 26);
+    let mut rng = SmallRng::seed_from_u64(5);
+    let ids: Vec<i64> = (0..batch * tables)
+        .map(|_| rng.random_range(0..rows as i64))
+        .collect();
+    let ids = Tensor::from_vec(ids, (batch, tables), device)?;
+    let weight = Tensor::randn(0f32, 1f32, 1_280_000, device)?;
+    let config = HashedEmbeddingBagConfig {
+        bounds_check: BoundsCheck::Off,
+        ..Default::default()
+    };
+    let names = (0..tables).map(|t| (t.to_string(), rows));
+    let collection = HashedEmbeddingBagCollection::new(weight, names, 64, config)?;
+    let layers = (0..tables).map(|t| collection.table(&t.to_string()));
+    let layers = layers.collect::<candle_core::Result<Vec<_>>>()?;
+    let columns = (0..tables).map(|t| ids.narrow(1, t, 1)?.contiguous());
+    let columns = columns.collect::<candle_core::Result<Vec<_>>>()?;
+    let together = median_ms(device, repeats, || collection.forward(&ids))?;
+    let apart = median_ms(device, repeats, || {
+        let rows = layers.iter().zip(&columns);
+        rows.map(|(layer, ids)| layer.forward(ids))
+            .collect::<candle_core::Result<Vec<_>>>()
+    })?;
+    Ok([
+        Small {
+            name: "26 tables x 64, dim 64, one collection",
+            forward_us: together * 1e3,
+        },
+        Small {
+            name: "26 tables x 64, dim 64, a layer each",
+            forward_us: apart * 1e3,
+        },
+    ])
 }
 
 /// What a call costs when there is next to nothing to look up.
@@ -346,6 +512,7 @@ fn small(name: &'static str, num_bags: usize, device: &Device, repeats: usize) -
 fn main() -> Result<()> {
     let options = Options::parse();
     let device = Device::new_cuda(options.gpu).context("bandwidth needs a CUDA device")?;
+    DeviceMemory::keep(&device)?;
     if let Some(folder) = &options.save_indices {
         std::fs::create_dir_all(folder)?;
         for rows in [Rows::Uniform, Rows::Zipf, Rows::Ragged, Rows::HeavyTail] {
@@ -373,6 +540,7 @@ fn main() -> Result<()> {
         "of copy",
         "fwd+bwd ms",
         "bwd Gel/s",
+        "step MiB",
     ]);
     for w in workloads()?
         .iter()
@@ -387,13 +555,21 @@ fn main() -> Result<()> {
             format!("{:.0} %", m.share_of_copy * 1e2),
             format!("{:.3}", m.forward_backward_ms),
             format!("{:.0}", m.backward_gel_per_s),
+            format!("{:.1}", m.step_mib),
         ]);
         report.workloads.push(m);
     }
     for (name, num_bags) in [("1 x 26, dim 64", 1), ("64 x 26, dim 64", 64)] {
-        let s = small(name, num_bags, &device, options.repeats)?;
-        println!("{name}: {:.1} us per forward call", s.forward_us);
-        report.small.push(s);
+        report
+            .small
+            .push(small(name, num_bags, &device, options.repeats)?);
+    }
+    report.small.extend(tables(&device, options.repeats)?);
+    for small in &report.small {
+        println!(
+            "{}: {:.1} us per forward call",
+            small.name, small.forward_us
+        );
     }
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);

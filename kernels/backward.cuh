@@ -38,14 +38,16 @@ struct FloatSums {
     __syncthreads();
   }
 
-  template <typename Hash>
+  // x[v] to the slot of column `within + v` of the block at `place`
+  template <int STRIDE, typename Hash>
   __device__ __forceinline__ void add(const Hash &hash, typename Hash::Place place, uint32_t within, const A (&x)[V]) {
+    static_assert(STRIDE == 1, "the slots are added to as vectors");
     if (!KEEPS || !keep(hash.template vector<V>(place, within), x)) add_atomic<V>(hash.at(grad_weight + within, place), x);
   }
 
   template <typename Hash>
   __device__ __forceinline__ void add_one(const Hash &hash, typename Hash::Place place, uint32_t within, A x) {
-    atomicAdd(hash.at(grad_weight + within, place), x);
+    add_global(hash.at(grad_weight + within, place), x);
   }
 
   __device__ __forceinline__ void end() {
@@ -66,7 +68,8 @@ private:
     if (tag.x != number) {
       if (tag.x != NONE) return false;
       if (tag.y != number) {
-        lines.tags[line].y = number;
+        // Others may look at it meanwhile: what they see is a hint.
+        atomicExch(&lines.tags[line].y, uint32_t(number));
         return false;
       }
       uint32_t owner = atomicCAS(&lines.tags[line].x, NONE, uint32_t(number));
@@ -83,7 +86,7 @@ private:
 //
 // Bags and columns are divided as in Forward, under the same assumptions, and grad_weight is 16-byte aligned. `Sums` says how
 // the additions of many threads become one sum.
-template <int THREADS, Mode MODE, int V, typename T, typename Hash, typename Sums>
+template <int THREADS, Mode MODE, int V, int STRIDE, typename T, typename Hash, typename Sums>
 struct Backward {
   using A = Acc<T>;
   using Place = typename Hash::Place;
@@ -95,7 +98,7 @@ struct Backward {
   const Bags &bags;
   const Hash &hash;
   const Inputs &inputs;
-  Columns<V> columns;
+  Columns<V, STRIDE> columns;
   uint32_t embedding_dim;
   uint32_t mean;
   bool aligned;
@@ -107,7 +110,13 @@ struct Backward {
   Raw<V, T> raw[BATCH];
 
   __device__ __forceinline__ void begin(int64_t bag) {
-    load_row<V>(grad_output + bag * embedding_dim + columns.first, columns.n, aligned, grad);
+    const T *from = grad_output + bag * embedding_dim + columns.first;
+    if constexpr (STRIDE == 1) {
+      load_row<V>(from, columns.n, aligned, grad);
+    } else {
+#pragma unroll
+      for (int v = 0; v < V; v++) grad[v] = v < columns.n ? widen(from[v * STRIDE]) : A(0);
+    }
     if (MODE == SUM && mean) {
       A scale = A(1) / bags.divisor<A>(inputs.indices, bags.range(inputs.offsets, bag));
 #pragma unroll
@@ -131,17 +140,18 @@ struct Backward {
       if ((!Batch::all && places[j].is_none()) || columns.n == 0) continue;
       A x[V];
       if (MODE == MAX) {
-        arrive<V, T>(raw[j], places[j], columns, x);
+        arrive<V, T>(raw[j], places[j], columns.within, x);
 #pragma unroll
         for (int v = 0; v < V; v++) raise(v, x[v], places[j]);
       } else {
         A scale = MODE == WEIGHTED ? widen(per_sample_weights[i + j]) : A(1);
-        auto signs = places[j].template signs_of<V>(columns.within);
+        auto signs = places[j].template signs_of<(V - 1) * STRIDE + 1>(columns.within);
 #pragma unroll
         for (int v = 0; v < V; v++)
           // A column past the last has no gradient, whatever the weight: zero times infinity would be one.
-          x[v] = flip<V>(signs, v, MODE == WEIGHTED && v < columns.n ? scale * grad[v] : grad[v]);
-        sums.add(hash, places[j], columns.within, x);
+          x[v] = flip<(V - 1) * STRIDE + 1>(signs, v * STRIDE,
+                                            MODE == WEIGHTED && v < columns.n ? scale * grad[v] : grad[v]);
+        sums.template add<STRIDE>(hash, places[j], columns.within, x);
       }
     }
   }
@@ -184,7 +194,7 @@ struct Backward {
   }
 };
 
-template <int THREADS, Mode MODE, int V, int SHARE, typename T, typename Hash, typename Sums>
+template <int THREADS, Mode MODE, int V, int SHARE, int STRIDE, typename T, typename Hash, typename Sums>
 __device__ __forceinline__ void backward(const T *__restrict__ grad_output, const T *__restrict__ hashed_weight,
                                          const Inputs &inputs, const T *__restrict__ per_sample_weights, Sums &sums,
                                          const Bags &bags, const Hash &hash, uint32_t embedding_dim, uint32_t mean,
@@ -192,18 +202,14 @@ __device__ __forceinline__ void backward(const T *__restrict__ grad_output, cons
   uint32_t lane = threadIdx.x % bags.lanes;
   sums.begin();
   for (uint32_t chunk = blockIdx.y; uint64_t(chunk) * bags.lanes * V < embedding_dim; chunk += gridDim.y) {
-    Columns<V> columns(hash, (chunk * bags.lanes + lane) * V, embedding_dim);
-    Backward<THREADS, MODE, V, T, Hash, Sums> work = {grad_output,
-                                                      hashed_weight + columns.within,
-                                                      per_sample_weights,
-                                                      sums,
-                                                      bags,
-                                                      hash,
-                                                      inputs,
-                                                      columns,
-                                                      embedding_dim,
-                                                      mean,
-                                                      grad_output_aligned && embedding_dim % V == 0};
+    Columns<V, STRIDE> columns(hash, chunk * bags.lanes + lane, embedding_dim);
+    Backward<THREADS, MODE, V, STRIDE, T, Hash, Sums> work = {
+        grad_output, hashed_weight + columns.within,
+        per_sample_weights, sums,
+        bags, hash,
+        inputs, columns,
+        embedding_dim, mean,
+        grad_output_aligned && embedding_dim % V == 0};
     for_each_batch<THREADS, SHARE>(bags, hash, inputs, columns.first / hash.block, work);
   }
   sums.end();
@@ -232,11 +238,11 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
       if (bags.is_padding(row)) continue;
       A dot = 0;
       for (uint64_t column = lane * V; column < embedding_dim; column += bags.lanes * V) {
-        Columns<V> columns(hash, uint32_t(column), embedding_dim);
+        Columns<V> columns(hash, uint32_t(column / V), embedding_dim);
         auto place = hash.locate(uint64_t(row), hash.shift(hash.column_part(columns.first / hash.block), first_row));
         A grad[V], x[V];
         load_row<V>(grad_output + bag * embedding_dim + columns.first, columns.n, aligned, grad);
-        arrive<V, T>(gather<true, V>(hashed_weight + columns.within, hash, place), place, columns, x);
+        arrive<V, T>(gather<true, V>(hashed_weight + columns.within, hash, place), place, columns.within, x);
 #pragma unroll
         for (int v = 0; v < V; v++)
           if (v < columns.n) dot += grad[v] * x[v];

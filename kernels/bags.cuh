@@ -286,12 +286,13 @@ struct Walk {
       uint64_t num_rows = inputs.out_of_range != nullptr ? table.count : ~0ull;
       bool out_of_range = false;
       work.begin(bag);
+      auto left_at = [&](int64_t i) { return uint32_t(max(min(range.end - i, int64_t(BATCH)), int64_t(0))); };
+      int64_t rows[OWN];
+      fetch<false>(first(start), left_at(start), rows);
       for (int64_t i = start; i < start + batches * BATCH; i += BATCH) {
-        uint32_t left = uint32_t(max(min(range.end - i, int64_t(BATCH)), int64_t(0)));
-        int64_t rows[OWN];
         Place places[BATCH];
-        fetch<false>(first(i), left, rows);
-        out_of_range |= locate<false>(rows, left, part, num_rows, places);
+        out_of_range |= locate<false>(rows, left_at(i), part, num_rows, places);
+        fetch<false>(first(i + BATCH), left_at(i + BATCH), rows);
         work.load(places, Some());
         work.use(places, i, Some());
       }

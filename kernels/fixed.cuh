@@ -45,23 +45,22 @@ struct FixedSums {
   __device__ __forceinline__ void begin() {}
   __device__ __forceinline__ void end() {}
 
-  template <typename Hash>
+  template <int STRIDE, typename Hash>
   __device__ __forceinline__ void add(const Hash &hash, typename Hash::Place place, uint32_t within, const A (&x)[V]) {
 #pragma unroll
-    for (int v = 0; v < V; v++) add_one(hash, place, within + v, x[v]);
+    for (int v = 0; v < V; v++) add_one(hash, place, within + v * STRIDE, x[v]);
   }
 
   template <typename Hash>
   __device__ __forceinline__ void add_one(const Hash &hash, typename Hash::Place place, uint32_t within, A x) {
     if (!isfinite(x)) {
-      atomicAdd(hash.at(grad_weight + within, place), x);
+      add_global(hash.at(grad_weight + within, place), x);
       return;
     }
 #pragma unroll
     for (int g = 0; g < GRIDS; g++) {
-      long long q = llrint(x * to_units[g][0] * to_units[g][1]);
-      atomicAdd(reinterpret_cast<unsigned long long *>(hash.at(units + g * len + within, place)),
-                static_cast<unsigned long long>(q));
+      int64_t q = llrint(x * to_units[g][0] * to_units[g][1]);
+      add_global(hash.at(units + g * len + within, place), q);
       if (g + 1 < GRIDS) x -= A(q) * from_units[g][0] * from_units[g][1];
     }
   }

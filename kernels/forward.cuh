@@ -10,16 +10,18 @@
 
 enum Mode { SUM, WEIGHTED, MAX };
 
-// The columns a thread owns.
-template <int V>
+// The V columns a thread owns, each STRIDE after the one before.
+template <int V, int STRIDE = 1>
 struct Columns {
   uint32_t first;   // may lie past embedding_dim: such a thread still hashes for its neighbours
   int n;            // how many of its V columns exist
   uint32_t within;  // the place of `first` in its block
 
+  // `thread` counts the threads of a bag. Where STRIDE is not 1, so many of them take turns.
   template <typename Hash>
-  __device__ __forceinline__ Columns(const Hash &hash, uint32_t first, uint32_t embedding_dim)
-      : first(first), n(first < embedding_dim ? int(min(embedding_dim - first, uint32_t(V))) : 0),
+  __device__ __forceinline__ Columns(const Hash &hash, uint32_t thread, uint32_t embedding_dim)
+      : first((thread - thread % STRIDE) * V + thread % STRIDE),
+        n(first < embedding_dim ? int(min((embedding_dim - first + STRIDE - 1) / STRIDE, uint32_t(V))) : 0),
         within(first % hash.block) {}
 };
 
@@ -37,11 +39,11 @@ __device__ __forceinline__ Raw<V, T> gather(const T *base, const Hash &hash, typ
   return load<V>(block);
 }
 
-// x[v] = sign * hashed_weight[slot], once they are there.
+// x[v] = sign * hashed_weight[slot] of the columns from `within` on of their block, once they are there.
 template <int V, typename T, typename Place>
-__device__ __forceinline__ void arrive(const Raw<V, T> &raw, Place place, const Columns<V> &columns, Acc<T> (&x)[V]) {
+__device__ __forceinline__ void arrive(const Raw<V, T> &raw, Place place, uint32_t within, Acc<T> (&x)[V]) {
   unpack<V, T>(raw, x);
-  auto signs = place.template signs_of<V>(columns.within);
+  auto signs = place.template signs_of<V>(within);
 #pragma unroll
   for (int v = 0; v < V; v++) x[v] = flip<V>(signs, v, x[v]);
 }
@@ -97,7 +99,7 @@ struct Forward {
     for (int j = 0; j < BATCH; j++) {
       if (!Batch::all && MODE != SUM && places[j].is_none()) continue;
       A x[V];
-      arrive<V, T>(raw[j], places[j], columns, x);
+      arrive<V, T>(raw[j], places[j], columns.within, x);
       A scale = MODE == WEIGHTED ? widen(per_sample_weights[i + j]) : A(1);
 #pragma unroll
       for (int v = 0; v < V; v++) combine(sum[v], MODE == WEIGHTED ? scale * x[v] : x[v]);
@@ -137,7 +139,7 @@ __device__ __forceinline__ void forward(const T *__restrict__ hashed_weight, con
                                         const Bags &bags, const Hash &hash, uint32_t embedding_dim, uint32_t mean) {
   uint32_t lane = threadIdx.x % bags.lanes;
   for (uint32_t chunk = blockIdx.y; uint64_t(chunk) * bags.lanes * V < embedding_dim; chunk += gridDim.y) {
-    Columns<V> columns(hash, (chunk * bags.lanes + lane) * V, embedding_dim);
+    Columns<V> columns(hash, chunk * bags.lanes + lane, embedding_dim);
     Forward<THREADS, MODE, V, T, Hash> work = {hashed_weight + columns.within, per_sample_weights, out, bags, hash, columns,
                                       embedding_dim, mean};
     for_each_batch<THREADS, SHARE>(bags, hash, inputs, columns.first / hash.block, work);

@@ -96,6 +96,18 @@ __device__ __forceinline__ void store_row(T *to, int n, bool aligned, const Acc<
   }
 }
 
+// *to += x, atomically, in global memory. Said in PTX, because the compiler does not always see that a pointer is global, and
+// then tests it for every addition.
+__device__ __forceinline__ void add_global(float *to, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(x) : "memory");
+}
+__device__ __forceinline__ void add_global(double *to, double x) {
+  asm volatile("red.global.add.f64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "d"(x) : "memory");
+}
+__device__ __forceinline__ void add_global(int64_t *to, int64_t x) {
+  asm volatile("red.global.add.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(x) : "memory");
+}
+
 // to[v] += x[v], atomically: in vectors of 16 bytes where the chip has such reductions, else value by value. The order of
 // additions is the order of arrival, so the last bits of a sum may differ from run to run.
 template <int V, typename A>
@@ -113,6 +125,6 @@ __device__ __forceinline__ void add_atomic(A *to, const A (&x)[V]) {
                    : "memory");
   } else {
 #pragma unroll
-    for (int v = 0; v < V; v++) atomicAdd(to + v, x[v]);
+    for (int v = 0; v < V; v++) add_global(to + v, x[v]);
   }
 }

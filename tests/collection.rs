@@ -169,12 +169,10 @@ fn single_ids_are_rows_of_their_own_tables() -> Result<()> {
                 let (got, want) = (grad(&out, &weight)?, grad(&want, &weight)?);
                 assert_equal(&got, &want, 0.0, "gradient");
                 // Indices that lie the other way round in memory.
-                let turned = ids.t()?.contiguous();
-                let turned = match turned {
-                    Ok(turned) => turned.t()?,
-                    // candle cannot copy i32 on CUDA.
-                    Err(_) => continue,
-                };
+                if device.is_cuda() && index == DType::I32 {
+                    continue; // candle cannot copy i32 on CUDA
+                }
+                let turned = ids.t()?.contiguous()?.t()?;
                 assert_equal(&collection.forward(&turned)?, &out, 0.0, "strided");
             }
         }

@@ -13,10 +13,10 @@ use candle_core::{
 };
 use cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, CudaView, DeviceRepr, LaunchArgs, LaunchConfig,
-    PushKernelArg, ValidAsZeroBits,
+    PinnedHostSlice, PushKernelArg, ValidAsZeroBits,
 };
 use half::{bf16, f16};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 macro_rules! ptx {
     ($($file:literal),*) => {
@@ -178,11 +178,15 @@ impl Sharing {
             Pass::GradWeight(_) => WIDE / size_of::<T::Acc>(),
             Pass::Forward | Pass::GradPerSampleWeights(_) => WIDE / size_of::<T>(),
         };
+        let is_fixed = matches!(pass, Pass::GradWeight(_))
+            && lookup.gradient == Gradient::Deterministic
+            && lookup.table.mode != Mode::Max;
         let (name, width, share) = match (lookup.table.slots, pass) {
             (Slots::Affine(_), _) => ("affine", 1, 1),
+            (Slots::Mix(mix), _) if is_fixed && mix.block.is_multiple_of(16) => ("mix_turns", 4, 4),
             (Slots::Mix(mix), pass) => {
                 let block = mix.block as usize;
-                if !aligned || !block.is_multiple_of(wide) {
+                if is_fixed || !aligned || !block.is_multiple_of(wide) {
                     ("mix_scalar", 1, 1)
                 } else if matches!(pass, Pass::GradPerSampleWeights(_)) {
                     ("mix_wide", wide, 1)
@@ -385,10 +389,6 @@ impl<T: Element> Launch<'_, T> {
             }
             return zeros::<T>(device, len);
         }
-        let mut out_of_range = match is_checked {
-            true => Some(device.alloc_zeros::<u32>(1)?),
-            false => None,
-        };
         // SAFETY: the kernel writes every column of every bag.
         let mut out = unsafe { device.alloc::<T>(len)? };
         let function = self.kernel("forward", T::FORWARD, &format!("fwd_{}", self.mode()))?;
@@ -397,18 +397,21 @@ impl<T: Element> Launch<'_, T> {
         self.push_inputs(&mut args);
         push_or_null(&mut args, &self.per_sample_weights); // const T *per_sample_weights
         args.arg(&mut out); // T *out
-        match &mut out_of_range {
-            Some(out_of_range) => args.arg(out_of_range), // uint32_t *out_of_range
-            None => args.arg(&NULL),
+        let mut flag = match is_checked {
+            true => Some(Flag::take(&self.stream)?),
+            false => None,
         };
+        let flag_pointer = flag.as_mut().map_or(Ok(NULL), Flag::pointer)?;
+        args.arg(&flag_pointer); // uint32_t *out_of_range
         self.push_bags(&mut args);
         args.arg(&self.mean); // uint32_t mean
 
         // SAFETY: the arguments are those of FORWARD in kernels/instances.cuh; the kernel reads hashed_weight below its
-        // length, which the slots are bound to, and clamps offsets into indices.
+        // length, which the slots are bound to, clamps offsets into indices, and has ended before the flag goes back.
         unsafe { args.launch(self.config) }.w()?;
-        if let Some(out_of_range) = out_of_range {
-            if device.clone_dtoh(&out_of_range)? != [0] {
+        if let Some(flag) = flag {
+            self.stream.synchronize().w()?;
+            if flag.put_back()? {
                 check_bounds(self.lookup, self.operands)?;
                 bail!("hashed-embedding-bag: indices or offsets changed during the lookup");
             }
@@ -527,6 +530,41 @@ impl<T: Element> Launch<'_, T> {
             largest,
             log2_terms,
         })
+    }
+}
+
+/// A flag in host memory that a kernel raises: nothing has to be cleared or copied on the device for it.
+///
+/// One is in use per call that is checked; they are kept, because making one takes longer than most lookups.
+struct Flag(PinnedHostSlice<u32>);
+
+static FLAGS: Mutex<Vec<Flag>> = Mutex::new(vec![]);
+
+impl Flag {
+    /// A flag that is down, for a kernel on this stream.
+    fn take(stream: &CudaStream) -> Result<Self> {
+        let mut flags = FLAGS.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |flag: &Flag| Arc::ptr_eq(flag.0.context(), stream.context());
+        if let Some(at) = flags.iter().position(fits) {
+            return Ok(flags.swap_remove(at));
+        }
+        // SAFETY: the memory is written right away.
+        let mut flag = unsafe { stream.context().alloc_pinned::<u32>(1) }.w()?;
+        flag.as_mut_slice().w()?[0] = 0;
+        Ok(Self(flag))
+    }
+
+    /// Where it lies; host memory has the same address on the device.
+    fn pointer(&mut self) -> Result<u64> {
+        Ok(self.0.as_mut_ptr().w()? as u64)
+    }
+
+    /// Whether it was raised, once the kernel has ended. A flag of a call that failed is dropped instead.
+    fn put_back(mut self) -> Result<bool> {
+        let raised = std::mem::take(&mut self.0.as_mut_slice().w()?[0]) != 0;
+        let mut flags = FLAGS.lock().unwrap_or_else(PoisonError::into_inner);
+        flags.push(self);
+        Ok(raised)
     }
 }
 
