@@ -210,7 +210,7 @@ impl Hash {
         let (start, signs) = match self.slots(len)? {
             Slots::Mix(mix) => {
                 let mut place = [0];
-                mix.locate([row as u64].into_iter(), &[mix.run(run as u64)], &mut place);
+                mix.locate(&[row as u64], &[mix.run(run as u64)], &mut place);
                 (mix.slot(place[0], block), mix.signs(place[0]))
             }
             Slots::Affine(affine) => (affine.plain_slot(row as u64, run as u64), 0),
@@ -440,6 +440,9 @@ pub(crate) enum Slots {
 /// Where one block of columns of one row lies, packed into a word: see [`Locate`].
 pub(crate) type Place = u64;
 
+/// The most rows that are located in one call.
+pub(crate) const MAX_ROWS: usize = 64;
+
 /// What the CPU loops ask of a bound hash; a trait, so that the loops are compiled once per family.
 pub(crate) trait Locate: Copy + Send + Sync {
     /// What is the same for block `run` of every row, computed once per call.
@@ -449,8 +452,9 @@ pub(crate) trait Locate: Copy + Send + Sync {
     fn block(&self) -> usize;
     /// The constants of block `run`.
     fn run(&self, run: u64) -> Self::Run;
-    /// The places of the blocks `runs` of some rows, row by row.
-    fn locate(&self, rows: impl Iterator<Item = u64>, runs: &[Self::Run], places: &mut [Place]);
+    /// The places of the blocks `runs` of some rows, at most [`MAX_ROWS`]: block `i` of row `j` at `i * rows.len() + j`, so
+    /// that many rows are hashed at once, in vectors, however few blocks they have.
+    fn locate(&self, rows: &[u64], runs: &[Self::Run], places: &mut [Place]);
     /// The first slot of a place; `block` is that of this hash, where the caller has it as a constant.
     fn slot(&self, place: Place, block: usize) -> usize;
     /// A sign bit for each of the (at most 32) columns of a place; zero where there are no signs.
@@ -495,18 +499,14 @@ impl Locate for MixSlots {
     }
 
     #[inline(always)]
-    fn locate(&self, rows: impl Iterator<Item = u64>, runs: &[u64], places: &mut [Place]) {
-        for (row, places) in rows.zip(places.chunks_exact_mut(runs.len())) {
-            for (place, run) in places.iter_mut().zip(runs) {
-                *place = run.wrapping_add(row);
-            }
-        }
-        // A loop of its own, over one slice and nothing else, is what the compiler makes vectors of.
+    fn locate(&self, rows: &[u64], runs: &[u64], places: &mut [Place]) {
         let (num_blocks, sign_mask) = (u64::from(self.num_blocks), u64::from(self.sign_mask));
-        for place in places {
-            let h = finalize(*place);
-            // The high half places the block without a division, the low half signs it.
-            *place = (((h >> 32) * num_blocks) & !0xFFFF_FFFF) | (h & sign_mask);
+        for (run, places) in runs.iter().zip(places.chunks_exact_mut(rows.len())) {
+            for (place, row) in places.iter_mut().zip(rows) {
+                let h = finalize(run.wrapping_add(*row));
+                // The high half places the block without a division, the low half signs it.
+                *place = (((h >> 32) * num_blocks) & !0xFFFF_FFFF) | (h & sign_mask);
+            }
         }
     }
 
@@ -610,36 +610,25 @@ impl From<AffineSlots> for AffineRows {
 }
 
 impl AffineRows {
+    /// The slot of a row's share and a block's together.
     #[inline(always)]
-    fn locate_row(&self, row: u64, runs: &[AffineRun], places: &mut [Place]) {
-        let row_sum = row.wrapping_mul(self.slots.a).wrapping_add(self.slots.c);
-        if !self.fits {
-            for (place, run) in places.iter_mut().zip(runs) {
-                *place = self.slots.plain(row_sum.wrapping_add(run.sum));
-            }
-            return;
-        }
+    fn add(&self, row_sum: u64, row_rest: i64, row_slot: u64, run: &AffineRun) -> Place {
         let (modulus, starts) = (self.slots.modulus.value as i64, self.slots.starts.value);
-        let row_rest = self.slots.modulus.rem(row_sum);
-        let row_slot = self.slots.starts.rem(row_rest);
-        let row_rest = row_rest as i64;
         let corrections = self.corrections;
-        for (place, run) in places.iter_mut().zip(runs) {
-            let wraps = row_sum.wrapping_add(run.sum) < row_sum;
-            let rest = row_rest + run.rest - if wraps { self.wrapped } else { 0 };
-            let down = rest >= modulus;
-            let whole = if down { corrections.down } else { 0 };
-            let part = if down {
-                corrections.wraps_down
-            } else {
-                corrections.wraps
-            };
-            let part = if rest < 0 { corrections.wraps_up } else { part };
-            let sum = row_slot + run.slot + if wraps { part } else { whole };
-            // Below 3s: off come at most two s, each only where that leaves a number that is not negative.
-            let sum = sum.min(sum.wrapping_sub(starts));
-            *place = sum.min(sum.wrapping_sub(starts));
-        }
+        let wraps = row_sum.wrapping_add(run.sum) < row_sum;
+        let rest = row_rest + run.rest - if wraps { self.wrapped } else { 0 };
+        let down = rest >= modulus;
+        let whole = if down { corrections.down } else { 0 };
+        let part = if down {
+            corrections.wraps_down
+        } else {
+            corrections.wraps
+        };
+        let part = if rest < 0 { corrections.wraps_up } else { part };
+        let sum = row_slot + run.slot + if wraps { part } else { whole };
+        // Below 3s: off come at most two s, each only where that leaves a number that is not negative.
+        let sum = sum.min(sum.wrapping_sub(starts));
+        sum.min(sum.wrapping_sub(starts))
     }
 }
 
@@ -663,9 +652,35 @@ impl Locate for AffineRows {
     }
 
     #[inline(always)]
-    fn locate(&self, rows: impl Iterator<Item = u64>, runs: &[AffineRun], places: &mut [Place]) {
-        for (row, places) in rows.zip(places.chunks_exact_mut(runs.len())) {
-            self.locate_row(row, runs, places);
+    fn locate(&self, rows: &[u64], runs: &[AffineRun], places: &mut [Place]) {
+        let AffineSlots {
+            a,
+            c,
+            modulus,
+            starts,
+            ..
+        } = self.slots;
+        // The rows' shares, each in a slice of its own, so that the loops below become vectors.
+        let n = rows.len();
+        let (mut sums, mut rests, mut slots) = ([0; MAX_ROWS], [0; MAX_ROWS], [0; MAX_ROWS]);
+        let (sums, rests, slots) = (&mut sums[..n], &mut rests[..n], &mut slots[..n]);
+        for i in 0..n {
+            sums[i] = rows[i].wrapping_mul(a).wrapping_add(c);
+            let rest = modulus.rem(sums[i]);
+            rests[i] = rest as i64;
+            slots[i] = starts.rem(rest);
+        }
+        for (run, places) in runs.iter().zip(places.chunks_exact_mut(n)) {
+            let shares = sums.iter().zip(&*rests).zip(&*slots);
+            if self.fits {
+                for (place, ((&sum, &rest), &slot)) in places.iter_mut().zip(shares) {
+                    *place = self.add(sum, rest, slot, run);
+                }
+            } else {
+                for (place, sum) in places.iter_mut().zip(&*sums) {
+                    *place = self.slots.plain(sum.wrapping_add(run.sum));
+                }
+            }
         }
     }
 
@@ -762,7 +777,7 @@ mod tests {
             let mut places = vec![0; runs.len()];
             for _ in 0..20 {
                 let row = draw(64);
-                rows.locate([row].into_iter(), &runs, &mut places);
+                rows.locate(&[row], &runs, &mut places);
                 for (run, &place) in places.iter().enumerate() {
                     let want = slots.plain_slot(row, run as u64);
                     assert_eq!(

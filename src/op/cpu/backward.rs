@@ -13,12 +13,12 @@
 //! For max, the winners are found first, bags divided among threads; there are as many of them as output values.
 
 use super::lanes::{dispatch, Lanes, Task};
-use super::places::{prefetch, Places};
+use super::places::{Places, Rows};
 use super::{
     block_of, combine, slice, with_block, Accumulator, Bags, Element, Mode, Pass, Sum, View,
     MIN_VALUES_PER_THREAD,
 };
-use crate::hash::{Locate, Place};
+use crate::hash::{Locate, MAX_ROWS};
 use candle_core::{CpuStorage, Result, WithDType};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -185,44 +185,44 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Win<'_, BLOCK, T, H> {
         let last = self.first + self.winners.len() / embedding_dim;
         let mut places = Places::new(bags, self.first..last);
         let mut best = vec![T::Acc::ZERO; embedding_dim];
-        let rows = self.winners.chunks_exact_mut(embedding_dim);
-        for (bag, winners) in (self.first..last).zip(rows) {
-            let mut first = true;
-            for position in bags.positions(bag) {
+        let bags_of_winners = self.winners.chunks_exact_mut(embedding_dim);
+        for (bag, winners) in (self.first..last).zip(bags_of_winners) {
+            let (mut positions, mut seen) = (bags.range(bag), 0);
+            while let Some(rows) = places.take(&mut positions) {
                 let columns = best.chunks_mut(block).zip(winners.chunks_mut(block));
-                for ((best, winners), &place) in columns.zip(places.of(position)) {
-                    let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
-                    let values = &bags.hashed_weight[slot..slot + best.len()];
-                    let values = values.iter().enumerate();
-                    for ((i, value), (best, winner)) in values.zip(best.iter_mut().zip(winners)) {
-                        let value = value.widen().flip(signs, i);
-                        let wins = first || value.wins(*best);
-                        *best = if wins { value } else { *best };
-                        *winner = if wins {
-                            Winner::new(slot + i, signs, i)
-                        } else {
-                            *winner
-                        };
+                for (run, (best, winners)) in columns.enumerate() {
+                    for (row, &place) in (seen..).zip(rows.run(run)) {
+                        let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
+                        let values = &bags.hashed_weight[slot..slot + best.len()];
+                        let columns = best.iter_mut().zip(winners.iter_mut());
+                        for ((i, value), (best, winner)) in values.iter().enumerate().zip(columns) {
+                            let value = value.widen().flip(signs, i);
+                            let wins = row == 0 || value.wins(*best);
+                            *best = if wins { value } else { *best };
+                            *winner = if wins {
+                                Winner::new(slot + i, signs, i)
+                            } else {
+                                *winner
+                            };
+                        }
                     }
                 }
-                first = false;
+                seen += rows.positions.len();
             }
         }
     }
 }
 
-/// A block of a row of which some slots lie in the slice.
-#[derive(Debug, Clone, Copy)]
-struct Hit<A> {
-    place: Place,
-    /// Where its gradient starts in grad_output.
-    grad: usize,
-    /// What multiplies the gradient: the weight of the sample, or 1 / count.
-    scale: A,
-}
-
-/// How many hits are on their way while as many are added.
-const HITS_AHEAD: usize = 64;
+/// The numbers of the rows of a window.
+const EVERY_ROW: [u8; MAX_ROWS] = {
+    let mut rows = [0; MAX_ROWS];
+    let mut i = 0;
+    while i < MAX_ROWS {
+        rows[i] = i as u8;
+        i += 1;
+    }
+    rows
+};
 
 /// Adds the rows of some bags, in modes sum and mean.
 struct Add<'a, const BLOCK: usize, T: Element, H: Locate> {
@@ -237,85 +237,69 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
 
     #[inline(always)]
     fn run<L: Lanes>(mut self, lanes: L) {
-        let (bags, first_slot) = (self.source.bags, self.first_slot);
-        let (block, end_slot) = (
-            block_of::<BLOCK, H>(&bags.hash),
-            first_slot + self.slots.len(),
-        );
-        let mut places = vec![0; bags.runs.len()];
-        let none = Hit {
-            place: 0,
-            grad: 0,
-            scale: T::Acc::ONE,
-        };
-        // A row more than needed: hits are written before it is known whether they are any.
-        let mut found = vec![none; HITS_AHEAD + places.len() + 1];
-        let mut prefetched = found.clone();
-        let (mut n, mut n_prefetched) = (0, 0);
+        let Source {
+            bags, grad_output, ..
+        } = *self.source;
+        let (block, embedding_dim) = (block_of::<BLOCK, H>(&bags.hash), bags.embedding_dim());
+        let mut places = Places::new(bags, self.of.clone());
         for bag in self.of.clone() {
-            let scale = T::Acc::ONE / bags.divisor(bag);
-            for position in bags.positions(bag) {
-                let scale = match bags.per_sample_weights {
-                    Some(weights) => weights[position].widen(),
-                    None => scale,
-                };
-                let row = bags.row(position);
-                bags.hash
-                    .locate(std::iter::once(row), &bags.runs, &mut places);
-                let mut grad = bag * bags.embedding_dim();
-                for &place in &places {
-                    let slot = bags.hash.slot(place, block);
-                    found[n] = Hit { place, grad, scale };
-                    n += usize::from(slot < end_slot && slot + block > first_slot);
-                    grad += block;
-                }
-                if n >= HITS_AHEAD {
-                    for hit in &found[..n] {
-                        let slot = bags.hash.slot(hit.place, block);
-                        prefetch(self.slots, slot.wrapping_sub(first_slot), block);
-                    }
-                    self.add(lanes, &prefetched[..n_prefetched]);
-                    std::mem::swap(&mut found, &mut prefetched);
-                    (n, n_prefetched) = (0, n);
+            let grads = &grad_output[bag * embedding_dim..(bag + 1) * embedding_dim];
+            let scale = bags.mean_scale(bag);
+            let mut positions = bags.range(bag);
+            while let Some(rows) = places.take(&mut positions) {
+                for (run, grad) in grads.chunks(block).enumerate() {
+                    self.add_block(lanes, &rows, run, grad, scale);
                 }
             }
         }
-        self.add(lanes, &prefetched[..n_prefetched]);
-        self.add(lanes, &found[..n]);
     }
 }
 
 impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
+    /// Adds `grad`, of block `run`, for each of some rows.
     #[inline(always)]
-    fn add<L: Lanes>(&mut self, lanes: L, hits: &[Hit<T::Acc>]) {
-        let (bags, grad_output) = (self.source.bags, self.source.grad_output);
-        let (block, embedding_dim) = (block_of::<BLOCK, H>(&bags.hash), bags.embedding_dim());
-        let scaled = bags.per_sample_weights.is_some() || bags.lookup.table.mode == Mode::Mean;
-        let whole_blocks = embedding_dim.is_multiple_of(block);
-        for hit in hits {
-            let (slot, signs) = (bags.hash.slot(hit.place, block), bags.hash.signs(hit.place));
-            let scale = scaled.then_some(hit.scale);
-            let start = slot.wrapping_sub(self.first_slot);
-            if whole_blocks {
-                let grad = &grad_output[hit.grad..hit.grad + block];
+    fn add_block<L: Lanes>(
+        &mut self,
+        lanes: L,
+        rows: &Rows,
+        run: usize,
+        grad: &[T],
+        scale: Option<T::Acc>,
+    ) {
+        let (bags, first_slot) = (self.source.bags, self.first_slot);
+        let block = block_of::<BLOCK, H>(&bags.hash);
+        let end_slot = first_slot + self.slots.len();
+        let places = rows.run(run);
+        let mut found = EVERY_ROW;
+        let hits = if self.slots.len() == bags.hashed_weight.len() {
+            places.len()
+        } else {
+            // The rows with slots in the slice, found without branches: no processor could foretell them.
+            let mut hits = 0;
+            for (i, &place) in (0..).zip(places) {
+                let slot = bags.hash.slot(place, block);
+                found[hits] = i;
+                hits += usize::from(slot < end_slot && slot + block > first_slot);
+            }
+            hits
+        };
+        for &i in &found[..hits] {
+            let i = usize::from(i);
+            let place = places[i];
+            let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
+            let scale = scale.or_else(|| bags.scale(rows, i));
+            let start = slot.wrapping_sub(first_slot);
+            if BLOCK == 0 || grad.len() == BLOCK {
                 // Not at the edge of the slice, which a block of an affine hash may straddle.
-                if let Some(slots) = self.slots.get_mut(start..start.wrapping_add(block)) {
-                    combine::<Sum, _, _>(lanes, slots, grad, signs, scale);
+                if let Some(slots) = self.slots.get_mut(start..start.wrapping_add(grad.len())) {
+                    combine::<Sum, _, _>(lanes, slots, &grad[..slots.len()], signs, scale);
                     continue;
                 }
             }
-            let len = block.min(embedding_dim - hit.grad % embedding_dim);
-            let grad = &grad_output[hit.grad..hit.grad + len];
             for (i, grad) in grad.iter().enumerate() {
                 if let Some(sum) = self.slots.get_mut(start.wrapping_add(i)) {
-                    let one = std::slice::from_mut(sum);
-                    combine::<Sum, _, _>(
-                        lanes,
-                        one,
-                        std::slice::from_ref(grad),
-                        signs >> (i % 32),
-                        scale,
-                    );
+                    let (one, grad) = (std::slice::from_mut(sum), std::slice::from_ref(grad));
+                    combine::<Sum, _, _>(lanes, one, grad, signs >> (i % 32), scale);
                 }
             }
         }
@@ -341,7 +325,9 @@ impl Pass for GradPerSampleWeights<'_> {
             })
             .collect();
         let mut grad_weights = vec![T::from_f64(0.0); bags.indices.len()];
-        let positions = (0..bags.num_bags()).flat_map(|bag| bags.positions(bag));
+        let positions = (0..bags.num_bags())
+            .flat_map(|bag| bags.range(bag))
+            .filter(|&position| bags.counts(position));
         for (position, gradient) in positions.zip(gradients.into_iter().flatten()) {
             grad_weights[position] = gradient;
         }
@@ -366,19 +352,21 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Dot<'_, BLOCK, T, H> {
         let mut places = Places::new(bags, self.of.clone());
         let mut dots = vec![];
         for bag in self.of {
-            let grad = &self.grad_output[bag * embedding_dim..(bag + 1) * embedding_dim];
-            for position in bags.positions(bag) {
-                let mut dot = T::Acc::ZERO;
-                for (grad, &place) in grad.chunks(block).zip(places.of(position)) {
-                    let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
-                    let values = &bags.hashed_weight[slot..slot + grad.len()];
-                    for (i, (grad, value)) in grad.iter().zip(values).enumerate() {
-                        dot += grad.widen() * value.widen().flip(signs, i);
+            let grads = &self.grad_output[bag * embedding_dim..(bag + 1) * embedding_dim];
+            let mut positions = bags.range(bag);
+            while let Some(rows) = places.take(&mut positions) {
+                let mut sums = [T::Acc::ZERO; MAX_ROWS];
+                for (run, grads) in grads.chunks(block).enumerate() {
+                    for (sum, &place) in sums.iter_mut().zip(rows.run(run)) {
+                        let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
+                        let values = &bags.hashed_weight[slot..slot + grads.len()];
+                        for (i, (grad, value)) in grads.iter().zip(values).enumerate() {
+                            *sum += grad.widen() * value.widen().flip(signs, i);
+                        }
                     }
                 }
-                let mut narrow = [T::from_f64(0.0)];
-                T::narrow(&[dot], &mut narrow);
-                dots.extend(narrow);
+                let sums = &sums[..rows.positions.len()];
+                dots.extend(sums.iter().map(|sum| T::from_f64(sum.to_f64())));
             }
         }
         dots

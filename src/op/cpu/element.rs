@@ -4,6 +4,7 @@ use super::lanes::Lanes;
 use candle_core::WithDType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
+use std::mem::MaybeUninit;
 use std::ops::{AddAssign, Div, DivAssign, Mul};
 
 /// A dtype of `hashed_weight`, and the dtype its sums are kept in.
@@ -12,8 +13,14 @@ pub(super) trait Element: WithDType {
 
     fn widen(self) -> Self::Acc;
 
+    /// [`widen`](Self::widen), where the lanes know a faster way.
+    #[inline(always)]
+    fn widen_group<L: Lanes>(_: L, values: &[Self; 16]) -> [Self::Acc; 16] {
+        values.map(Self::widen)
+    }
+
     /// `to[i] = from[i]`, rounded.
-    fn narrow(from: &[Self::Acc], to: &mut [Self]);
+    fn narrow(from: &[Self::Acc], to: &mut [MaybeUninit<Self>]);
 }
 
 /// A dtype of sums.
@@ -46,8 +53,32 @@ pub(super) trait Accumulator:
     /// [`Lanes::add`], where there are such lanes for this dtype.
     fn add_group<L: Lanes>(lanes: L, sums: &mut [Self; 16], values: &[Self; 16], signs: u32);
 
+    /// [`Lanes::add_half`], where there are such lanes for this dtype.
+    fn add_half<L: Lanes>(lanes: L, sums: &mut [Self; 8], values: &[Self; 8], signs: u32);
+
     /// [`Lanes::max`], where there are such lanes for this dtype.
     fn max_group<L: Lanes>(lanes: L, sums: &mut [Self; 16], values: &[Self; 16], signs: u32);
+
+    /// [`Lanes::max_half`], where there are such lanes for this dtype.
+    fn max_half<L: Lanes>(lanes: L, sums: &mut [Self; 8], values: &[Self; 8], signs: u32);
+}
+
+fn write<T: Copy>(from: &[T], to: &mut [MaybeUninit<T>]) {
+    for (to, &from) in to.iter_mut().zip(from) {
+        to.write(from);
+    }
+}
+
+/// Rounds a few values at a time, so that half converts them in vectors.
+fn round<T: Element<Acc = f32> + Default>(from: &[f32], to: &mut [MaybeUninit<T>])
+where
+    [T]: HalfFloatSliceExt,
+{
+    for (from, to) in from.chunks(64).zip(to.chunks_mut(64)) {
+        let mut rounded = [T::default(); 64];
+        rounded[..from.len()].convert_from_f32_slice(from);
+        write(&rounded[..from.len()], to);
+    }
 }
 
 /// A dtype that is its own accumulator.
@@ -61,8 +92,8 @@ macro_rules! element {
                 self
             }
 
-            fn narrow(from: &[$t], to: &mut [$t]) {
-                to.copy_from_slice(from);
+            fn narrow(from: &[$t], to: &mut [MaybeUninit<$t>]) {
+                write(from, to);
             }
         }
     };
@@ -91,8 +122,18 @@ impl Accumulator for f32 {
     }
 
     #[inline(always)]
+    fn add_half<L: Lanes>(lanes: L, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
+        lanes.add_half(sums, values, signs);
+    }
+
+    #[inline(always)]
     fn max_group<L: Lanes>(lanes: L, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
         lanes.max(sums, values, signs);
+    }
+
+    #[inline(always)]
+    fn max_half<L: Lanes>(lanes: L, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
+        lanes.max_half(sums, values, signs);
     }
 }
 
@@ -119,8 +160,22 @@ impl Accumulator for f64 {
     }
 
     #[inline(always)]
+    fn add_half<L: Lanes>(_: L, sums: &mut [f64; 8], values: &[f64; 8], signs: u32) {
+        for i in 0..8 {
+            sums[i] += values[i].flip(signs, i);
+        }
+    }
+
+    #[inline(always)]
     fn max_group<L: Lanes>(_: L, sums: &mut [f64; 16], values: &[f64; 16], signs: u32) {
         for i in 0..16 {
+            sums[i].raise(values[i].flip(signs, i));
+        }
+    }
+
+    #[inline(always)]
+    fn max_half<L: Lanes>(_: L, sums: &mut [f64; 8], values: &[f64; 8], signs: u32) {
+        for i in 0..8 {
             sums[i].raise(values[i].flip(signs, i));
         }
     }
@@ -134,13 +189,18 @@ impl Element for bf16 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 
-    fn narrow(from: &[f32], to: &mut [bf16]) {
-        to.convert_from_f32_slice(from);
+    fn narrow(from: &[f32], to: &mut [MaybeUninit<bf16>]) {
+        round(from, to);
     }
 }
 
 impl Element for f16 {
     type Acc = f32;
+
+    #[inline(always)]
+    fn widen_group<L: Lanes>(lanes: L, values: &[f16; 16]) -> [f32; 16] {
+        lanes.widen(values)
+    }
 
     /// As `half` does it, but without a branch or a call, for many values at once.
     #[inline(always)]
@@ -169,8 +229,8 @@ impl Element for f16 {
         f32::from_bits(value | sign)
     }
 
-    fn narrow(from: &[f32], to: &mut [f16]) {
-        to.convert_from_f32_slice(from);
+    fn narrow(from: &[f32], to: &mut [MaybeUninit<f16>]) {
+        round(from, to);
     }
 }
 

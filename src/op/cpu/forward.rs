@@ -1,45 +1,49 @@
 //! `out[bag, column] = pool over rows of the bag of sign * hashed_weight[slot]`
 //!
 //! Bags are divided among threads in tasks of consecutive bags; each bag is pooled by one thread, in the order of its
-//! indices.
+//! indices. The sums of four blocks stay in registers while all rows of a bag go by.
 
 use super::lanes::{dispatch, Lanes, Task};
-use super::places::Places;
+use super::places::{Places, Rows};
 use super::{
     block_of, combine, with_block, Accumulator, Bags, Combine, Element, Max, Mode, Pass, Sum,
 };
-use crate::hash::{Locate, Place};
+use crate::hash::Locate;
 use candle_core::{CpuStorage, Result};
 use rayon::prelude::*;
+use std::mem::MaybeUninit;
 
 /// output `(num_bags, embedding_dim)`
 pub(super) struct Forward;
 
 impl Pass for Forward {
     fn run<T: Element, H: Locate>(self, bags: &Bags<T, H>) -> Result<CpuStorage> {
-        let embedding_dim = bags.embedding_dim();
-        let mut output = vec![T::from_f64(0.0); bags.num_bags() * embedding_dim];
-        let task = bags.bags_per_task();
-        let pool = |first: usize, output: &mut [T]| {
+        let (embedding_dim, task) = (bags.embedding_dim(), bags.bags_per_task());
+        let len = bags.num_bags() * embedding_dim;
+        let mut output = Vec::with_capacity(len);
+        let values = &mut output.spare_capacity_mut()[..len];
+        let pool = |first: usize, output: &mut [MaybeUninit<T>]| {
             with_block!(bags.hash, BLOCK => dispatch(Pool::<BLOCK, _, _> { bags, first, output }));
         };
         if task >= bags.num_bags() {
-            pool(0, &mut output);
+            pool(0, values);
         } else {
-            output
+            values
                 .par_chunks_mut(task * embedding_dim)
                 .enumerate()
-                .for_each(|(i, output)| pool(i * task, output));
+                .for_each(|(i, values)| pool(i * task, values));
         }
+        // SAFETY: each bag wrote its row, and the rows are all `len` values.
+        unsafe { output.set_len(len) };
         Ok(T::to_cpu_storage_owned(output))
     }
 }
 
-/// Pools the bags from `first` on into the rows of `output`.
+/// Pools the bags from `first` on into the rows of `output`, and writes all of it.
 struct Pool<'a, const BLOCK: usize, T, H: Locate> {
     bags: &'a Bags<'a, T, H>,
     first: usize,
-    output: &'a mut [T],
+    output: &'a mut [MaybeUninit<T>],
 }
 
 impl<const BLOCK: usize, T: Element, H: Locate> Task for Pool<'_, BLOCK, T, H> {
@@ -47,75 +51,93 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Pool<'_, BLOCK, T, H> {
 
     #[inline(always)]
     fn run<L: Lanes>(self, lanes: L) {
-        let bags = self.bags;
-        let embedding_dim = bags.embedding_dim();
-        let last = self.first + self.output.len() / embedding_dim;
-        let mut places = Places::new(bags, self.first..last);
-        let mut sums = vec![T::Acc::ZERO; embedding_dim];
-        for (bag, output) in (self.first..last).zip(self.output.chunks_exact_mut(embedding_dim)) {
-            if bags.lookup.table.mode == Mode::Max {
-                sums.fill(T::Acc::NEG_INFINITY);
-                let mut any = false;
-                for position in bags.positions(bag) {
-                    combine_row::<BLOCK, Max, _, _, _>(
-                        lanes,
-                        bags,
-                        places.of(position),
-                        None,
-                        &mut sums,
-                    );
-                    any = true;
-                }
-                if !any {
-                    sums.fill(T::Acc::ZERO);
-                }
-            } else {
-                sums.fill(T::Acc::ZERO);
-                for position in bags.positions(bag) {
-                    let scale = bags
-                        .per_sample_weights
-                        .map(|weights| weights[position].widen());
-                    combine_row::<BLOCK, Sum, _, _, _>(
-                        lanes,
-                        bags,
-                        places.of(position),
-                        scale,
-                        &mut sums,
-                    );
-                }
-                if bags.lookup.table.mode == Mode::Mean {
-                    let divisor = bags.divisor(bag);
-                    for sum in &mut sums {
-                        *sum /= divisor;
-                    }
-                }
-            }
-            T::narrow(&sums, output);
+        match self.bags.lookup.table.mode {
+            Mode::Max => self.pool::<Max, _>(lanes),
+            Mode::Sum | Mode::Mean => self.pool::<Sum, _>(lanes),
         }
     }
 }
 
-/// Combines `sums[column]` with `scale * sign * hashed_weight[slot]`, for a row.
+impl<const BLOCK: usize, T: Element, H: Locate> Pool<'_, BLOCK, T, H> {
+    #[inline(always)]
+    fn pool<C: Combine, L: Lanes>(self, lanes: L) {
+        let (bags, embedding_dim) = (self.bags, self.bags.embedding_dim());
+        let last = self.first + self.output.len() / embedding_dim;
+        let mut places = Places::new(bags, self.first..last);
+        let mut pooled = vec![T::Acc::ZERO; embedding_dim];
+        for (bag, output) in (self.first..last).zip(self.output.chunks_exact_mut(embedding_dim)) {
+            pooled.fill(C::first());
+            let (mut positions, mut count) = (bags.range(bag), 0);
+            while let Some(rows) = places.take(&mut positions) {
+                count += rows.positions.len();
+                pool_rows::<BLOCK, C, _, _, _>(lanes, bags, &rows, &mut pooled);
+            }
+            if count == 0 {
+                pooled.fill(T::Acc::ZERO);
+            } else if bags.lookup.table.mode == Mode::Mean {
+                let count = T::Acc::from_count(count);
+                for sum in &mut pooled {
+                    *sum /= count;
+                }
+            }
+            T::narrow(&pooled, output);
+        }
+    }
+}
+
+/// Combines `pooled[column]` with `scale * sign * hashed_weight[slot]` for each of some rows.
 #[inline(always)]
-fn combine_row<const BLOCK: usize, C: Combine, T: Element, H: Locate, L: Lanes>(
+fn pool_rows<const BLOCK: usize, C: Combine, T: Element, H: Locate, L: Lanes>(
     lanes: L,
     bags: &Bags<T, H>,
-    places: &[Place],
-    scale: Option<T::Acc>,
-    sums: &mut [T::Acc],
+    rows: &Rows,
+    pooled: &mut [T::Acc],
 ) {
     let block = block_of::<BLOCK, H>(&bags.hash);
-    // The full blocks first, whose length is a constant where BLOCK is.
-    let full = sums.len() / block * block;
-    let (sums, rest) = sums.split_at_mut(full);
-    for (sums, &place) in sums.chunks_exact_mut(block).zip(places) {
-        let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
-        let values = &bags.hashed_weight[slot..slot + block];
-        combine::<C, _, _>(lanes, sums, values, signs, scale);
+    let mut run = 0;
+    if BLOCK > 0 {
+        let full = pooled.len() / BLOCK;
+        while run + 4 <= full {
+            let pooled = &mut pooled[run * BLOCK..(run + 4) * BLOCK];
+            pool_blocks::<BLOCK, 4, C, _, _, _>(lanes, bags, rows, run, pooled);
+            run += 4;
+        }
+        while run < full {
+            let pooled = &mut pooled[run * BLOCK..(run + 1) * BLOCK];
+            pool_blocks::<BLOCK, 1, C, _, _, _>(lanes, bags, rows, run, pooled);
+            run += 1;
+        }
     }
-    if let (false, Some(&place)) = (rest.is_empty(), places.last()) {
-        let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
-        let values = &bags.hashed_weight[slot..slot + rest.len()];
-        combine::<C, _, _>(lanes, rest, values, signs, scale);
+    // Blocks of no constant length, and a last one that is cut off.
+    for (pooled, run) in pooled[run * block..].chunks_mut(block).zip(run..) {
+        for (i, &place) in rows.run(run).iter().enumerate() {
+            let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
+            let values = &bags.hashed_weight[slot..slot + pooled.len()];
+            combine::<C, _, _>(lanes, pooled, values, signs, bags.scale(rows, i));
+        }
     }
+}
+
+/// The same for the blocks `run..run + N`, in registers.
+#[inline(always)]
+fn pool_blocks<const BLOCK: usize, const N: usize, C: Combine, T: Element, H: Locate, L: Lanes>(
+    lanes: L,
+    bags: &Bags<T, H>,
+    rows: &Rows,
+    run: usize,
+    pooled: &mut [T::Acc],
+) {
+    let runs: [_; N] = std::array::from_fn(|n| rows.run(run + n));
+    let mut blocks = [[T::Acc::ZERO; BLOCK]; N];
+    blocks.as_flattened_mut().copy_from_slice(pooled);
+    for i in 0..rows.positions.len() {
+        let scale = bags.scale(rows, i);
+        for n in 0..N {
+            let place = runs[n][i];
+            let (slot, signs) = (bags.hash.slot(place, BLOCK), bags.hash.signs(place));
+            let values = &bags.hashed_weight[slot..slot + BLOCK];
+            combine::<C, _, _>(lanes, &mut blocks[n], values, signs, scale);
+        }
+    }
+    pooled.copy_from_slice(blocks.as_flattened());
 }

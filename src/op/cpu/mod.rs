@@ -22,10 +22,14 @@ use candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType};
 use element::{Accumulator, Element};
 use half::{bf16, f16};
 use lanes::Lanes;
+use places::Rows;
 use std::ops::Range;
 
 /// Fewer gathered values than this are not worth waking a second thread for.
 const MIN_VALUES_PER_THREAD: usize = 1 << 15;
+
+/// So that a thread which comes late, or has heavier bags, leaves its share to others.
+const TASKS_PER_THREAD: usize = 8;
 
 pub(super) struct Cpu;
 
@@ -239,9 +243,10 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
         self.indices.len().saturating_mul(self.embedding_dim())
     }
 
-    /// How many bags make a task of at least [`MIN_VALUES_PER_THREAD`]; all of them when there is one task.
+    /// How many bags make a task: a few tasks for each thread, of at least [`MIN_VALUES_PER_THREAD`].
     fn bags_per_task(&self) -> usize {
-        let tasks = (self.gathered_values() / MIN_VALUES_PER_THREAD).max(1);
+        let most = TASKS_PER_THREAD * rayon::current_num_threads();
+        let tasks = (self.gathered_values() / MIN_VALUES_PER_THREAD).clamp(1, most);
         self.num_bags().div_ceil(tasks).max(1)
     }
 
@@ -253,32 +258,45 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
         }
     }
 
-    /// The row of the virtual table at `position`, as it is hashed.
+    /// The rows of the virtual table at some positions, as they are hashed.
     #[inline(always)]
-    fn row(&self, position: usize) -> u64 {
-        match &self.shifted {
-            Some(shifted) => shifted[position] as u64,
-            None => self.indices.row(position) as u64,
+    fn rows(&self, positions: Range<usize>, rows: &mut [u64]) {
+        #[inline(always)]
+        fn widen(indices: &[impl Index], rows: &mut [u64]) {
+            for (row, index) in rows.iter_mut().zip(indices) {
+                *row = index.as_i64() as u64;
+            }
+        }
+        match (&self.shifted, self.indices) {
+            (Some(shifted), _) => widen(&shifted[positions], rows),
+            (None, Indices::U32(indices)) => widen(&indices[positions], rows),
+            (None, Indices::I32(indices)) => widen(&indices[positions], rows),
+            (None, Indices::I64(indices)) => widen(&indices[positions], rows),
         }
     }
 
-    /// The positions of a bag, without padding.
+    /// Whether the index at `position` is no padding.
     #[inline(always)]
-    fn positions(&self, bag: usize) -> impl Iterator<Item = usize> + '_ {
+    fn counts(&self, position: usize) -> bool {
         let table = &self.lookup.table;
-        self.range(bag).filter(|&position| {
-            table.padding_idx.is_none() || table.counts(self.indices.row(position))
-        })
+        table.padding_idx.is_none() || table.counts(self.indices.row(position))
     }
 
-    /// What divides the sum of a bag: the number of its rows in mode mean, else 1.
+    /// What multiplies row `i` of `rows`, where rows are weighted.
     #[inline(always)]
-    fn divisor(&self, bag: usize) -> T::Acc {
-        if self.lookup.table.mode == Mode::Mean {
-            T::Acc::from_count(self.positions(bag).count().max(1))
-        } else {
-            T::Acc::ONE
+    fn scale(&self, rows: &Rows, i: usize) -> Option<T::Acc> {
+        let weights = self.per_sample_weights?;
+        Some(weights[rows.positions[i]].widen())
+    }
+
+    /// In mode mean, what multiplies each row of a bag.
+    #[inline(always)]
+    fn mean_scale(&self, bag: usize) -> Option<T::Acc> {
+        if self.lookup.table.mode != Mode::Mean {
+            return None;
         }
+        let count = self.range(bag).filter(|&at| self.counts(at)).count();
+        Some(T::Acc::ONE / T::Acc::from_count(count.max(1)))
     }
 }
 
@@ -316,12 +334,12 @@ fn block_of<const BLOCK: usize, H: Locate>(hash: &H) -> usize {
 
 /// How a value enters the row it is pooled into. A trait and not a closure, whose inlining could not be asked for.
 trait Combine {
-    fn sixteen<A: Accumulator, L: Lanes>(
-        lanes: L,
-        into: &mut [A; 16],
-        values: &[A; 16],
-        signs: u32,
-    );
+    /// What the first value is combined with.
+    fn first<A: Accumulator>() -> A;
+    /// Combines `into[i]` with `(-1)^(bit i of signs) * values[i]`.
+    fn group<A: Accumulator, L: Lanes>(lanes: L, into: &mut [A; 16], values: &[A; 16], signs: u32);
+    /// The same for half a group.
+    fn half<A: Accumulator, L: Lanes>(lanes: L, into: &mut [A; 8], values: &[A; 8], signs: u32);
     fn one<A: Accumulator>(into: &mut A, value: A);
 }
 
@@ -329,13 +347,18 @@ struct Sum;
 
 impl Combine for Sum {
     #[inline(always)]
-    fn sixteen<A: Accumulator, L: Lanes>(
-        lanes: L,
-        into: &mut [A; 16],
-        values: &[A; 16],
-        signs: u32,
-    ) {
+    fn first<A: Accumulator>() -> A {
+        A::ZERO
+    }
+
+    #[inline(always)]
+    fn group<A: Accumulator, L: Lanes>(lanes: L, into: &mut [A; 16], values: &[A; 16], signs: u32) {
         A::add_group(lanes, into, values, signs);
+    }
+
+    #[inline(always)]
+    fn half<A: Accumulator, L: Lanes>(lanes: L, into: &mut [A; 8], values: &[A; 8], signs: u32) {
+        A::add_half(lanes, into, values, signs);
     }
 
     #[inline(always)]
@@ -348,13 +371,18 @@ struct Max;
 
 impl Combine for Max {
     #[inline(always)]
-    fn sixteen<A: Accumulator, L: Lanes>(
-        lanes: L,
-        into: &mut [A; 16],
-        values: &[A; 16],
-        signs: u32,
-    ) {
+    fn first<A: Accumulator>() -> A {
+        A::NEG_INFINITY
+    }
+
+    #[inline(always)]
+    fn group<A: Accumulator, L: Lanes>(lanes: L, into: &mut [A; 16], values: &[A; 16], signs: u32) {
         A::max_group(lanes, into, values, signs);
+    }
+
+    #[inline(always)]
+    fn half<A: Accumulator, L: Lanes>(lanes: L, into: &mut [A; 8], values: &[A; 8], signs: u32) {
+        A::max_half(lanes, into, values, signs);
     }
 
     #[inline(always)]
@@ -372,27 +400,35 @@ fn combine<C: Combine, T: Element, L: Lanes>(
     signs: u32,
     scale: Option<T::Acc>,
 ) {
-    let (into_groups, into_rest) = into.as_chunks_mut::<16>();
-    let (from_groups, from_rest) = from.as_chunks::<16>();
-    let mut signs = signs;
-    for (into, from) in into_groups.iter_mut().zip(from_groups) {
-        let mut values = [T::Acc::ZERO; 16];
-        for i in 0..16 {
-            values[i] = from[i].widen();
-        }
+    #[inline(always)]
+    fn scaled<A: Accumulator, const N: usize>(mut values: [A; N], scale: Option<A>) -> [A; N] {
         if let Some(scale) = scale {
             for value in &mut values {
                 *value = scale * *value;
             }
         }
-        C::sixteen(lanes, into, &values, signs);
+        values
+    }
+    let (into_groups, into) = into.as_chunks_mut::<16>();
+    let (from_groups, from) = from.as_chunks::<16>();
+    let mut signs = signs;
+    for (into, from) in into_groups.iter_mut().zip(from_groups) {
+        C::group(
+            lanes,
+            into,
+            &scaled(T::widen_group(lanes, from), scale),
+            signs,
+        );
         signs >>= 16;
     }
-    for (i, (into, &from)) in into_rest.iter_mut().zip(from_rest).enumerate() {
-        let mut value = from.widen().flip(signs, i);
-        if let Some(scale) = scale {
-            value = scale * value;
-        }
+    let (into_halves, into) = into.as_chunks_mut::<8>();
+    let (from_halves, from) = from.as_chunks::<8>();
+    for (into, from) in into_halves.iter_mut().zip(from_halves) {
+        C::half(lanes, into, &scaled(from.map(T::widen), scale), signs);
+        signs >>= 8;
+    }
+    for (i, (into, &from)) in into.iter_mut().zip(from).enumerate() {
+        let [value] = scaled([from.widen().flip(signs, i)], scale);
         C::one(into, value);
     }
 }

@@ -1,110 +1,117 @@
-//! Hashing rows ahead of their use, so that the blocks they name are in the cache when their turn comes.
+//! The rows of bags, hashed a window at a time.
 //!
-//! What a lookup costs on a CPU is the hash and the cache misses. The hash of a row needs nothing but its index, so a
-//! window of rows is hashed at once, in vectors, and every block is prefetched; by the time the window is summed, the next
-//! one is on its way. (The vectors are what pays. A processor that looks far ahead finds the misses by itself: on the one in
-//! benches/README.md, prefetching 4 MB of weights made no difference.)
+//! Hashing needs nothing but indices, so the rows of many bags are hashed at once, in vectors, and padding is left out on
+//! the way: the loops behind see places and nothing else. (Nothing is prefetched: a processor that looks far ahead finds
+//! the cache misses by itself, and was never faster for being told.)
 
 use super::{Bags, Element};
-use crate::hash::{Locate, Place};
+use crate::hash::{Locate, Place, MAX_ROWS};
 use std::ops::Range;
 
-/// How many blocks are on their way at least: enough to hide a trip to memory, few enough for the nearest cache.
-const BLOCKS_AHEAD: usize = 64;
+/// So many places stay in the nearest cache.
+const NEAR_PLACES: usize = 1 << 12;
 
-/// A `hashed_weight` of at most so many bytes is near anyway.
-const NEAR_BYTES: usize = 1 << 19;
-
-/// The places of rows by position, in the order of positions; out of order is right too, only slower.
+/// The places of rows by position, for bags in the order of their positions; out of order is right too, only slower.
 pub(super) struct Places<'a, T, H: Locate> {
     bags: &'a Bags<'a, T, H>,
-    /// Two windows of `window` rows: position `p` stands in row `p % (2 * window)`.
-    places: Vec<Place>,
+    /// Rows per window.
     window: usize,
-    /// The positions whose places are there.
+    /// Block `run` of row `i` at `run * rows + i`.
+    places: Vec<Place>,
+    /// The positions of the window, and which of them are no padding.
     hashed: Range<usize>,
+    positions: [usize; MAX_ROWS],
+    rows: usize,
     /// No position from here on will be asked for.
     end: usize,
-    prefetches: bool,
+}
+
+/// Rows of one bag.
+pub(super) struct Rows<'a> {
+    places: &'a [Place],
+    stride: usize,
+    /// Where in `indices` the rows stand.
+    pub positions: &'a [usize],
+}
+
+impl Rows<'_> {
+    /// The places of block `run` of each row.
+    #[inline(always)]
+    pub fn run(&self, run: usize) -> &[Place] {
+        &self.places[run * self.stride..][..self.positions.len()]
+    }
 }
 
 impl<'a, T: Element, H: Locate> Places<'a, T, H> {
     /// The places of the rows of these bags.
-    #[inline(always)]
     pub fn new(bags: &'a Bags<'a, T, H>, of: Range<usize>) -> Self {
-        let runs = bags.runs.len();
-        let end = of.map(|bag| bags.range(bag).end).max().unwrap_or(0);
-        let shape = &bags.lookup.bags;
-        let mut window = (BLOCKS_AHEAD / runs).max(1);
+        let (runs, shape) = (bags.runs.len(), &bags.lookup.bags);
+        let mut window = (NEAR_PLACES / runs).clamp(8, MAX_ROWS);
         if shape.feature_stride() > 0 {
             // The next bag is not the next in memory: what a window holds beyond a bag is hashed in vain.
             window = window.min(shape.nnz.div_ceil(shape.num_bags).max(1));
         }
         Self {
             bags,
-            places: vec![0; 2 * window * runs],
             window,
+            places: vec![0; runs * window],
             hashed: 0..0,
-            end,
-            prefetches: size_of_val(bags.hashed_weight) > NEAR_BYTES,
+            positions: [0; MAX_ROWS],
+            rows: 0,
+            end: of.map(|bag| bags.range(bag).end).max().unwrap_or(0),
         }
     }
 
-    /// The places of the blocks of the row at `position`.
+    /// Takes rows off the front of the positions of a bag, as many as there are in the window; `None` when none are left.
     #[inline(always)]
-    pub fn of(&mut self, position: usize) -> &[Place] {
-        let rows = 2 * self.window;
-        if !self.hashed.contains(&position) {
-            // Windows start at multiples of their length, so that none wraps around.
-            let start = position / self.window * self.window;
-            self.hashed = start..start;
-            self.hash_window();
+    pub fn take(&mut self, positions: &mut Range<usize>) -> Option<Rows<'_>> {
+        if positions.start >= positions.end {
+            return None;
         }
-        if position + self.window >= self.hashed.end && self.hashed.end < self.end {
-            self.hash_window();
+        if !self.hashed.contains(&positions.start) {
+            self.hash(positions.start);
         }
-        let runs = self.bags.runs.len();
-        let start = position % rows * runs;
-        &self.places[start..start + runs]
+        let until = positions.end.min(self.hashed.end);
+        let (first, last) = (self.rows_before(positions.start), self.rows_before(until));
+        positions.start = until;
+        Some(Rows {
+            places: &self.places[first..],
+            stride: self.rows,
+            positions: &self.positions[first..last],
+        })
     }
 
-    /// Hashes the next window of rows and prefetches what they name.
+    /// How many rows of the window stand before `position`.
     #[inline(always)]
-    fn hash_window(&mut self) {
-        let (bags, runs) = (self.bags, self.bags.runs.len());
-        let next = self.hashed.end;
-        let until = (next + self.window).min(self.end);
-        let start = next % (2 * self.window);
-        let rows = (next..until).map(|position| bags.row(position));
-        let places = &mut self.places[start * runs..(start + until - next) * runs];
-        bags.hash.locate(rows, &bags.runs, places);
-        if self.prefetches {
-            let block = bags.hash.block();
-            for &place in places.iter() {
-                prefetch(bags.hashed_weight, bags.hash.slot(place, block), block);
+    fn rows_before(&self, position: usize) -> usize {
+        if self.rows == self.hashed.len() {
+            position - self.hashed.start
+        } else {
+            self.positions[..self.rows].partition_point(|&other| other < position)
+        }
+    }
+
+    /// Hashes the window from `start` on.
+    #[inline(always)]
+    fn hash(&mut self, start: usize) {
+        let bags = self.bags;
+        self.hashed = start..(start + self.window).min(self.end);
+        self.rows = self.hashed.len();
+        let mut rows = [0; MAX_ROWS];
+        bags.rows(self.hashed.clone(), &mut rows[..self.rows]);
+        for (i, position) in self.positions[..self.rows].iter_mut().enumerate() {
+            *position = start + i;
+        }
+        if bags.lookup.table.padding_idx.is_some() {
+            self.rows = 0;
+            for i in 0..self.hashed.len() {
+                (self.positions[self.rows], rows[self.rows]) = (self.positions[i], rows[i]);
+                self.rows += usize::from(bags.counts(start + i));
             }
         }
-        // What this window was written over is gone.
-        let oldest = until.saturating_sub(2 * self.window);
-        self.hashed = self.hashed.start.max(oldest)..until;
-    }
-}
-
-/// Asks for the cache lines of a block of `values`; `start` may lie outside of them, even below zero.
-#[inline(always)]
-pub(super) fn prefetch<T>(values: &[T], start: usize, len: usize) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-        let line = |i: usize| values.as_ptr().wrapping_add(i).cast::<i8>();
-        // SAFETY: a prefetch is a hint; it reads nothing and cannot fault, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line(start)) };
-        if len > 1 {
-            // Blocks are not aligned to lines: the last value may lie in the next.
-            // SAFETY: as above.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(line(start.wrapping_add(len - 1))) };
+        if self.rows > 0 {
+            let places = &mut self.places[..bags.runs.len() * self.rows];
+            bags.hash.locate(&rows[..self.rows], &bags.runs, places);
         }
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = (values, start, len);
 }
