@@ -774,11 +774,11 @@ mod tests {
             };
             let rows = AffineRows::from(slots);
             let runs: Vec<_> = (0..40).map(|run| rows.run(run)).collect();
-            let mut places = vec![0; runs.len()];
-            for _ in 0..20 {
-                let row = draw(64);
-                rows.locate(&[row], &runs, &mut places);
-                for (run, &place) in places.iter().enumerate() {
+            let at: Vec<u64> = (0..20).map(|_| draw(64)).collect();
+            let mut places = vec![0; runs.len() * at.len()];
+            rows.locate(&at, &runs, &mut places);
+            for (run, places) in places.chunks(at.len()).enumerate() {
+                for (&row, &place) in at.iter().zip(places) {
                     let want = slots.plain_slot(row, run as u64);
                     assert_eq!(
                         place as usize, want,

@@ -6,9 +6,9 @@
 //! * *Parts*, where many values fall on each slot: the bags are divided into parts, each adds into a buffer of its own, and
 //!   the buffers are added in order. There are so few parts that the buffers together hold at most a quarter as many values
 //!   as are gathered.
-//! * *Slices*, else: each thread owns a slice of grad_weight, goes over all rows and adds what falls into its slice. A slot
-//!   gets its values in the order of the rows however the slices lie. The hash is computed once per thread, and no memory
-//!   is needed beside grad_weight.
+//! * *Slices*, else: each thread owns a slice of grad_weight, goes over all rows and adds what falls into its slice. All go
+//!   in the same order, so a slot gets its values in that order however the slices lie. Every thread hashes every row, and
+//!   no memory is needed beside grad_weight.
 //!
 //! For max, the winners are found first, bags divided among threads; there are as many of them as output values.
 
@@ -184,28 +184,34 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Win<'_, BLOCK, T, H> {
         let block = block_of::<BLOCK, H>(&bags.hash);
         let last = self.first + self.winners.len() / embedding_dim;
         let mut places = Places::new(bags, self.first..last);
+        // Written in turns: a value that goes where it came from becomes a masked store, which the next row waits for.
         let mut best = vec![T::Acc::ZERO; embedding_dim];
+        let mut better = best.clone();
         let bags_of_winners = self.winners.chunks_exact_mut(embedding_dim);
         for (bag, winners) in (self.first..last).zip(bags_of_winners) {
             let (mut positions, mut seen) = (bags.range(bag), 0);
             while let Some(rows) = places.take(&mut positions) {
-                let columns = best.chunks_mut(block).zip(winners.chunks_mut(block));
-                for (run, (best, winners)) in columns.enumerate() {
+                let columns = best.chunks_mut(block).zip(better.chunks_mut(block));
+                let columns = columns.zip(winners.chunks_mut(block));
+                for (run, ((mut best, mut better), winners)) in columns.enumerate() {
                     for (row, &place) in (seen..).zip(rows.run(run)) {
                         let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
                         let values = &bags.hashed_weight[slot..slot + best.len()];
-                        let columns = best.iter_mut().zip(winners.iter_mut());
-                        for ((i, value), (best, winner)) in values.iter().enumerate().zip(columns) {
+                        let columns = best.iter().zip(better.iter_mut()).zip(winners.iter_mut());
+                        let values = values.iter().enumerate();
+                        for ((i, value), ((best, better), winner)) in values.zip(columns) {
                             let value = value.widen().flip(signs, i);
                             let wins = row == 0 || value.wins(*best);
-                            *best = if wins { value } else { *best };
+                            *better = if wins { value } else { *best };
                             *winner = if wins {
                                 Winner::new(slot + i, signs, i)
                             } else {
                                 *winner
                             };
                         }
+                        std::mem::swap(&mut best, &mut better);
                     }
+                    better.copy_from_slice(best);
                 }
                 seen += rows.positions.len();
             }

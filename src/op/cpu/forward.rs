@@ -94,19 +94,17 @@ fn pool_rows<const BLOCK: usize, C: Combine, T: Element, H: Locate, L: Lanes>(
     pooled: &mut [T::Acc],
 ) {
     let block = block_of::<BLOCK, H>(&bags.hash);
+    let full = pooled.len().checked_div(BLOCK).unwrap_or(0);
     let mut run = 0;
-    if BLOCK > 0 {
-        let full = pooled.len() / BLOCK;
-        while run + 4 <= full {
-            let pooled = &mut pooled[run * BLOCK..(run + 4) * BLOCK];
-            pool_blocks::<BLOCK, 4, C, _, _, _>(lanes, bags, rows, run, pooled);
-            run += 4;
-        }
-        while run < full {
-            let pooled = &mut pooled[run * BLOCK..(run + 1) * BLOCK];
-            pool_blocks::<BLOCK, 1, C, _, _, _>(lanes, bags, rows, run, pooled);
-            run += 1;
-        }
+    while run + 4 <= full {
+        let pooled = &mut pooled[run * BLOCK..(run + 4) * BLOCK];
+        pool_blocks::<BLOCK, 4, C, _, _, _>(lanes, bags, rows, run, pooled);
+        run += 4;
+    }
+    while run < full {
+        let pooled = &mut pooled[run * BLOCK..(run + 1) * BLOCK];
+        pool_blocks::<BLOCK, 1, C, _, _, _>(lanes, bags, rows, run, pooled);
+        run += 1;
     }
     // Blocks of no constant length, and a last one that is cut off.
     for (pooled, run) in pooled[run * block..].chunks_mut(block).zip(run..) {
@@ -132,11 +130,11 @@ fn pool_blocks<const BLOCK: usize, const N: usize, C: Combine, T: Element, H: Lo
     blocks.as_flattened_mut().copy_from_slice(pooled);
     for i in 0..rows.positions.len() {
         let scale = bags.scale(rows, i);
-        for n in 0..N {
-            let place = runs[n][i];
+        for (block, places) in blocks.iter_mut().zip(&runs) {
+            let place = places[i];
             let (slot, signs) = (bags.hash.slot(place, BLOCK), bags.hash.signs(place));
             let values = &bags.hashed_weight[slot..slot + BLOCK];
-            combine::<C, _, _>(lanes, &mut blocks[n], values, signs, scale);
+            combine::<C, _, _>(lanes, block, values, signs, scale);
         }
     }
     pooled.copy_from_slice(blocks.as_flattened());

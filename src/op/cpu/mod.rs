@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `forward.rs` | the pooled rows, bags divided among threads |
 //! | `backward.rs` | the gradients; how the work is divided so that no result depends on the number of threads |
-//! | `places.rs` | hashing rows ahead of their use, and prefetching what they name |
+//! | `places.rs` | rows hashed a window at a time, padding left out |
 //! | `lanes.rs` | instruction sets |
 //! | `element.rs` | dtypes |
 
@@ -70,6 +70,17 @@ impl Backend for Cpu {
     }
 }
 
+/// Evaluates `$body` with `$slice` the slice of some [`Indices`], whatever their dtype.
+macro_rules! with_slice {
+    ($indices:expr, $slice:ident => $body:expr) => {
+        match $indices {
+            Indices::U32($slice) => $body,
+            Indices::I32($slice) => $body,
+            Indices::I64($slice) => $body,
+        }
+    };
+}
+
 fn slice<'a, T: WithDType>((storage, layout): View<'a, CpuStorage>) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
@@ -88,28 +99,20 @@ pub(super) fn check_bounds(
 ) -> Result<()> {
     let Lookup { table, bags, .. } = lookup;
     if let Some(offsets) = offsets {
-        match Indices::new(offsets)? {
-            Indices::U32(offsets) => check_offsets(offsets, bags.nnz),
-            Indices::I32(offsets) => check_offsets(offsets, bags.nnz),
-            Indices::I64(offsets) => check_offsets(offsets, bags.nnz),
-        }?;
+        with_slice!(Indices::new(offsets)?, offsets => check_offsets(offsets, bags.nnz))?;
     }
     let offsets = offsets.map(Indices::new).transpose()?;
     let ranges = |bag| range(bags, offsets, bag);
-    match Indices::new(indices)? {
-        Indices::U32(rows) => check_rows(rows, ranges, bags, &table.tables, table.padding_idx),
-        Indices::I32(rows) => check_rows(rows, ranges, bags, &table.tables, table.padding_idx),
-        Indices::I64(rows) => check_rows(rows, ranges, bags, &table.tables, table.padding_idx),
-    }
+    with_slice!(Indices::new(indices)?, rows => {
+        check_rows(rows, ranges, bags, &table.tables, table.padding_idx)
+    })
 }
 
 /// The indices of a bag, clamped whatever the offsets say.
 fn range(bags: &BagShape, offsets: Option<Indices>, bag: usize) -> Range<usize> {
     match offsets {
         None => bags.range::<i64>(bag, &[]),
-        Some(Indices::U32(offsets)) => bags.range(bag, offsets),
-        Some(Indices::I32(offsets)) => bags.range(bag, offsets),
-        Some(Indices::I64(offsets)) => bags.range(bag, offsets),
+        Some(offsets) => with_slice!(offsets, offsets => bags.range(bag, offsets)),
     }
 }
 
@@ -146,7 +149,7 @@ fn dispatch(
     }
 }
 
-/// The indices of one call. The dtype is resolved per row, which serves a whole row of values.
+/// Indices or offsets.
 #[derive(Clone, Copy)]
 enum Indices<'a> {
     U32(&'a [u32]),
@@ -164,20 +167,12 @@ impl<'a> Indices<'a> {
     }
 
     fn len(&self) -> usize {
-        match self {
-            Self::U32(indices) => indices.len(),
-            Self::I32(indices) => indices.len(),
-            Self::I64(indices) => indices.len(),
-        }
+        with_slice!(self, indices => indices.len())
     }
 
     #[inline(always)]
     fn row(&self, position: usize) -> i64 {
-        match self {
-            Self::U32(indices) => indices[position].as_i64(),
-            Self::I32(indices) => indices[position].as_i64(),
-            Self::I64(indices) => indices[position],
-        }
+        with_slice!(self, indices => indices[position].as_i64())
     }
 }
 
@@ -245,7 +240,10 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
 
     /// How many bags make a task: a few tasks for each thread, of at least [`MIN_VALUES_PER_THREAD`].
     fn bags_per_task(&self) -> usize {
-        let most = TASKS_PER_THREAD * rayon::current_num_threads();
+        let most = match rayon::current_num_threads() {
+            1 => 1,
+            threads => TASKS_PER_THREAD * threads,
+        };
         let tasks = (self.gathered_values() / MIN_VALUES_PER_THREAD).clamp(1, most);
         self.num_bags().div_ceil(tasks).max(1)
     }
@@ -267,11 +265,9 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
                 *row = index.as_i64() as u64;
             }
         }
-        match (&self.shifted, self.indices) {
-            (Some(shifted), _) => widen(&shifted[positions], rows),
-            (None, Indices::U32(indices)) => widen(&indices[positions], rows),
-            (None, Indices::I32(indices)) => widen(&indices[positions], rows),
-            (None, Indices::I64(indices)) => widen(&indices[positions], rows),
+        match &self.shifted {
+            Some(shifted) => widen(&shifted[positions], rows),
+            None => with_slice!(self.indices, indices => widen(&indices[positions], rows)),
         }
     }
 
