@@ -208,7 +208,7 @@ fn cpu_results_do_not_depend_on_the_number_of_threads() -> Result<()> {
         Hash::robe(&robe, 8)?,
         Hash::affine(871_205_356, 3_333, 7, u64::MAX, 3)?,
     ];
-    let (num_bags, bag_len) = (20, 200);
+    let (num_bags, bag_len) = (20, 120);
     let rows: Vec<i64> = (0..num_bags * bag_len)
         .map(|_| draws.below(5_000) as i64)
         .collect();
