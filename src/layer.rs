@@ -141,14 +141,29 @@ pub(crate) fn create(
     config: HashedEmbeddingBagConfig,
     vb: VarBuilder,
 ) -> Result<HashedEmbeddingBag> {
+    let (_, len) = new_len(&tables, embedding_dim, &config)?;
+    let bound = (1.0 / tables.num_rows() as f64).sqrt();
+    let init = Init::Uniform {
+        lo: -bound,
+        up: bound,
+    };
+    let hashed_weight = vb.get_with_hints(len, HASHED_WEIGHT, init)?;
+    HashedEmbeddingBag::over(hashed_weight, Arc::new(tables), embedding_dim, config)
+}
+
+/// The hash of a new layer and the length of its parameter, once they suit the tables and each other.
+pub(crate) fn new_len(
+    tables: &Tables,
+    embedding_dim: usize,
+    config: &HashedEmbeddingBagConfig,
+) -> Result<(Hash, usize)> {
     check_embedding_dim(embedding_dim)?;
-    let num_embeddings = tables.num_rows();
     let compression = config.compression;
     if !(compression > 0.0 && compression.is_finite()) {
         bail!("hashed-embedding-bag: compression must be positive and finite, got {compression}");
     }
     let hash = config.hash.unwrap_or(Hash::default_for(embedding_dim));
-    let len = num_embeddings as f64 * embedding_dim as f64 * compression;
+    let len = tables.num_rows() as f64 * embedding_dim as f64 * compression;
     let len = hash.round_up_len(len as usize);
     // Before any memory is asked for: in f64, the largest dtype, it would have to be addressable.
     if len > isize::MAX as usize / 8 {
@@ -156,13 +171,7 @@ pub(crate) fn create(
     }
     hash.check_table(tables.end_row(), embedding_dim)?;
     hash.check_len(len)?;
-    let bound = (1.0 / num_embeddings as f64).sqrt();
-    let init = Init::Uniform {
-        lo: -bound,
-        up: bound,
-    };
-    let hashed_weight = vb.get_with_hints(len, HASHED_WEIGHT, init)?;
-    HashedEmbeddingBag::over(hashed_weight, Arc::new(tables), embedding_dim, config)
+    Ok((hash, len))
 }
 
 fn check_embedding_dim(embedding_dim: usize) -> Result<()> {

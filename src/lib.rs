@@ -46,6 +46,7 @@
 mod bags;
 pub mod checkpoint;
 mod collection;
+mod fit;
 mod hash;
 mod layer;
 mod op;

@@ -1,0 +1,245 @@
+//! Fitting a layer to a table that was not hashed: a way to compress an existing model.
+//!
+//! Every virtual element has one slot, so least squares falls apart into one problem per slot, and `hashed_weight[slot]` is
+//! the mean of the elements that the slot holds, each times its sign. The table is read twice, in parts: once for the means,
+//! once for the error. Nothing of its size is made.
+
+use crate::bags::Tables;
+use crate::hash::{AffineRows, Locate, Place, Slots};
+use crate::layer::{new_len, HashedEmbeddingBag, HashedEmbeddingBagConfig};
+use crate::op::{check_dtype, WEIGHT_DTYPES};
+use candle_core::{bail, DType, Device, Result, Tensor};
+use rayon::prelude::*;
+use std::ops::Range;
+
+/// How many values of the table are read at once, and how many of these make a task.
+const PART: usize = 1 << 20;
+const TASK: usize = 1 << 14;
+
+impl HashedEmbeddingBag {
+    /// The layer whose virtual table is nearest to `table` in least squares, and its relative error
+    /// `|table - virtual| / |table|` (Frobenius norms; 0 for a table of zeros).
+    ///
+    /// * `table`: `(num_embeddings, embedding_dim)`; f32, f64, f16 or bf16, on any device, in any strides; such as the
+    ///   weight of `torch.nn.EmbeddingBag` or `candle_nn::Embedding`. `hashed_weight` has its dtype and device.
+    /// * `config.compression` says how long `hashed_weight` is, as for [`hashed_embedding_bag`](crate::hashed_embedding_bag()).
+    ///   The row at `config.padding_idx` is never looked up and does not count.
+    ///
+    /// Means are taken in f64; the error is that of `hashed_weight` in its own dtype. Slots that hold nothing are 0. Memory:
+    /// that of `hashed_weight`, 16 bytes more for each of its values, and a part of the table at a time. The result does not
+    /// depend on the number of threads.
+    ///
+    /// The error is large where rows have little in common: each of `n` values that share a slot is replaced by their mean.
+    /// A fit is a start for training, which is what makes a small `hashed_weight` good.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_hashed_embedding_bag::{HashedEmbeddingBag, HashedEmbeddingBagConfig};
+    ///
+    /// # fn main() -> candle_core::Result<()> {
+    /// let table = Tensor::randn(0f32, 1., (1000, 16), &Device::Cpu)?;
+    /// let config = HashedEmbeddingBagConfig { compression: 0.5, ..Default::default() };
+    /// let (layer, error) = HashedEmbeddingBag::fit(&table, config)?;
+    /// assert_eq!(layer.hashed_weight().dims(), [8000]);
+    /// assert!(0.5 < error && error < 1.0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// A `table` that is not 2-D, no float, or holds a value that is not finite (by its position); a compression or a size
+    /// that [`hashed_embedding_bag`](crate::hashed_embedding_bag()) refuses.
+    pub fn fit(table: &Tensor, config: HashedEmbeddingBagConfig) -> Result<(Self, f64)> {
+        check_dtype("table", table, &WEIGHT_DTYPES)?;
+        let &[num_embeddings, embedding_dim] = table.dims() else {
+            bail!(
+                "hashed-embedding-bag: table must have rank 2, got {:?}",
+                table.dims()
+            );
+        };
+        let tables = Tables::one(config.first_row, num_embeddings)?;
+        let (hash, len) = new_len(&tables, embedding_dim, &config)?;
+        let (hashed_weight, error) = match hash.slots(len)? {
+            Slots::Mix(hash) => Table::new(table, hash, &config)?.fit(len),
+            Slots::Affine(hash) => Table::new(table, AffineRows::from(hash), &config)?.fit(len),
+        }?;
+        let layer = Self::new(hashed_weight, num_embeddings, embedding_dim, config)?;
+        Ok((layer, error))
+    }
+}
+
+/// The given table, and the hash that finds the slots of its elements.
+struct Table<'a, H: Locate> {
+    table: &'a Tensor,
+    num_embeddings: usize,
+    embedding_dim: usize,
+    hash: H,
+    /// The constants of each block of columns.
+    runs: Vec<H::Run>,
+    first_row: usize,
+    /// The row that does not count.
+    padding: Option<usize>,
+}
+
+/// Some rows of it.
+struct Part {
+    rows: Range<usize>,
+    values: Vec<f64>,
+}
+
+/// The places of some rows of a part.
+struct Task<'a> {
+    first_row: usize,
+    values: &'a [f64],
+    places: Vec<Place>,
+}
+
+impl<'a, H: Locate> Table<'a, H> {
+    fn new(table: &'a Tensor, hash: H, config: &HashedEmbeddingBagConfig) -> Result<Self> {
+        let (num_embeddings, embedding_dim) = table.dims2()?;
+        let runs = embedding_dim.div_ceil(hash.block()) as u64;
+        Ok(Self {
+            table,
+            num_embeddings,
+            embedding_dim,
+            hash,
+            runs: (0..runs).map(|run| hash.run(run)).collect(),
+            first_row: config.first_row,
+            padding: config.padding_idx.and_then(|row| row.try_into().ok()),
+        })
+    }
+
+    /// `hashed_weight` and the relative error.
+    fn fit(&self, len: usize) -> Result<(Tensor, f64)> {
+        let (mut sums, mut counts) = (vec![0f64; len], vec![0u64; len]);
+        for part in self.parts() {
+            let part = part?;
+            self.check_finite(&part)?;
+            let tasks: Vec<Task> = self.tasks(&part).collect();
+            // Each thread adds to slots of its own, and to each of these in the order of rows.
+            let share = len.div_ceil(rayon::current_num_threads());
+            let shares = sums.par_chunks_mut(share).zip(counts.par_chunks_mut(share));
+            shares.enumerate().for_each(|(i, (sums, counts))| {
+                let start = i * share;
+                for task in &tasks {
+                    self.for_each_block(task, |values, slot, signs| {
+                        let from = slot.max(start);
+                        let to = (slot + values.len()).min(start + sums.len());
+                        for at in from..to {
+                            sums[at - start] += flip(values[at - slot], signs, at - slot);
+                            counts[at - start] += 1;
+                        }
+                    });
+                }
+            });
+        }
+        for (sum, &count) in sums.iter_mut().zip(&counts) {
+            *sum /= count.max(1) as f64;
+        }
+        drop(counts);
+        let hashed_weight = Tensor::from_vec(sums, len, &Device::Cpu)?;
+        let hashed_weight = hashed_weight.to_dtype(self.table.dtype())?;
+        let rounded: Vec<f64> = hashed_weight.to_dtype(DType::F64)?.to_vec1()?;
+
+        let (mut lost, mut total) = (0.0, 0.0);
+        for part in self.parts() {
+            let part = part?;
+            let squares = |task: Task| {
+                let (mut lost, mut total) = (0.0, 0.0);
+                self.for_each_block(&task, |values, slot, signs| {
+                    let fitted = &rounded[slot..slot + values.len()];
+                    for (i, (value, &fitted)) in values.iter().zip(fitted).enumerate() {
+                        lost += (value - flip(fitted, signs, i)).powi(2);
+                        total += value * value;
+                    }
+                });
+                (lost, total)
+            };
+            // Collected first: the order of additions must not depend on the threads.
+            for (task_lost, task_total) in self.tasks(&part).map(squares).collect::<Vec<_>>() {
+                lost += task_lost;
+                total += task_total;
+            }
+        }
+        let error = if total > 0.0 {
+            (lost / total).sqrt()
+        } else {
+            0.0
+        };
+        Ok((hashed_weight.to_device(self.table.device())?, error))
+    }
+
+    /// The rows, a part at a time, in f64 on the host.
+    fn parts(&self) -> impl Iterator<Item = Result<Part>> + '_ {
+        let step = (PART / self.embedding_dim).max(1);
+        (0..self.num_embeddings).step_by(step).map(move |start| {
+            let rows = start..(start + step).min(self.num_embeddings);
+            let values = self.table.narrow(0, start, rows.len())?;
+            // A copy of its own first: candle moves a view between devices with all that it is a view of.
+            let values = values
+                .force_contiguous()?
+                .to_device(&Device::Cpu)?
+                .to_dtype(DType::F64)?;
+            Ok(Part {
+                rows,
+                values: values.flatten_all()?.to_vec1()?,
+            })
+        })
+    }
+
+    /// Divides a part, the same way on every machine, and hashes its rows.
+    fn tasks<'b>(&'b self, part: &'b Part) -> impl IndexedParallelIterator<Item = Task<'b>> {
+        let rows = (TASK / self.embedding_dim).max(1);
+        let values = part.values.par_chunks(rows * self.embedding_dim);
+        values.enumerate().map(move |(i, values)| {
+            let first_row = part.rows.start + i * rows;
+            let rows = first_row..first_row + values.len() / self.embedding_dim;
+            let mut places = vec![0; rows.len() * self.runs.len()];
+            let hashed = rows.map(|row| (self.first_row + row) as u64);
+            self.hash.locate(hashed, &self.runs, &mut places);
+            Task {
+                first_row,
+                values,
+                places,
+            }
+        })
+    }
+
+    /// Calls `f` with the values of each block of columns, its first slot and its signs.
+    fn for_each_block(&self, task: &Task, mut f: impl FnMut(&[f64], usize, u32)) {
+        let block = self.hash.block();
+        let rows = task.values.chunks_exact(self.embedding_dim);
+        let places = task.places.chunks_exact(self.runs.len());
+        for (i, (row, places)) in rows.zip(places).enumerate() {
+            if Some(task.first_row + i) == self.padding {
+                continue;
+            }
+            for (values, &place) in row.chunks(block).zip(places) {
+                f(values, self.hash.slot(place, block), self.hash.signs(place));
+            }
+        }
+    }
+
+    fn check_finite(&self, part: &Part) -> Result<()> {
+        for (i, row) in part.values.chunks_exact(self.embedding_dim).enumerate() {
+            let row_number = part.rows.start + i;
+            if let Some(column) = row.iter().position(|value| !value.is_finite()) {
+                if Some(row_number) != self.padding {
+                    bail!(
+                        "hashed-embedding-bag: table must be finite, got {} at row {row_number}, column {column}",
+                        row[column]
+                    );
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The value times the sign of column `i` of its block.
+#[inline(always)]
+fn flip(value: f64, signs: u32, i: usize) -> f64 {
+    // Only blocks of up to 32 columns have signs: past those, a shift that wraps finds zeros.
+    let negative = u64::from(signs).wrapping_shr(i as u32) & 1;
+    f64::from_bits(value.to_bits() ^ (negative << 63))
+}
