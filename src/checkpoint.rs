@@ -233,10 +233,15 @@ struct Header {
 
 /// The name of the parameter of layer `name`.
 fn weight_name(name: &str) -> String {
-    if name.is_empty() {
-        HASHED_WEIGHT.to_string()
+    join(name, HASHED_WEIGHT)
+}
+
+/// The name of what is called `name` under `prefix`.
+pub(crate) fn join(prefix: &str, name: &str) -> String {
+    if prefix.is_empty() {
+        name.to_string()
     } else {
-        format!("{name}.{HASHED_WEIGHT}")
+        format!("{prefix}.{name}")
     }
 }
 
@@ -433,11 +438,7 @@ impl Checkpoint {
         dtype: DType,
         device: &Device,
     ) -> Result<HashedEmbedding> {
-        let name = if name.is_empty() {
-            INNER_BAG.to_string()
-        } else {
-            format!("{name}.{INNER_BAG}")
-        };
+        let name = join(name, INNER_BAG);
         self.hashed_embedding_bag(&name, dtype, device)
             .map(HashedEmbedding::from)
     }
@@ -445,6 +446,13 @@ impl Checkpoint {
     /// The tensors of the file, for the layers that are not hashed. Reads what is asked for, and casts it to `dtype`.
     pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(Tensors(self.file.clone())), dtype, device.clone())
+    }
+
+    /// The names of all tensors of the file, in order; a layer's own are among them.
+    pub fn tensor_names(&self) -> impl Iterator<Item = String> {
+        let mut names = self.file.metadata.offset_keys();
+        names.sort_unstable();
+        names.into_iter()
     }
 
     /// A tensor as it is stored, such as one of integers.
@@ -458,14 +466,14 @@ impl Checkpoint {
 
 /// A safetensors file in memory, and where in it each tensor lies.
 #[derive(Debug)]
-struct MappedFile {
+pub(crate) struct MappedFile {
     map: Mmap,
     data_start: usize,
     metadata: Metadata,
 }
 
 impl MappedFile {
-    fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path)?;
         // SAFETY: a map is sound as long as nobody truncates or rewrites the file under it. `save` renames a new file
         // over the old one, which leaves the old one's pages alone; `Checkpoint` asks the same of everybody else.
@@ -536,7 +544,11 @@ impl MappedFile {
             .map_err(|e| Error::msg(format!("checkpoint: {kind} {name}: {e}")))
     }
 
-    fn load(&self, name: &str, device: &Device) -> Result<Tensor> {
+    pub(crate) fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    pub(crate) fn load(&self, name: &str, device: &Device) -> Result<Tensor> {
         let Some(info) = self.metadata.info(name) else {
             return Err(Error::CannotFindTensor {
                 path: name.to_string(),

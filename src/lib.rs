@@ -11,6 +11,7 @@
 //! | look up single rows | [`hashed_embedding()`], [`HashedEmbedding`] |
 //! | choose where values go, or match weights trained in PyTorch | [`Hash`](enum@Hash) |
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
+//! | open what PyTorch saved | [`StateDict`] |
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -48,6 +49,7 @@ pub mod checkpoint;
 mod collection;
 mod fit;
 mod hash;
+pub mod import;
 mod layer;
 mod op;
 
@@ -55,6 +57,7 @@ pub use bags::{BoundsCheck, JaggedLayout};
 pub use checkpoint::Checkpoint;
 pub use collection::{hashed_embedding_bag_collection, HashedEmbeddingBagCollection};
 pub use hash::{Affine, Hash, Mix, Overflow};
+pub use import::StateDict;
 pub use layer::{
     hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag,
     HashedEmbeddingBagConfig,

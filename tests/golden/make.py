@@ -1,89 +1,290 @@
-"""Writes the golden files beside it: outputs and gradients of hashed embedding bags, computed with NumPy alone.
+"""Writes the golden files beside it: state dicts as PyTorch saves them, and what their modules make of some indices.
 
-    python3 tests/golden/make.py
+    python3 tests/golden/make.py     # needs torch, numpy and safetensors; the tests only read the files
 
-The formulas are those of the PyTorch package HashedEmbeddingBag, of ROBE, and of this crate's own hash, written with
-Python's unbounded integers; nothing here is computed by the crate. Needs numpy; the tests only read the files.
+The modules are written here, from the formulas of the packages they stand for, out of plain torch ops; their gradients are
+autograd's. Parameters and buffers have the names, shapes and dtypes of the packages' own, and share memory where those do, so
+that `torch.save(module.state_dict(), path)` writes what the packages write. Nothing is computed by the crate.
+
+All weights of a module are distinct, so a wrong slot shows. Weights and gradients are small multiples of a power of two and bags
+hold 0, 1, 2, 4 or 8 rows, so every sum and mean is exact in any order: tests compare for equality.
+
+NAME.pth                    the state dict
+NAME.expected.safetensors   indices, offsets, grad_output; of each mode its output and grad_weight
+
+`embedding_bag` is torch.nn.EmbeddingBag itself, whose options this crate shares.
 """
 
 from pathlib import Path
 
 import numpy as np
+import torch
+from safetensors.torch import save_file, save_model
+from torch import nn
 
-MASK = 2**64 - 1
-
-
-def affine(a, b, c, modulus, block):
-    """(row * a + (column / block) * b + c) mod 2^64 mod modulus mod (len - block + 1) + column % block"""
-
-    def slot(row, column, length):
-        mixed = ((row & MASK) * a + (column // block) * b + c) & MASK
-        return mixed % modulus % (length - block + 1) + column % block, 1.0
-
-    return slot
+HERE = Path(__file__).parent
+INT64_MAX = 2**63 - 1
 
 
-def mix(seed, block, signed):
-    """Block k of a row is output k of SplitMix64 started at that row; one bit of it per column is the sign."""
+def weights(length, dtype=torch.float32):
+    """Distinct, and none the negative of another: signs cannot hide behind a tie."""
+    order = torch.from_numpy(np.random.RandomState(length).permutation(length))
+    return ((order - length // 2).to(dtype) + 0.25) / 1024
 
+
+def unsigned_remainder(x, modulus):
+    """x, read as an unsigned 64-bit integer, modulo a number below 2^62."""
+    wrapped = ((x & INT64_MAX) % modulus + 2**63 % modulus) % modulus
+    return torch.where(x < 0, wrapped, x % modulus)
+
+
+def shifted(x, bits):
+    """x >> bits of an unsigned 64-bit integer."""
+    return (x >> bits) & (2 ** (64 - bits) - 1)
+
+
+def int64(x):
+    """An unsigned 64-bit constant as torch holds it."""
+    return x - 2**64 if x > INT64_MAX else x
+
+
+class Hashed(nn.Module):
+    """Looks up and pools rows of a virtual table; subclasses say which weight, and where in it the values lie."""
+
+    def __init__(self, embedding_dim, mode="sum"):
+        super().__init__()
+        self.embedding_dim, self.mode = embedding_dim, mode
+
+    def place(self, rows, columns):
+        """The slots, and signs or 1, of these rows and columns."""
+        raise NotImplementedError
+
+    def table_weight(self):
+        return self.hashed_weight
+
+    def rows(self, indices):
+        """One row per index: (...) to (..., embedding_dim)."""
+        slots, signs = self.place(indices.unsqueeze(-1), torch.arange(self.embedding_dim))
+        return self.table_weight()[slots] * signs
+
+    def forward(self, indices, offsets):
+        """One row per bag."""
+        bags = torch.tensor_split(self.rows(indices), offsets[1:])
+        pooled = [self.pool(bag) if len(bag) else torch.zeros_like(self.rows(torch.tensor(0))) for bag in bags]
+        return torch.stack(pooled)
+
+    def pool(self, bag):
+        if self.mode == "max":
+            return bag.gather(0, bag.argmax(0, keepdim=True)).squeeze(0)
+        return bag.sum(0) / (len(bag) if self.mode == "mean" else 1)
+
+
+class HashedEmbeddingBag(Hashed):
+    """Of the package HashedEmbeddingBag: unsigned 64-bit arithmetic that wraps."""
+
+    def __init__(self, embedding_dim, weight):
+        super().__init__(embedding_dim)
+        self.hashed_weight = nn.Parameter(weight)
+
+    def place(self, rows, columns):
+        mixed = unsigned_remainder(rows * 9824516537 + columns * 57857966300227 + 104729, 117130198221199)
+        return mixed % len(self.hashed_weight), 1
+
+
+class HashedEmbedding(nn.Module):
+    """Of the package HashedEmbeddingBag: the same, one row per index."""
+
+    def __init__(self, embedding_dim, weight):
+        super().__init__()
+        self.hashed_embedding_bag = HashedEmbeddingBag(embedding_dim, weight)
+
+    def forward(self, indices):
+        return self.hashed_embedding_bag.rows(indices)
+
+
+def random_numbers(count, seed=1024):
+    drawn = np.random.RandomState(seed).randint(0, 2038074743, (count,))
+    numbers = np.concatenate([[2038074743], drawn]).astype(np.int64)
+    return nn.Parameter(torch.from_numpy(numbers), requires_grad=False)
+
+
+class Robe(Hashed):
+    """What the modules of ROBE share: signed arithmetic, chunks of columns, rows shifted by val_offset."""
+
+    def __init__(self, embedding_dim, val_offset, chunk):
+        super().__init__(embedding_dim)
+        self.val_offset, self.chunk = val_offset, chunk
+
+    def place(self, rows, columns):
+        modulus, c, b, a = self.random_numbers[:4].tolist()
+        mixed = ((rows + self.val_offset) * a + columns // self.chunk * b + c) % modulus
+        return mixed % (len(self.table_weight()) - self.chunk + 1) + columns % self.chunk, 1
+
+
+class RobeEmbeddingBag(Robe):
+    """ROBE's module for the GPU: the weight under two names, and a signature that its default hash does not read."""
+
+    def __init__(self, embedding_dim, weight, val_offset=0, chunk=1):
+        super().__init__(embedding_dim, val_offset, chunk)
+        self.random_numbers = random_numbers(50)
+        self.signature = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+        self.hashed_weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
+        self.weight = self.hashed_weight
+
+
+class RobeEmbeddingCPU(Robe):
+    """ROBE's module for the CPU: one row per index, with constants of the hash spread over the columns."""
+
+    def __init__(self, embedding_dim, weight, val_offset=0, chunk=1):
+        super().__init__(embedding_dim, val_offset, chunk)
+        self.weight = nn.Parameter(weight)
+        self.random_numbers = random_numbers(10)
+        columns = torch.arange(embedding_dim)
+        self.helper_Eidx_base = nn.Parameter(columns // chunk, requires_grad=False)
+        self.helper_Eidx_offset = nn.Parameter(columns % chunk, requires_grad=False)
+        self.helper_E1sR = nn.Parameter(torch.full_like(columns, self.random_numbers[3]), requires_grad=False)
+
+    def table_weight(self):
+        return self.weight
+
+    def forward(self, indices):
+        return self.rows(indices)
+
+
+class RobeDLRM(nn.Module):
+    """The recommender of ROBE's authors: tables over one weight, each shifted past the rows of those before it."""
+
+    def __init__(self, sizes, embedding_dim, weight, chunk):
+        super().__init__()
+        self.hashed_weight = nn.Parameter(weight)
+        starts = [sum(sizes[:t]) for t in range(len(sizes))]
+        tables = [RobeEmbeddingBag(embedding_dim, self.hashed_weight, start, chunk) for start in starts]
+        self.emb_l = nn.ModuleList(tables)
+        self.bot_l = nn.Sequential(nn.Linear(13, embedding_dim), nn.ReLU())
+
+
+class Mix(Hashed):
+    """The crate's own hash: block k of a row is output k of SplitMix64 started at that row, a bit of it each column's sign."""
+
+    def __init__(self, embedding_dim, weight, seed, block):
+        super().__init__(embedding_dim)
+        self.hashed_weight = nn.Parameter(weight)
+        self.key, self.block = self.finalize(torch.tensor(seed)), block
+
+    @staticmethod
     def finalize(h):
-        h = ((h ^ (h >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-        h = ((h ^ (h >> 27)) * 0x94D049BB133111EB) & MASK
-        return h ^ (h >> 31)
+        h = (h ^ shifted(h, 30)) * int64(0xBF58476D1CE4E5B9)
+        h = (h ^ shifted(h, 27)) * int64(0x94D049BB133111EB)
+        return h ^ shifted(h, 31)
 
-    def slot(row, column, length):
-        start = finalize(seed) + (row & MASK) + (column // block + 1) * 0x9E3779B97F4A7C15
-        h = finalize(start & MASK)
-        place = ((h >> 32) * (length // block)) >> 32
-        negative = signed and (h >> (column % block)) & 1
-        return place * block + column % block, -1.0 if negative else 1.0
-
-    return slot
+    def place(self, rows, columns):
+        h = self.finalize(self.key + rows + (columns // self.block + 1) * int64(0x9E3779B97F4A7C15))
+        blocks = len(self.hashed_weight) // self.block
+        slots = (shifted(h, 32) * blocks >> 32) * self.block + columns % self.block
+        return slots, 1 - 2 * (h >> columns % self.block & 1)
 
 
-# name: slot function, num_embeddings, embedding_dim, len(hashed_weight)
-LAYERS = {
-    "original": (affine(9824516537, 57857966300227, 104729, 117130198221199, 1), 1000, 16, 1600),
-    "robe": (affine(871205356, 1825252241, 634329019, 2038074743, 8), 1000, 20, 500),
-    "mix": (mix(42, 16, True), 1000, 40, 640),
-}
+def draw_gradient(rng, shape, dtype):
+    return torch.from_numpy(rng.randint(-8, 9, shape)).to(dtype) / 8
 
 
-def golden(name):
-    slot, num_embeddings, embedding_dim, length = LAYERS[name]
-    rng = np.random.default_rng(sum(map(ord, name)))
-    hashed_weight = rng.uniform(-1, 1, length)
-    lengths = rng.integers(0, 7, 18)
-    lengths[3] = 0
-    offsets = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
-    indices = rng.integers(0, num_embeddings, lengths.sum())
-    grad_output = rng.uniform(-1, 1, (len(lengths), embedding_dim))
-    arrays = dict(hashed_weight=hashed_weight, indices=indices, offsets=offsets, grad_output=grad_output)
-
-    for mode in ["sum", "mean", "max"]:
-        output = np.zeros((len(lengths), embedding_dim))
-        grad_weight = np.zeros(length)
-        for bag, (start, count) in enumerate(zip(offsets, lengths)):
-            rows = [int(row) for row in indices[start : start + count]]
-            for column in range(embedding_dim):
-                places = [slot(row, column, length) for row in rows]
-                if not places:
-                    continue
-                values = [sign * hashed_weight[at] for at, sign in places]
-                grad = grad_output[bag, column]
-                if mode == "max":
-                    first = int(np.argmax(values))
-                    output[bag, column] = values[first]
-                    grad_weight[places[first][0]] += places[first][1] * grad
-                    continue
-                scale = 1 / count if mode == "mean" else 1.0
-                output[bag, column] = scale * np.sum(values)
-                for at, sign in places:
-                    grad_weight[at] += sign * scale * grad
-        arrays[f"{mode}.output"] = output
-        arrays[f"{mode}.grad_weight"] = grad_weight
-    np.savez(Path(__file__).with_name(f"{name}.npz"), **arrays)
+def pooled(module, rng, num_embeddings):
+    """Indices, offsets and a gradient, and what the module makes of them in each mode."""
+    weight = module.table_weight()
+    lengths = torch.tensor([2, 0, 1, 8, 4, 0, 1, 4, 2, 8, 8, 1])
+    offsets = lengths.cumsum(0) - lengths
+    indices = torch.from_numpy(rng.randint(0, num_embeddings, int(lengths.sum()), dtype=np.int64))
+    indices[0], indices[-1] = num_embeddings - 1, 0
+    grad_output = draw_gradient(rng, (len(lengths), module.embedding_dim), weight.dtype)
+    arrays = dict(indices=indices, offsets=offsets, grad_output=grad_output)
+    for module.mode in ["sum", "mean", "max"]:
+        output = module(indices, offsets)
+        (grad_weight,) = torch.autograd.grad(output, weight, grad_output)
+        arrays |= {f"{module.mode}.output": output.detach(), f"{module.mode}.grad_weight": grad_weight}
+    return arrays
 
 
-for name in LAYERS:
-    golden(name)
+def single(module, weight, rng, num_embeddings, embedding_dim):
+    """The same of a module that has no bags."""
+    indices = torch.from_numpy(rng.randint(0, num_embeddings, (5, 3)))
+    output = module(indices)
+    grad_output = draw_gradient(rng, output.shape, weight.dtype)
+    (grad_weight,) = torch.autograd.grad(output, weight, grad_output)
+    return dict(indices=indices, grad_output=grad_output, output=output.detach(), grad_weight=grad_weight)
+
+
+def embedding_bag(rng, num_embeddings=50, embedding_dim=6, padding_idx=3):
+    """torch.nn.EmbeddingBag itself, with all options that this crate has too; and its state dict."""
+    bags = []
+    for count, padding in [(2, 1), (0, 0), (1, 0), (4, 2), (0, 3), (4, 0), (1, 1)]:
+        rows = [int(row) for row in rng.choice(np.delete(np.arange(num_embeddings), padding_idx), count)]
+        bags.append(rng.permutation(rows + padding * [padding_idx]).astype(np.int64))
+    indices = torch.from_numpy(np.concatenate(bags))
+    offsets = torch.tensor([0] + [len(bag) for bag in bags]).cumsum(0)
+    per_sample_weights = draw_gradient(rng, indices.shape, torch.float32).requires_grad_()
+    grad_output = draw_gradient(rng, (len(bags), embedding_dim), torch.float32)
+    arrays = dict(indices=indices, offsets=offsets, grad_output=grad_output)
+    arrays["per_sample_weights"] = per_sample_weights.detach()
+    table = weights(num_embeddings * embedding_dim).reshape(num_embeddings, embedding_dim)
+    for mode in ["sum", "mean", "max", "weighted"]:
+        module = nn.EmbeddingBag(
+            num_embeddings,
+            embedding_dim,
+            mode=mode.replace("weighted", "sum"),
+            padding_idx=padding_idx,
+            include_last_offset=True,
+            _weight=table,
+        )
+        output = module(indices, offsets, per_sample_weights if mode == "weighted" else None)
+        output.backward(grad_output)
+        arrays |= {f"{mode}.output": output.detach(), f"{mode}.grad_weight": module.weight.grad.flatten()}
+    arrays["weighted.grad_per_sample_weights"] = per_sample_weights.grad
+    return arrays, module.state_dict()
+
+
+def write(name, arrays, state=None):
+    save_file(arrays, HERE / f"{name}.expected.safetensors")
+    if state is not None:
+        torch.save(state, HERE / f"{name}.pth")
+
+
+def main():
+    torch.manual_seed(0)
+    rng = np.random.RandomState(0)
+
+    module = HashedEmbeddingBag(16, weights(1600))
+    write("original", pooled(module, rng, 1000), module.state_dict())
+
+    # Rows whose hash wraps, in f64.
+    module = HashedEmbeddingBag(6, weights(500, torch.float64))
+    write("original_wide", pooled(module, rng, 2**40), module.state_dict())
+
+    # Within a model, and that within what a training script saves.
+    words = HashedEmbedding(10, weights(900))
+    model = nn.ModuleDict({"words": words, "head": nn.Linear(10, 2)})
+    arrays = single(words, words.hashed_embedding_bag.hashed_weight, rng, 3000, 10)
+    write("original_embedding", arrays, {"epoch": 3, "state_dict": model.state_dict()})
+
+    module = RobeEmbeddingBag(20, weights(500), val_offset=1234, chunk=8)
+    write("robe", pooled(module, rng, 1000), module.state_dict())
+
+    module = RobeEmbeddingCPU(10, weights(300), val_offset=77, chunk=4)
+    write("robe_cpu", single(module, module.weight, rng, 1000, 10), module.state_dict())
+
+    sizes = [100, 7, 1000]
+    model = RobeDLRM(sizes, 16, weights(640), chunk=8)
+    arrays = {}
+    for t, (table, size) in enumerate(zip(model.emb_l, sizes)):
+        arrays |= {f"{t}.{key}": array for key, array in pooled(table, rng, size).items()}
+    write("robe_dlrm", arrays, {"state_dict": model.state_dict(), "test_acc": 0.5})
+    # Each shared tensor once, as safetensors asks for.
+    save_model(model, HERE / "robe_dlrm.safetensors")
+
+    write("embedding_bag", *embedding_bag(rng))
+
+    module = Mix(40, weights(640), seed=42, block=16)
+    write("mix", pooled(module, rng, 1000) | {"hashed_weight": module.hashed_weight.detach()})
+
+
+if __name__ == "__main__":
+    main()
