@@ -12,6 +12,7 @@
 //! | choose where values go, or match weights trained in PyTorch | [`Hash`](enum@Hash) |
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
 //! | open what PyTorch saved | [`StateDict`] |
+//! | make a hashed layer of a table that was not hashed | [`HashedEmbeddingBag::fit`] |
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
