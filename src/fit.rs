@@ -195,8 +195,10 @@ impl<'a, H: Locate> Table<'a, H> {
             let first_row = part.rows.start + i * rows;
             let rows = first_row..first_row + values.len() / self.embedding_dim;
             let mut places = vec![0; rows.len() * self.runs.len()];
-            let hashed = rows.map(|row| (self.first_row + row) as u64);
-            self.hash.locate(hashed, &self.runs, &mut places);
+            for (row, places) in rows.zip(places.chunks_exact_mut(self.runs.len())) {
+                let row = (self.first_row + row) as u64;
+                self.hash.locate(&[row], &self.runs, places);
+            }
             Task {
                 first_row,
                 values,
