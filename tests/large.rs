@@ -67,10 +67,10 @@ fn slots_past_32_bits() -> Result<()> {
 
 #[test]
 #[ignore = "needs a large GPU"]
-fn gradients_of_slots_past_31_bits() -> Result<()> {
+fn gradients_of_slots_up_to_31_bits() -> Result<()> {
     let Some(device) = cuda() else { return Ok(()) };
-    // candle adds gradients with 32-bit positions: as many slots as it can count.
-    let len = (1usize << 32) - 64;
+    // As many slots as candle itself can add up: its kernels count in 32 bits, and past 31 never end.
+    let len = (1usize << 31) - 64;
     let hash = Hash::mix(0, 16, true)?;
     for gradient in [Gradient::Fastest, Gradient::Deterministic] {
         let weight = Var::zeros(len, DType::BF16, &device)?;
