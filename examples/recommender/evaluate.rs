@@ -1,51 +1,43 @@
 //! How good the scores are: the area under the ROC curve, and the logloss.
 
 use anyhow::Result;
-use candle_core::Device;
 use smartcore::metrics::{auc::AUC, Metrics as _};
 
-use crate::data::{Catalog, Rating};
-use crate::model::{Batch, Dlrm};
+use crate::data::{Batch, Catalog, Examples, Part, Truth};
+use crate::model::Dlrm;
 
-/// Pairs scored at once: large enough to amortise a launch, small enough for any memory.
+/// Examples scored at once: large enough to amortise a launch, small enough for any memory.
 const CHUNK: usize = 8192;
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metrics {
     pub auc: f64,
     pub logloss: f64,
 }
 
 /// The model's logits of (user row, movie row) pairs.
-pub fn logits(
-    model: &Dlrm,
-    catalog: &Catalog,
-    pairs: &[(u32, u32)],
-    device: &Device,
-) -> Result<Vec<f64>> {
-    let mut logits = Vec::with_capacity(pairs.len());
-    for chunk in pairs.chunks(CHUNK) {
-        let scored = model
-            .forward(&Batch::new(catalog, chunk, device)?)?
-            .to_vec1::<f32>()?;
-        logits.extend(scored.into_iter().map(f64::from));
-    }
-    Ok(logits)
+pub fn logits(model: &Dlrm, catalog: &Catalog, pairs: &[(u32, u32)]) -> Result<Vec<f64>> {
+    let chunks = pairs.chunks(CHUNK);
+    let scored: Result<Vec<_>> = chunks
+        .map(|chunk| logits_of(model, &catalog.batch(chunk)))
+        .collect();
+    Ok(scored?.concat())
 }
 
-/// The metrics of the model on some ratings.
-pub fn evaluate(
-    model: &Dlrm,
-    catalog: &Catalog,
-    ratings: &[Rating],
-    device: &Device,
-) -> Result<Metrics> {
-    let pairs: Vec<_> = ratings.iter().map(Rating::pair).collect();
-    let labels: Vec<_> = ratings.iter().map(|rating| rating.liked).collect();
-    Ok(Metrics::of(
-        &logits(model, catalog, &pairs, device)?,
-        &labels,
-    ))
+/// The metrics of the model on a part of some examples.
+pub fn evaluate(model: &Dlrm, examples: &dyn Examples, part: Part) -> Result<Metrics> {
+    let (mut logits, mut labels) = (Vec::new(), Vec::new());
+    for batch in examples.batches(part, CHUNK, None)? {
+        let (batch, batch_labels) = batch?;
+        logits.extend(logits_of(model, &batch)?);
+        labels.extend(batch_labels);
+    }
+    Ok(Metrics::of(&logits, &labels))
+}
+
+fn logits_of(model: &Dlrm, batch: &Batch) -> Result<Vec<f64>> {
+    let scored = model.forward(batch)?.to_vec1::<f32>()?;
+    Ok(scored.into_iter().map(f64::from).collect())
 }
 
 impl Metrics {
@@ -53,7 +45,7 @@ impl Metrics {
     pub fn of(logits: &[f64], labels: &[bool]) -> Self {
         let targets: Vec<f64> = labels
             .iter()
-            .map(|&liked| f64::from(u8::from(liked)))
+            .map(|&label| f64::from(u8::from(label)))
             .collect();
         let losses = logits
             .iter()
@@ -63,6 +55,16 @@ impl Metrics {
             auc: AUC::new().get_score(&targets, &logits.to_vec()),
             logloss: losses.sum::<f64>() / logits.len() as f64,
         }
+    }
+
+    /// Of the best model there can be.
+    pub fn of_truth(truth: &Truth) -> Self {
+        let logits: Vec<f64> = truth
+            .probabilities
+            .iter()
+            .map(|p| (p / (1.0 - p)).ln())
+            .collect();
+        Self::of(&logits, &truth.labels)
     }
 }
 

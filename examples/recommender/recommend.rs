@@ -1,8 +1,8 @@
 //! The movies a user has not seen and will like best.
 
 use anyhow::{ensure, Context, Result};
-use candle_core::Device;
 
+use crate::data::Catalog;
 use crate::evaluate::{logits, sigmoid};
 use crate::saved::Recommender;
 
@@ -14,17 +14,8 @@ pub struct Recommendation {
 
 /// The row of a published user id.
 pub fn user_row(recommender: &Recommender, id: i64) -> Result<u32> {
-    let ids = &recommender.catalog.users.ids;
-    let (first, last) = (
-        ids.first().copied().unwrap_or(0),
-        ids.last().copied().unwrap_or(0),
-    );
-    recommender.catalog.users.row(id).with_context(|| {
-        format!(
-            "no user {id}: the model knows {} users, with ids from {first} to {last}",
-            ids.len()
-        )
-    })
+    let users = &recommender.catalog.users;
+    users.row(id).with_context(|| users.unknown("user", id))
 }
 
 /// The `count` best of all movies that `user` has not rated, best first.
@@ -32,30 +23,38 @@ pub fn recommend(
     recommender: &Recommender,
     user: u32,
     count: usize,
-    device: &Device,
 ) -> Result<Vec<Recommendation>> {
     let catalog = &recommender.catalog;
+    let pairs = unseen(catalog, user);
+    let logits = logits(&recommender.model, catalog, &pairs)?;
+    best(&pairs, logits, count)
+}
+
+/// `user` paired with every movie that `user` has not rated.
+pub fn unseen(catalog: &Catalog, user: u32) -> Vec<(u32, u32)> {
     let mut unseen = vec![true; catalog.movies.ids.len()];
     catalog
         .seen
         .bag(user as usize)
         .iter()
         .for_each(|&movie| unseen[movie as usize] = false);
-    let pairs: Vec<_> = (0u32..)
+    (0u32..)
         .zip(unseen)
         .filter(|(_, unseen)| *unseen)
         .map(|(movie, _)| (user, movie))
-        .collect();
+        .collect()
+}
 
-    let logits = logits(&recommender.model, catalog, &pairs, device)?;
+/// The `count` best of the movies in `pairs`, best first.
+pub fn best(pairs: &[(u32, u32)], logits: Vec<f64>, count: usize) -> Result<Vec<Recommendation>> {
     ensure!(
         logits.iter().all(|logit| !logit.is_nan()),
         "the model scores a movie as NaN: training has diverged"
     );
     let mut ranked: Vec<_> = pairs
-        .into_iter()
+        .iter()
         .zip(logits)
-        .map(|((_, movie), logit)| Recommendation {
+        .map(|(&(_, movie), logit)| Recommendation {
             movie,
             probability: sigmoid(logit),
         })

@@ -6,23 +6,33 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use comfy_table::{presets, Table};
 
-use crate::data::{Catalog, Dataset, Part, Source};
+use crate::data::{Catalog, Clicks, Data, Examples, Ratings, Source, Truth};
 use crate::evaluate::Metrics;
 use crate::model::Dlrm;
 use crate::recommend::Recommendation;
+use crate::sweep::Point;
 
 /// What is about to be trained, on what.
-pub fn introduction(source: &Source, data: &Dataset, model: &Dlrm) {
-    let source = match source {
+pub fn introduction(data: &Data, model: &Dlrm) {
+    match data {
+        Data::Ratings(ratings) => ratings_introduction(ratings),
+        Data::Clicks(clicks) => clicks_introduction(clicks),
+    }
+    println!("  parameters   {}\n", parameters(model));
+}
+
+fn ratings_introduction(ratings: &Ratings) {
+    let source = match &ratings.source {
         Source::Generated { seed } => {
             format!("generated from seed {seed}; --data DIR reads a MovieLens set instead")
         }
         Source::Files(dir) => format!("MovieLens, {}", dir.display()),
     };
-    let liked = data.ratings.iter().filter(|rating| rating.liked).count();
-    let rows: Vec<_> = data
-        .catalog
-        .tables()
+    let catalog = &ratings.catalog;
+    let liked = ratings.rows.iter().filter(|rating| rating.liked).count();
+    let rows: Vec<_> = catalog
+        .schema()
+        .tables
         .into_iter()
         .map(|(name, n)| format!("{name} {}", grouped(n)))
         .collect();
@@ -30,13 +40,29 @@ pub fn introduction(source: &Source, data: &Dataset, model: &Dlrm) {
     println!("  ratings      {source}");
     println!(
         "               {} by {} users of {} movies, {:.0} % liked",
-        grouped(data.ratings.len()),
-        grouped(data.catalog.users.ids.len()),
-        grouped(data.catalog.movies.ids.len()),
-        100.0 * liked as f64 / data.ratings.len() as f64
+        grouped(ratings.rows.len()),
+        grouped(catalog.users.ids.len()),
+        grouped(catalog.movies.ids.len()),
+        100.0 * liked as f64 / ratings.rows.len() as f64
     );
     println!("  table rows   {}", rows.join(", "));
-    println!("  parameters   {}\n", parameters(model));
+}
+
+fn clicks_introduction(clicks: &Clicks) {
+    let (counts, tables) = (clicks.counts(), clicks.schema().tables);
+    println!("Will this be clicked? A DLRM with hashed embedding tables.\n");
+    println!("  clicks       Criteo, {}", clicks.path().display());
+    println!(
+        "               {} examples, {:.0} % clicked, {} malformed lines skipped",
+        grouped(counts.examples as usize),
+        100.0 * counts.clicked as f64 / counts.examples as f64,
+        grouped(counts.malformed as usize)
+    );
+    println!(
+        "  table rows   {} for each of {} categories",
+        grouped(tables[0].1),
+        tables.len()
+    );
 }
 
 /// A table of results, one line per fact.
@@ -54,18 +80,12 @@ impl Summary {
         )
     }
 
-    /// On generated ratings: what the true probabilities score on the test part. No model can expect to do better.
-    pub fn best_reachable(self, data: &Dataset) -> Self {
-        let Some(probabilities) = data.probabilities(Part::Test) else {
-            return self;
-        };
-        let logits: Vec<f64> = probabilities.iter().map(|p| (p / (1.0 - p)).ln()).collect();
-        let labels: Vec<bool> = data
-            .part(Part::Test)
-            .iter()
-            .map(|rating| rating.liked)
-            .collect();
-        self.metrics("test, best reachable", Metrics::of(&logits, &labels))
+    /// What the true probabilities score on the test part. No model can expect to do better.
+    pub fn best_reachable(self, truth: Option<Truth>) -> Self {
+        match truth {
+            Some(truth) => self.metrics("test, best reachable", Metrics::of_truth(&truth)),
+            None => self,
+        }
     }
 
     pub fn parameters(self, model: &Dlrm) -> Self {
@@ -127,6 +147,71 @@ pub fn recommendations(
     println!("\n{table}");
 }
 
+/// Quality against size, and how each hash does against `baseline`, if that takes part.
+pub fn sweep(points: &[Point], baseline: &str) {
+    let at = |hash: &str, compression| {
+        let mut points = points.iter();
+        points.find(|point| point.hash == hash && point.compression == compression)
+    };
+    let against = |point: &Point| {
+        let baseline = at(baseline, point.compression)?;
+        (point.hash != baseline.hash).then(|| point.mean() - baseline.mean())
+    };
+    let mut table = table();
+    let against_baseline = format!("against {baseline}");
+    table.set_header([
+        "compression",
+        "hash",
+        "parameters",
+        "test AUC, mean",
+        "lowest, highest",
+        &against_baseline,
+    ]);
+    for point in points {
+        let lowest = point.aucs.iter().copied().fold(f64::MAX, f64::min);
+        let highest = point.aucs.iter().copied().fold(f64::MIN, f64::max);
+        table.add_row([
+            fraction(point.compression),
+            point.hash.clone(),
+            grouped(point.parameters),
+            format!("{:.4}", point.mean()),
+            format!("{lowest:.4}, {highest:.4}"),
+            against(point).map_or(String::new(), |difference| format!("{difference:+.4}")),
+        ]);
+    }
+    println!("\n{table}");
+
+    let mut hashes: Vec<&str> = points.iter().map(|point| point.hash.as_str()).collect();
+    hashes.sort_unstable();
+    hashes.dedup();
+    for hash in hashes {
+        let of_hash = points.iter().filter(|point| point.hash == hash);
+        let compared: Vec<_> = of_hash
+            .filter_map(|point| Some((fraction(point.compression), against(point)?)))
+            .collect();
+        let (ahead, behind): (Vec<_>, Vec<_>) = compared.iter().partition(|(_, d)| *d > 0.0);
+        for (word, those) in [("ahead of", ahead), ("not ahead of", behind)] {
+            let those: Vec<_> = those
+                .iter()
+                .map(|(c, d)| format!("{c} ({d:+.4})"))
+                .collect();
+            if !those.is_empty() {
+                println!("{hash} is {word} {baseline} at {}", those.join(", "));
+            }
+        }
+    }
+}
+
+/// `1/16` for 0.0625.
+pub fn fraction(compression: f64) -> String {
+    let denominator = (1.0 / compression).round();
+    if compression < 1.0 && 1.0 / denominator == compression {
+        format!("1/{denominator}")
+    } else {
+        format!("{compression}")
+    }
+}
+
 fn table() -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED.with_rounded_corners());
@@ -134,7 +219,7 @@ fn table() -> Table {
 }
 
 fn parameters(model: &Dlrm) -> String {
-    let (stored, uncompressed) = model.embedding_parameters();
+    let (stored, uncompressed) = model.embeddings().parameters();
     let ratio = uncompressed as f64 / stored as f64;
     format!(
         "{} instead of {}, 1/{ratio:.1}",

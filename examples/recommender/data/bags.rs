@@ -63,6 +63,20 @@ impl Bags {
     }
 }
 
+/// The bags of several lists of bags, one list after the other.
+impl<'a> FromIterator<&'a Bags> for Bags {
+    fn from_iter<I: IntoIterator<Item = &'a Bags>>(lists: I) -> Self {
+        let mut all = Self::default();
+        for bags in lists {
+            let start = all.indices.len() as u32;
+            all.indices.extend(&bags.indices);
+            let ends = bags.offsets[1..].iter();
+            all.offsets.extend(ends.map(|end| start + end));
+        }
+        all
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,6 +94,12 @@ mod tests {
         let gathered = bags(&[&[7], &[], &[1, 2, 3]]).gather(&[2, 1, 0, 2]);
         assert_eq!(gathered.indices(), [1, 2, 3, 7, 1, 2, 3]);
         assert_eq!(gathered.offsets(), [0, 3, 3, 4, 7]);
+    }
+
+    #[test]
+    fn lists_are_joined() {
+        let lists = [bags(&[&[7], &[]]), bags(&[]), bags(&[&[1, 2]])];
+        assert_eq!(lists.iter().collect::<Bags>(), bags(&[&[7], &[], &[1, 2]]));
     }
 
     #[test]

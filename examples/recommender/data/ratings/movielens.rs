@@ -16,7 +16,8 @@ use anyhow::{bail, ensure, Result};
 
 use super::records::{File, Layout};
 use super::{
-    seen, title_words, Catalog, Dataset, Entities, Feature, Rating, MIN_WORD_COUNT, USER_FEATURES,
+    seen, title_words, Catalog, Entities, Feature, Rating, Ratings, Source, MIN_WORD_COUNT,
+    USER_FEATURES,
 };
 
 /// The lowest rating, of 0.5 to 5 stars, that counts as liked.
@@ -31,7 +32,7 @@ const ZIP_PREFIX: usize = 3;
 /// Gender, age, occupation and zip, as [`USER_FEATURES`] has them.
 type Demographics = [String; 4];
 
-pub fn read(dir: &Path) -> Result<Dataset> {
+pub fn read(dir: &Path) -> Result<Ratings> {
     let layout = Layout::of(dir)?;
     let movies = read_movies(&layout.file(dir, "movies"))?;
     let users = layout.file(dir, "users");
@@ -69,9 +70,10 @@ pub fn read(dir: &Path) -> Result<Dataset> {
         movies,
         seen,
     };
-    Ok(Dataset {
+    Ok(Ratings {
+        source: Source::Files(dir.to_owned()),
         catalog,
-        ratings,
+        rows: ratings,
         probabilities: None,
     })
 }
@@ -237,18 +239,18 @@ mod tests {
         Ok(dir)
     }
 
-    fn read_files(files: &[(&str, &[u8])]) -> Result<Dataset> {
+    fn read_files(files: &[(&str, &[u8])]) -> Result<Ratings> {
         read(folder(files)?.path())
     }
 
-    fn csv(movies: &str, ratings: &str) -> Result<Dataset> {
+    fn csv(movies: &str, ratings: &str) -> Result<Ratings> {
         read_files(&[
             ("movies.csv", movies.as_bytes()),
             ("ratings.csv", ratings.as_bytes()),
         ])
     }
 
-    fn error(dataset: Result<Dataset>) -> String {
+    fn error(dataset: Result<Ratings>) -> String {
         format!("{:#}", dataset.err().expect("an error"))
     }
 
@@ -261,7 +263,7 @@ mod tests {
         );
         let rating = |user, movie, liked| Rating { user, movie, liked };
         assert_eq!(
-            data.ratings,
+            data.rows,
             [rating(1, 1, true), rating(0, 0, false), rating(1, 0, false)]
         );
         assert_eq!(data.catalog.seen.bag(1), [1, 0]);

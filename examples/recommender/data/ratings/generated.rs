@@ -19,7 +19,9 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand::{RngExt, SeedableRng};
 use rand_distr::{Bernoulli, Distribution, StandardNormal, Zipf};
 
-use super::{seen, title_words, Catalog, Dataset, Entities, Feature, Rating, MIN_WORD_COUNT};
+use super::{
+    seen, title_words, Catalog, Entities, Feature, Rating, Ratings, Source, MIN_WORD_COUNT,
+};
 
 const USERS: usize = 2_000;
 const MOVIES: usize = 1_200;
@@ -152,7 +154,7 @@ const NOUNS: [&str; 40] = [
 type Factors = [f64; FACTORS];
 
 /// The data set of `seed`.
-pub fn generate(seed: u64) -> Result<Dataset> {
+pub fn generate(seed: u64) -> Result<Ratings> {
     let mut rng = StdRng::seed_from_u64(seed);
     let titles = draw_titles(&mut rng);
     let (movies, styles) = draw_movies(&titles, &mut rng);
@@ -182,13 +184,14 @@ pub fn generate(seed: u64) -> Result<Dataset> {
         probabilities.push(probability);
     }
     let seen = seen(USERS, &ratings);
-    Ok(Dataset {
+    Ok(Ratings {
+        source: Source::Generated { seed },
         catalog: Catalog {
             users,
             movies,
             seen,
         },
-        ratings,
+        rows: ratings,
         probabilities: Some(probabilities),
     })
 }
@@ -327,10 +330,10 @@ mod tests {
     #[test]
     fn the_seed_decides() -> Result<()> {
         let (one, again, other) = (generate(1)?, generate(1)?, generate(2)?);
-        assert_eq!(one.ratings, again.ratings);
+        assert_eq!(one.rows, again.rows);
         assert_eq!(one.catalog, again.catalog);
         assert_eq!(titles(1), titles(1));
-        assert_ne!(one.ratings, other.ratings);
+        assert_ne!(one.rows, other.rows);
         assert_ne!(titles(1), titles(2));
         Ok(())
     }
@@ -338,7 +341,7 @@ mod tests {
     #[test]
     fn labels_follow_their_probabilities() -> Result<()> {
         let data = generate(3)?;
-        let liked = data.ratings.iter().filter(|rating| rating.liked).count() as f64;
+        let liked = data.rows.iter().filter(|rating| rating.liked).count() as f64;
         let expected: f64 = data.probabilities.iter().flatten().sum();
         // Four standard deviations of a sum of RATINGS labels with at most 1/4 variance each.
         assert!((liked - expected).abs() < 4.0 * (RATINGS as f64 / 4.0).sqrt());

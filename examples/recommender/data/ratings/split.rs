@@ -2,12 +2,7 @@
 //!
 //! No shuffled list has to be stored or agreed on, so every program that reads the same file scores the same test rows.
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
-    Train,
-    Valid,
-    Test,
-}
+use crate::data::Part;
 
 /// The part of the rating at `row` (0-based, in file order): 80 % train, 10 % valid, 10 % test.
 pub fn part(row: u64) -> Part {
