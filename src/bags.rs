@@ -4,6 +4,7 @@
 //! kernel only tells that something is out of range, and these find what.
 
 use candle_core::{bail, Result};
+use std::collections::HashSet;
 use std::ops::Range;
 
 const OP: &str = "hashed-embedding-bag";
@@ -82,11 +83,11 @@ impl Tables {
     /// Tables by name and number of rows, one after the other.
     pub fn named(tables: impl IntoIterator<Item = (String, usize)>) -> Result<Self> {
         let (mut names, mut first_rows) = (vec![], vec![0]);
-        let mut end = 0;
+        let (mut end, mut known) = (0, HashSet::new());
         for (name, num_embeddings) in tables {
             let table = Self::one(end, num_embeddings)
                 .map_err(|e| candle_core::Error::msg(format!("table {name}: {e}")))?;
-            if names.contains(&name) {
+            if !known.insert(name.clone()) {
                 bail!("{OP}: two tables are named {name}");
             }
             end += num_embeddings;
@@ -162,13 +163,16 @@ pub(crate) enum Division {
 
 impl BagShape {
     /// Bags of the 2-D `indices` of shape `(num_bags, bag_len)`.
-    pub fn fixed(num_bags: usize, bag_len: usize, tables: usize) -> Self {
-        Self {
-            nnz: num_bags * bag_len,
+    pub fn fixed(num_bags: usize, bag_len: usize, tables: usize) -> Result<Self> {
+        let Some(nnz) = num_bags.checked_mul(bag_len) else {
+            bail!("{OP}: indices of shape [{num_bags}, {bag_len}] are too many");
+        };
+        Ok(Self {
+            nnz,
             num_bags,
             tables,
             division: Division::Fixed(bag_len),
-        }
+        })
     }
 
     /// Bags of 1-D `indices` by `num_offsets` offsets.
@@ -301,4 +305,59 @@ pub(crate) fn check_rows<I: Index>(
         tables.num_embeddings(table),
         indices[position].as_i64(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn ragged(nnz: usize, num_offsets: usize, include_last_offset: bool) -> BagShape {
+        let layout = JaggedLayout::BatchMajor;
+        BagShape::ragged(nnz, num_offsets, include_last_offset, 1, layout).unwrap()
+    }
+
+    /// Positions past 2^32, as no test has the memory for.
+    #[test]
+    fn bags_lie_past_32_bits() {
+        let fixed = BagShape::fixed((1 << 33) + 1, 3, 1).unwrap();
+        assert_eq!(fixed.nnz, 3 * (1 << 33) + 3);
+        assert_eq!(fixed.range::<i64>(1 << 33, &[]), 3 << 33..(3 << 33) + 3);
+
+        let (a, b) = ((1i64 << 31) + 1, (1i64 << 33) + 5);
+        let (start, middle) = (a as usize, b as usize);
+        let nnz = (1 << 40) + 7;
+        let bags = ragged(nnz, 3, false);
+        assert_eq!(bags.range(0, &[0, a, b]), 0..start);
+        assert_eq!(bags.range(1, &[0, a, b]), start..middle);
+        assert_eq!(bags.range(2, &[0, a, b]), middle..nnz);
+        assert_eq!(
+            bags.range(1, &[0u32, u32::MAX, 7]),
+            u32::MAX as usize..u32::MAX as usize
+        );
+        assert_eq!(bags.range(0, &[0u32, u32::MAX, 7]), 0..u32::MAX as usize);
+        let last = ragged(nnz, 3, true);
+        assert_eq!(
+            (last.num_bags, last.range(1, &[0, a, b])),
+            (2, start..middle)
+        );
+        assert!(check_offsets(&[0, a, nnz as i64], nnz).is_ok());
+        assert!(check_offsets(&[0, a, nnz as i64 + 1], nnz).is_err());
+    }
+
+    /// Whatever the offsets say, a bag lies within the indices.
+    #[test]
+    fn offsets_are_clamped() {
+        for nnz in [0, 1, 5] {
+            let bags = ragged(nnz, 2, true);
+            for start in [i64::MIN, -1, 0, 1, 4, 5, 6, 1 << 32, i64::MAX] {
+                for end in [i64::MIN, -1, 0, 1, 4, 5, 6, 1 << 32, i64::MAX] {
+                    let range = bags.range(0, &[start, end]);
+                    assert!(
+                        range.start <= range.end && range.end <= nnz,
+                        "{start} {end}"
+                    );
+                }
+            }
+        }
+    }
 }

@@ -263,6 +263,8 @@ pub fn save<'a, N: Into<String>, L: Into<Layer<'a>>>(
 ) -> Result<()> {
     let mut all: BTreeMap<String, Tensor> = BTreeMap::new();
     let mut insert = |name: String, tensor: Tensor| match all.get(&name) {
+        // safetensors would write it, and nothing could read the file.
+        _ if name == "__metadata__" => bail!("checkpoint: no tensor can be named {name}"),
         Some(other) if other.id() != tensor.id() => {
             bail!("checkpoint: two different tensors are named {name}")
         }

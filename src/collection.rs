@@ -245,7 +245,10 @@ impl Module for HashedEmbeddingBagCollection {
                 "hashed-embedding-bag: indices must have shape [batch, {tables}] or [batch, {tables}, bag_len], got {dims:?}"
             ),
         };
-        let bags = contiguous_indices(indices)?.reshape((batch * tables, bag_len))?;
+        let Some(bags) = batch.checked_mul(tables) else {
+            bail!("hashed-embedding-bag: {batch} samples of {tables} bags are too many");
+        };
+        let bags = contiguous_indices(indices)?.reshape((bags, bag_len))?;
         self.by_table(self.bag.forward(&bags)?)
     }
 }

@@ -5,7 +5,7 @@ mod common;
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
     checkpoint, hashed_embedding, hashed_embedding_bag, Checkpoint, Hash, HashedEmbeddingBag,
-    HashedEmbeddingBagConfig, Mode,
+    HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, Mode,
 };
 use candle_nn::{VarBuilder, VarMap};
 use common::{integers, message, on_each_device, to_vec};
@@ -184,6 +184,34 @@ fn saving_refuses_two_tensors_of_one_name() -> Result<()> {
     let refused = checkpoint::save(&path, [], [("a", &layer), ("a", &layer)]);
     assert!(message(refused).contains("two layers are named a"));
     Checkpoint::open(&path)?;
+    Ok(())
+}
+
+/// The one name that the format keeps for itself.
+#[test]
+fn saving_refuses_a_tensor_named_metadata() -> Result<()> {
+    let (folder, device) = (Folder::new(), Device::Cpu);
+    let path = folder.file("model.safetensors");
+    let weight = Tensor::zeros(16, DType::F32, &device)?;
+    let layer = HashedEmbeddingBag::new(weight.clone(), 10, 4, Default::default())?;
+    let refused = checkpoint::save(&path, [("__metadata__".into(), weight)], [("a", &layer)]);
+    assert!(message(refused).contains("no tensor can be named __metadata__"));
+    assert!(!path.exists());
+    Ok(())
+}
+
+/// A file of many tables opens in a time that grows no faster than the file.
+#[test]
+fn many_tables() -> Result<()> {
+    let (folder, device) = (Folder::new(), Device::Cpu);
+    let path = folder.file("model.safetensors");
+    let weight = Tensor::zeros(16, DType::F32, &device)?;
+    let tables = (0..100_000).map(|t| (t.to_string(), 1));
+    let collection = HashedEmbeddingBagCollection::new(weight, tables, 4, Default::default())?;
+    checkpoint::save(&path, [], [("a", &collection)])?;
+    let opened = Checkpoint::open(&path)?;
+    let (_, spec) = opened.collections().next().unwrap();
+    assert_eq!(spec.tables.len(), 100_000);
     Ok(())
 }
 

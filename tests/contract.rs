@@ -5,7 +5,7 @@ mod common;
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
     hashed_embedding, hashed_embedding_bag, BoundsCheck, Gradient, Hash, HashedEmbeddingBag,
-    HashedEmbeddingBagConfig, Mode,
+    HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, Mode,
 };
 use candle_nn::{VarBuilder, VarMap};
 use common::{cuda, integers, message, on_each_device, to_vec};
@@ -391,10 +391,46 @@ fn construction() -> Result<()> {
     Ok(())
 }
 
+/// Bags of no indices take no memory, so there may be any number of them; what would come out may not.
 #[test]
-fn layers_cross_threads() {
-    fn crosses<T: Send + Sync + Clone + std::fmt::Debug>() {}
-    crosses::<HashedEmbeddingBag>();
-    crosses::<candle_hashed_embedding_bag::HashedEmbedding>();
-    crosses::<candle_hashed_embedding_bag::Checkpoint>();
+fn outputs_too_large_to_address() -> Result<()> {
+    on_each_device(|device| {
+        let bag = bag(Default::default(), device)?;
+        let none = integers(&[], DType::U32, device)?;
+        let bags = |num_bags: usize| none.reshape((num_bags, 0));
+        assert_eq!(bag.forward(&bags(3)?)?.dims(), [3, 4]);
+        for num_bags in [1 << 60, 1 << 62, usize::MAX] {
+            assert_eq!(
+                message(bag.forward(&bags(num_bags)?)),
+                format!(
+                    "hashed-embedding-bag: an output of {num_bags} bags of 4 columns is too large"
+                )
+            );
+        }
+        let weights = Tensor::ones(1, DType::F32, device)?
+            .narrow(0, 0, 0)?
+            .reshape((1 << 62, 0))?;
+        let refused = message(bag.forward_weighted(&bags(1 << 62)?, None, &weights));
+        assert!(refused.contains("is too large"), "{refused}");
+
+        let hashed_weight = bag.hashed_weight().clone();
+        let tables = [("a", 5), ("b", 5)];
+        let collection =
+            HashedEmbeddingBagCollection::new(hashed_weight, tables, 4, Default::default())?;
+        assert_eq!(
+            collection.forward(&none.reshape((3, 2, 0))?)?.dims(),
+            [3, 2, 4]
+        );
+        for batch in [1 << 60, 1 << 62] {
+            let refused = message(collection.forward(&none.reshape((batch, 2, 0))?));
+            assert!(refused.starts_with("hashed-embedding-bag: "), "{refused}");
+        }
+        let one = integers(&[1], DType::U32, device)?;
+        let many = one.broadcast_as((1 << 40, 1 << 40))?;
+        assert_eq!(
+            message(bag.forward(&many)),
+            "hashed-embedding-bag: indices of shape [1099511627776, 1099511627776] are too many"
+        );
+        Ok(())
+    })
 }

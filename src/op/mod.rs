@@ -128,7 +128,7 @@ pub(crate) fn hashed_embedding_bag(
     check_dtype("indices", indices, &INDEX_DTYPES)?;
     check_device("indices", indices, hashed_weight)?;
     let bags = match (offsets, indices.dims()) {
-        (None, &[num_bags, bag_len]) => BagShape::fixed(num_bags, bag_len, tables),
+        (None, &[num_bags, bag_len]) => BagShape::fixed(num_bags, bag_len, tables)?,
         (None, dims) => {
             bail!("{OP}: indices must have rank 2 when there are no offsets, got {dims:?}")
         }
@@ -151,6 +151,15 @@ pub(crate) fn hashed_embedding_bag(
             bail!("{OP}: indices must have rank 1 when offsets are given, got {dims:?}")
         }
     };
+    // In f64, the largest dtype, the output would have to be addressable; bags of no indices cost nothing to ask for.
+    let values = bags.num_bags.checked_mul(table.embedding_dim);
+    if values.is_none_or(|values| values > isize::MAX as usize / 8) {
+        bail!(
+            "{OP}: an output of {} bags of {} columns is too large",
+            bags.num_bags,
+            table.embedding_dim
+        );
+    }
     if let Some(weights) = per_sample_weights {
         if table.mode != Mode::Sum {
             bail!(
