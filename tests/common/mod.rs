@@ -5,7 +5,9 @@
 #![allow(dead_code)] // each test file uses a part
 
 use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode};
+use candle_hashed_embedding_bag::{
+    Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode,
+};
 
 /// Runs a test body on the CPU and, where there is one, on the first CUDA device.
 pub fn on_each_device(body: impl Fn(&Device) -> Result<()>) -> Result<()> {
@@ -91,9 +93,11 @@ pub fn naive_slot(hash: &Hash, row: i64, column: usize, len: usize) -> (usize, f
 #[derive(Debug, Clone)]
 pub struct Case {
     pub num_embeddings: usize,
+    pub first_row: usize,
     pub embedding_dim: usize,
     pub mode: Mode,
     pub hash: Hash,
+    pub gradient: Gradient,
     pub padding_idx: Option<i64>,
     /// The rows of each bag, padding included.
     pub bags: Vec<Vec<i64>>,
@@ -142,9 +146,11 @@ impl Case {
             .collect();
         Self {
             num_embeddings,
+            first_row: 0,
             embedding_dim,
             mode,
             hash,
+            gradient: Gradient::Fastest,
             padding_idx,
             bags,
             per_sample_weights: None,
@@ -167,6 +173,8 @@ impl Case {
             mode: self.mode,
             hash: Some(self.hash),
             padding_idx: self.padding_idx,
+            first_row: self.first_row,
+            gradient: self.gradient,
             ..Default::default()
         }
     }
@@ -286,8 +294,43 @@ impl Case {
         ))
     }
 
+    /// Compares what the crate made of the case in `dtype` with the oracle's results.
+    #[track_caller]
+    pub fn assert_results(&self, got: &Results, dtype: DType, what: &str) -> Result<()> {
+        let (out, grad_weight, grad_weights) = got;
+        let (want, want_grad_weight, want_grad_weights) = self.oracle()?;
+        // Only mean, which divides, rounds at all.
+        let ulps = if self.mode == Mode::Mean { 2.0 } else { 0.0 };
+        assert_eq!(out.dtype(), dtype, "{what}");
+        assert_equal(out, &want, ulps, &format!("output of {what}"));
+
+        let grad_weight = grad_weight.as_ref().expect("hashed_weight is a variable");
+        assert_eq!(grad_weight.dtype(), dtype, "{what}");
+        // Where no row is looked up, candle's autograd has no gradient at all; ours is zeros.
+        let zeros = Tensor::zeros(self.hashed_weight.len(), DType::F64, &Device::Cpu)?;
+        let want = want_grad_weight.unwrap_or(zeros);
+        // Its errors add up, in f32 at least, with as many values as may meet in a slot.
+        let met = match dtype {
+            DType::F16 | DType::BF16 => 0,
+            _ => self.nnz() * self.embedding_dim.div_ceil(self.hash.block()),
+        };
+        let sum_ulps = ulps * met.max(8) as f64;
+        let what_sum = format!("grad_weight of {what}");
+        assert_equal(grad_weight, &want, sum_ulps, &what_sum);
+
+        if let Some(grad_weights) = grad_weights {
+            let zeros = Tensor::zeros(self.nnz(), DType::F64, &Device::Cpu)?;
+            let want = want_grad_weights.unwrap_or(zeros);
+            let what = format!("gradient of per_sample_weights of {what}");
+            assert_equal(&grad_weights.flatten_all()?, &want, 0.0, &what);
+        }
+        Ok(())
+    }
+
     /// A row of the virtual table.
     fn row(&self, hashed_weight: &Tensor, row: i64) -> Result<Tensor> {
+        // It wraps for a row that is in no table.
+        let row = row.wrapping_add(self.first_row as i64);
         let (slots, signs): (Vec<u32>, Vec<f64>) = (0..self.embedding_dim)
             .map(|column| naive_slot(&self.hash, row, column, self.hashed_weight.len()))
             .map(|(slot, sign)| (slot as u32, sign))
