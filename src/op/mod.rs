@@ -18,6 +18,8 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(test)]
+mod large;
 
 use crate::bags::{BagShape, BoundsCheck, JaggedLayout, Tables};
 use crate::hash::Slots;
