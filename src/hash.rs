@@ -761,7 +761,7 @@ mod tests {
             state = state.wrapping_add(GOLDEN);
             finalize(state) >> (64 - bits)
         };
-        for round in 0..2_000 {
+        for round in 0..if cfg!(miri) { 20 } else { 2_000 } {
             let bits = |draw: &mut dyn FnMut(u32) -> u64| 1 + (draw(6) as u32) % 64;
             let (wide, narrow) = (bits(&mut draw), bits(&mut draw).min(40));
             let hash = match round {

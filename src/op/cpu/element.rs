@@ -240,7 +240,7 @@ mod tests {
 
     #[test]
     fn widening_is_exact_for_every_half() {
-        for bits in 0..=u16::MAX {
+        for bits in (0..=u16::MAX).step_by(if cfg!(miri) { 251 } else { 1 }) {
             let (half, brain) = (f16::from_bits(bits), bf16::from_bits(bits));
             assert_eq!(half.is_nan(), half.widen().is_nan());
             assert_eq!(brain.is_nan(), brain.widen().is_nan());
