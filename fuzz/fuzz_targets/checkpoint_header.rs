@@ -1,0 +1,208 @@
+//! Files that are nearly checkpoints: a header of the right form with values at the edges, wrong in a few places.
+#![no_main]
+
+use arbitrary::{Result, Unstructured};
+use candle_hashed_embedding_bag_fuzz::open_checkpoint;
+use libfuzzer_sys::fuzz_target;
+use serde_json::{json, Map, Value};
+
+const NAMES: [&str; 5] = ["", "a", "b.c", "a.hashed_embedding_bag", "ü"];
+const EDGES: [u64; 16] = [
+    0,
+    1,
+    2,
+    16,
+    31,
+    32,
+    33,
+    64,
+    (1 << 24) - 1,
+    (1 << 24) + 1,
+    (1 << 31) - 1,
+    1 << 32,
+    1 << 53,
+    1 << 62,
+    1 << 63,
+    u64::MAX,
+];
+/// Names of safetensors, and bits per value.
+const DTYPES: [(&str, u64); 20] = [
+    ("F32", 32),
+    ("F16", 16),
+    ("BF16", 16),
+    ("F64", 64),
+    ("I64", 64),
+    ("I32", 32),
+    ("I16", 16),
+    ("I8", 8),
+    ("U8", 8),
+    ("U16", 16),
+    ("U32", 32),
+    ("U64", 64),
+    ("BOOL", 8),
+    ("F8_E4M3", 8),
+    ("F8_E5M2", 8),
+    ("F8_E8M0", 8),
+    ("F6_E2M3", 6),
+    ("F6_E3M2", 6),
+    ("F4", 4),
+    ("C64", 64),
+];
+
+/// `usual`, now and then something else.
+fn or_odd(u: &mut Unstructured, usual: Value) -> Result<Value> {
+    if !u.ratio(1, 24)? {
+        return Ok(usual);
+    }
+    Ok(match u.int_in_range(0..=7)? {
+        0 => Value::Null,
+        1 => json!(-1),
+        2 => json!(u.arbitrary::<f64>()?),
+        3 => json!("1"),
+        4 => json!([usual]),
+        5 => json!({ "version": usual }),
+        6 => json!(u.arbitrary::<i64>()?),
+        _ => json!(u.arbitrary::<u64>()?),
+    })
+}
+
+/// Small most of the time.
+fn number(u: &mut Unstructured) -> Result<u64> {
+    Ok(match u.int_in_range(0..=3)? {
+        0 => *u.choose(&EDGES)?,
+        _ => u.int_in_range(1..=64)?,
+    })
+}
+
+/// What is said of a layer, or of a collection of tables.
+fn layer(u: &mut Unstructured, collection: bool) -> Result<Value> {
+    let hash = if u.arbitrary()? {
+        let block = 1 << u.int_in_range(0..=5)?;
+        json!({
+            "kind": "mix",
+            "seed": or_odd(u, json!(0))?,
+            "block": or_odd(u, json!(block))?,
+            "signed": u.arbitrary::<bool>()?,
+        })
+    } else {
+        let [a, b, c, modulus] = [number(u)?, number(u)?, number(u)?, number(u)?];
+        let block = u.int_in_range(1..=8)?;
+        let mut hash = json!({
+            "kind": "affine",
+            "a": or_odd(u, json!(a))?,
+            "b": or_odd(u, json!(b))?,
+            "c": or_odd(u, json!(c))?,
+            "modulus": or_odd(u, json!(modulus))?,
+            "block": or_odd(u, json!(block))?,
+        });
+        if u.arbitrary()? {
+            let overflow = *u.choose(&["wrap", "refuse"])?;
+            hash["overflow"] = or_odd(u, json!(overflow))?;
+        }
+        hash
+    };
+    let mode = *u.choose(&["sum", "mean", "max"])?;
+    let embedding_dim = number(u)?;
+    let mut layer = json!({
+        "embedding_dim": or_odd(u, json!(embedding_dim))?,
+        "mode": or_odd(u, json!(mode))?,
+        "padding_idx": if u.arbitrary()? { Value::Null } else { json!(u.arbitrary::<i64>()?) },
+        "include_last_offset": u.arbitrary::<bool>()?,
+        "hash": or_odd(u, hash)?,
+    });
+    if collection {
+        let mut tables = vec![];
+        for i in 0..u.int_in_range(0..=4)? {
+            let num_embeddings = number(u)?;
+            tables.push(json!({
+                "name": or_odd(u, json!(i.to_string()))?,
+                "num_embeddings": or_odd(u, json!(num_embeddings))?,
+            }));
+        }
+        layer["tables"] = or_odd(u, json!(tables))?;
+    } else {
+        let num_embeddings = number(u)?;
+        layer["num_embeddings"] = or_odd(u, json!(num_embeddings))?;
+        if u.ratio(1, 4)? {
+            let first_row = number(u)?;
+            layer["first_row"] = or_odd(u, json!(first_row))?;
+        }
+    }
+    Ok(layer)
+}
+
+/// The tensor `name`, its data at `start`; returns its end.
+fn tensor(u: &mut Unstructured, start: u64, layer: bool) -> Result<(Value, u64)> {
+    let (dtype, bits) = if layer && !u.ratio(1, 8)? {
+        DTYPES[u.int_in_range(0..=3)?]
+    } else {
+        *u.choose(&DTYPES)?
+    };
+    let shape = if layer && !u.ratio(1, 8)? {
+        vec![u.int_in_range(1u64..=8)? * 32]
+    } else {
+        let rank = u.int_in_range(0..=4)?;
+        (0..rank).map(|_| number(u)).collect::<Result<_>>()?
+    };
+    let values = shape.iter().try_fold(1u64, |n, &dim| n.checked_mul(dim));
+    // Nothing absurd is written; what claims to be larger claims a wrong end.
+    let bytes = values.map_or(0, |n| n.saturating_mul(bits) / 8);
+    let end = start + if bytes > 1 << 14 { 0 } else { bytes };
+    let tensor = json!({
+        "dtype": or_odd(u, json!(dtype))?,
+        "shape": or_odd(u, json!(shape))?,
+        "data_offsets": [or_odd(u, json!(start))?, or_odd(u, json!(end))?],
+    });
+    Ok((tensor, end))
+}
+
+fn file(u: &mut Unstructured) -> Result<Vec<u8>> {
+    let (mut header, mut end) = (Map::new(), 0);
+    let (mut layers, mut collections) = (Map::new(), Map::new());
+    for _ in 0..u.int_in_range(1..=3)? {
+        let name = *u.choose(&NAMES)?;
+        if u.ratio(1, 3)? {
+            collections.insert(name.to_string(), layer(u, true)?);
+        } else {
+            layers.insert(name.to_string(), layer(u, false)?);
+        }
+        let prefix = if name.is_empty() { "" } else { "." };
+        let (value, next) = tensor(u, end, true)?;
+        let weight = format!("{name}{prefix}hashed_weight");
+        if !header.contains_key(&weight) {
+            header.insert(weight, value);
+            end = next;
+        }
+    }
+    for i in 0..u.int_in_range(0..=2)? {
+        let (value, next) = tensor(u, end, false)?;
+        header.insert(format!("other{i}"), value);
+        end = next;
+    }
+    let description = json!({
+        "version": or_odd(u, json!(1))?,
+        "layers": or_odd(u, Value::Object(layers))?,
+        "collections": or_odd(u, Value::Object(collections))?,
+    });
+    let metadata = json!({ "hashed_embedding_bag": description.to_string() });
+    header.insert("__metadata__".into(), or_odd(u, metadata)?);
+    let header = Value::Object(header).to_string();
+    let len = header.len() as u64;
+    let len = if u.ratio(1, 32)? { number(u)? } else { len };
+    let mut file = len.to_le_bytes().to_vec();
+    file.extend(header.bytes());
+    file.resize(file.len() + end as usize, 0x3c);
+    for _ in 0..u.int_in_range(0..=3)? {
+        if u.ratio(1, 4)? {
+            let at = u.choose_index(file.len())?;
+            file[at] = u.arbitrary()?;
+        }
+    }
+    Ok(file)
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    if let Ok(file) = file(&mut Unstructured::new(bytes)) {
+        open_checkpoint(&file);
+    }
+});

@@ -1,0 +1,166 @@
+//! Arbitrary indices, offsets and layers: with checks, exactly what breaks the contract is refused; without, nothing
+//! happens outside the tensors (the address sanitizer watches).
+#![no_main]
+
+use arbitrary::Arbitrary;
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_hashed_embedding_bag::{
+    BoundsCheck, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode,
+};
+use libfuzzer_sys::fuzz_target;
+
+#[derive(Arbitrary, Debug)]
+enum Integers {
+    U32(Vec<u32>),
+    I32(Vec<i32>),
+    I64(Vec<i64>),
+    /// Small ones, which are often right.
+    Small(Vec<u8>),
+}
+
+impl Integers {
+    fn values(&self) -> Vec<i64> {
+        match self {
+            Self::U32(v) => v.iter().map(|&i| i.into()).collect(),
+            Self::I32(v) => v.iter().map(|&i| i.into()).collect(),
+            Self::I64(v) => v.clone(),
+            Self::Small(v) => v.iter().map(|&i| (i % 16).into()).collect(),
+        }
+    }
+
+    fn tensor(&self) -> Result<Tensor> {
+        let device = &Device::Cpu;
+        match self {
+            Self::U32(v) => Tensor::from_slice(v, v.len(), device),
+            Self::I32(v) => Tensor::from_slice(v, v.len(), device),
+            Self::I64(v) => Tensor::from_slice(v, v.len(), device),
+            Self::Small(_) => Tensor::from_vec(self.values(), self.values().len(), device),
+        }
+    }
+}
+
+#[derive(Arbitrary, Debug)]
+enum HashKind {
+    Default,
+    Mix {
+        seed: u64,
+        block: u8,
+        signed: bool,
+    },
+    Affine {
+        a: u64,
+        b: u64,
+        c: u64,
+        modulus: u64,
+        block: u8,
+    },
+}
+
+#[derive(Arbitrary, Debug)]
+struct Input {
+    indices: Integers,
+    offsets: Option<Integers>,
+    /// Of the indices without offsets.
+    bag_len: u8,
+    weighted: bool,
+    hash: HashKind,
+    len: u16,
+    num_embeddings: u64,
+    embedding_dim: u8,
+    mode: u8,
+    padding_idx: Option<i64>,
+    include_last_offset: bool,
+    first_row: u64,
+    dtype: u8,
+}
+
+fn run(input: &Input) -> Result<()> {
+    let hash = match input.hash {
+        HashKind::Default => None,
+        HashKind::Mix {
+            seed,
+            block,
+            signed,
+        } => Some(Hash::mix(seed, block.into(), signed)?),
+        HashKind::Affine {
+            a,
+            b,
+            c,
+            modulus,
+            block,
+        } => Some(Hash::affine(a, b, c, modulus, block.into())?),
+    };
+    let dtypes = [DType::F32, DType::F16, DType::BF16, DType::F64];
+    let dtype = dtypes[usize::from(input.dtype) % 4];
+    let weight = Tensor::ones(usize::from(input.len), dtype, &Device::Cpu)?;
+    let weight = Var::from_tensor(&weight)?;
+    let config = HashedEmbeddingBagConfig {
+        mode: [Mode::Sum, Mode::Mean, Mode::Max][usize::from(input.mode) % 3],
+        hash,
+        padding_idx: input.padding_idx,
+        include_last_offset: input.include_last_offset,
+        first_row: input.first_row as usize,
+        ..Default::default()
+    };
+    let layer = HashedEmbeddingBag::new(
+        weight.as_tensor().clone(),
+        input.num_embeddings as usize,
+        input.embedding_dim.into(),
+        config,
+    )?;
+
+    let mut indices = input.indices.tensor()?;
+    let nnz = indices.elem_count();
+    if input.offsets.is_none() {
+        let bag_len = usize::from(input.bag_len).max(1);
+        indices = indices.narrow(0, 0, nnz / bag_len * bag_len)?;
+        indices = indices.reshape((nnz / bag_len, bag_len))?;
+    }
+    let offsets = input.offsets.as_ref().map(Integers::tensor).transpose()?;
+    let weights = Var::ones(indices.shape(), dtype, &Device::Cpu)?;
+    let weighted = input.weighted && layer.mode() == Mode::Sum;
+    let forward = |layer: &HashedEmbeddingBag| match &offsets {
+        offsets if weighted => layer.forward_weighted(&indices, offsets.as_ref(), &weights),
+        None => layer.forward(&indices),
+        Some(offsets) => layer.forward_with_offsets(&indices, offsets),
+    };
+
+    // Indices in no bag are nobody's business.
+    let looked_at = match input.offsets.as_ref().map(Integers::values) {
+        None => indices.elem_count(),
+        Some(offsets) => match offsets.last() {
+            Some(&end) if input.include_last_offset => end.clamp(0, nnz as i64) as usize,
+            Some(_) => nnz,
+            None => 0,
+        },
+    };
+    let rows = &input.indices.values()[..looked_at];
+    let is_row = |&row: &i64| {
+        Some(row) == input.padding_idx || (0..input.num_embeddings as i64).contains(&row)
+    };
+    let offsets_are_valid = input.offsets.as_ref().is_none_or(|offsets| {
+        let offsets = offsets.values();
+        (!offsets.is_empty() || !input.include_last_offset)
+            && offsets.first().is_none_or(|&first| first == 0)
+            && offsets.is_sorted()
+            && offsets.last().is_none_or(|&last| last <= nnz as i64)
+    });
+    let valid = rows.iter().all(is_row) && offsets_are_valid;
+    let checked = forward(&layer);
+    assert_eq!(checked.is_ok(), valid, "{:?}", checked.err());
+
+    let layer = layer.with_bounds_check(BoundsCheck::Off);
+    let out = forward(&layer)?;
+    if let Ok(checked) = checked {
+        let bits = |out: &Tensor| out.to_dtype(DType::F64)?.flatten_all()?.to_vec1::<f64>();
+        assert_eq!(bits(&checked)?, bits(&out)?);
+    }
+    let grads = out.sum_all()?.backward()?;
+    let grad = grads.get(&weight).expect("hashed_weight is a variable");
+    assert_eq!(grad.shape(), weight.shape());
+    Ok(())
+}
+
+fuzz_target!(|input: Input| {
+    let _ = run(&input);
+});
