@@ -14,7 +14,8 @@ fn archive(pickle: &[u8]) -> Vec<u8> {
     let mut zip = ZipWriter::new(Cursor::new(vec![]));
     let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
     let mut add = |name: &str, content: &[u8]| {
-        zip.start_file(name, options).expect("a file in the archive");
+        zip.start_file(name, options)
+            .expect("a file in the archive");
         zip.write_all(content).expect("its content");
     };
     add("archive/data.pkl", pickle);
@@ -33,7 +34,10 @@ fuzz_target!(|input: &[u8]| {
     };
     std::fs::write(&path, file).expect("a file for the input");
     let device = &Device::Cpu;
-    for state_dict in [StateDict::open(&path), StateDict::open_nested(&path, "state_dict")] {
+    for state_dict in [
+        StateDict::open(&path),
+        StateDict::open_nested(&path, "state_dict"),
+    ] {
         let mut state_dict = match state_dict {
             Ok(state_dict) => state_dict,
             Err(e) => {
