@@ -804,7 +804,7 @@ fn checkpoints_round_trip() {
             let layer = HashedEmbeddingBag::new(weight, rows, columns, config)?;
             saved.insert(name.clone(), layer);
         }
-        checkpoint::save(&path, [], saved.iter().map(|(name, layer)| (name, layer)))?;
+        checkpoint::save(&path, [], saved.iter())?;
         let opened = Checkpoint::open(&path)?;
         assert!(opened.layers().map(|(name, _)| name).eq(saved.keys()));
         for (name, layer) in &saved {
