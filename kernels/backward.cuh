@@ -39,9 +39,8 @@ struct FloatSums {
   }
 
   // x[v] to the slot of column `within + v` of the block at `place`
-  template <int STRIDE, typename Hash>
+  template <typename Hash>
   __device__ __forceinline__ void add(const Hash &hash, typename Hash::Place place, uint32_t within, const A (&x)[V]) {
-    static_assert(STRIDE == 1, "the slots are added to as vectors");
     if (!KEEPS || !keep(hash.template vector<V>(place, within), x)) add_atomic<V>(hash.at(grad_weight + within, place), x);
   }
 
@@ -86,7 +85,7 @@ private:
 //
 // Bags and columns are divided as in Forward, under the same assumptions, and grad_weight is 16-byte aligned. `Sums` says how
 // the additions of many threads become one sum.
-template <int THREADS, Mode MODE, int V, int STRIDE, typename T, typename Hash, typename Sums>
+template <int THREADS, Mode MODE, int V, typename T, typename Hash, typename Sums>
 struct Backward {
   using A = Acc<T>;
   using Place = typename Hash::Place;
@@ -98,7 +97,7 @@ struct Backward {
   const Bags &bags;
   const Hash &hash;
   const Inputs &inputs;
-  Columns<V, STRIDE> columns;
+  Columns<V> columns;
   uint32_t embedding_dim;
   uint32_t mean;
   bool aligned;
@@ -110,13 +109,7 @@ struct Backward {
   Raw<V, T> raw[BATCH];
 
   __device__ __forceinline__ void begin(int64_t bag) {
-    const T *from = grad_output + bag * embedding_dim + columns.first;
-    if constexpr (STRIDE == 1) {
-      load_row<V>(from, columns.n, aligned, grad);
-    } else {
-#pragma unroll
-      for (int v = 0; v < V; v++) grad[v] = v < columns.n ? widen(from[v * STRIDE]) : A(0);
-    }
+    load_row<V>(grad_output + bag * embedding_dim + columns.first, columns.n, aligned, grad);
     if (MODE == SUM && mean) {
       A scale = A(1) / bags.divisor<A>(inputs.indices, bags.range(inputs.offsets, bag));
 #pragma unroll
@@ -145,13 +138,12 @@ struct Backward {
         for (int v = 0; v < V; v++) raise(v, x[v], places[j]);
       } else {
         A scale = MODE == WEIGHTED ? widen(per_sample_weights[i + j]) : A(1);
-        auto signs = places[j].template signs_of<(V - 1) * STRIDE + 1>(columns.within);
+        auto signs = places[j].template signs_of<V>(columns.within);
 #pragma unroll
         for (int v = 0; v < V; v++)
           // A column past the last has no gradient, whatever the weight: zero times infinity would be one.
-          x[v] = flip<(V - 1) * STRIDE + 1>(signs, v * STRIDE,
-                                            MODE == WEIGHTED && v < columns.n ? scale * grad[v] : grad[v]);
-        sums.template add<STRIDE>(hash, places[j], columns.within, x);
+          x[v] = flip<V>(signs, v, MODE == WEIGHTED && v < columns.n ? scale * grad[v] : grad[v]);
+        sums.add(hash, places[j], columns.within, x);
       }
     }
   }
@@ -194,7 +186,7 @@ struct Backward {
   }
 };
 
-template <int THREADS, Mode MODE, int V, int SHARE, int STRIDE, typename T, typename Hash, typename Sums>
+template <int THREADS, Mode MODE, int V, int SHARE, typename T, typename Hash, typename Sums>
 __device__ __forceinline__ void backward(const T *__restrict__ grad_output, const T *__restrict__ hashed_weight,
                                          const Inputs &inputs, const T *__restrict__ per_sample_weights, Sums &sums,
                                          const Bags &bags, const Hash &hash, uint32_t embedding_dim, uint32_t mean,
@@ -202,8 +194,8 @@ __device__ __forceinline__ void backward(const T *__restrict__ grad_output, cons
   uint32_t lane = threadIdx.x % bags.lanes;
   sums.begin();
   for (uint32_t chunk = blockIdx.y; uint64_t(chunk) * bags.lanes * V < embedding_dim; chunk += gridDim.y) {
-    Columns<V, STRIDE> columns(hash, chunk * bags.lanes + lane, embedding_dim);
-    Backward<THREADS, MODE, V, STRIDE, T, Hash, Sums> work = {
+    Columns<V> columns(hash, chunk * bags.lanes + lane, embedding_dim);
+    Backward<THREADS, MODE, V, T, Hash, Sums> work = {
         grad_output, hashed_weight + columns.within,
         per_sample_weights, sums,
         bags, hash,

@@ -45,10 +45,10 @@ struct FixedSums {
   __device__ __forceinline__ void begin() {}
   __device__ __forceinline__ void end() {}
 
-  template <int STRIDE, typename Hash>
+  template <typename Hash>
   __device__ __forceinline__ void add(const Hash &hash, typename Hash::Place place, uint32_t within, const A (&x)[V]) {
 #pragma unroll
-    for (int v = 0; v < V; v++) add_one(hash, place, within + v * STRIDE, x[v]);
+    for (int v = 0; v < V; v++) add_one(hash, place, within + v, x[v]);
   }
 
   template <typename Hash>

@@ -10,18 +10,17 @@
 
 enum Mode { SUM, WEIGHTED, MAX };
 
-// The V columns a thread owns, each STRIDE after the one before.
-template <int V, int STRIDE = 1>
+// The columns a thread owns.
+template <int V>
 struct Columns {
   uint32_t first;   // may lie past embedding_dim: such a thread still hashes for its neighbours
   int n;            // how many of its V columns exist
   uint32_t within;  // the place of `first` in its block
 
-  // `thread` counts the threads of a bag. Where STRIDE is not 1, so many of them take turns.
+  // `thread` counts the threads of a bag.
   template <typename Hash>
   __device__ __forceinline__ Columns(const Hash &hash, uint32_t thread, uint32_t embedding_dim)
-      : first((thread - thread % STRIDE) * V + thread % STRIDE),
-        n(first < embedding_dim ? int(min((embedding_dim - first + STRIDE - 1) / STRIDE, uint32_t(V))) : 0),
+      : first(thread * V), n(first < embedding_dim ? int(min(embedding_dim - first, uint32_t(V))) : 0),
         within(first % hash.block) {}
 };
 

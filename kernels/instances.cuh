@@ -43,12 +43,12 @@ constexpr int FORWARD_BLOCKS = sizeof(T) == 2 ? 7 : 8;
     using Sums = FloatSums<THREADS_OF<MODE>, V, Acc<T>, MODE != MAX && (V > 1)>;                                       \
     __shared__ Sums::Lines lines;                                                                                      \
     Sums sums = {grad_weight, lines};                                                                                  \
-    backward<THREADS_OF<MODE>, MODE, V, SHARE, 1>(grad_output, hashed_weight, {indices, offsets, first_rows, nullptr}, \
+    backward<THREADS_OF<MODE>, MODE, V, SHARE>(grad_output, hashed_weight, {indices, offsets, first_rows, nullptr}, \
                                                   per_sample_weights, sums, bags, slots, embedding_dim, mean,          \
                                                   grad_output_aligned);                                                \
   }
 
-#define BACKWARD_FIXED(mode, MODE, T, dtype, hash, Hash, V, SHARE, STRIDE)                                                     \
+#define BACKWARD_FIXED(mode, MODE, T, dtype, hash, Hash, V, SHARE)                                                     \
   extern "C" __global__ void __launch_bounds__(THREADS_OF<MODE>)                                                       \
       hashed_embedding_bag_bwd_fixed_##mode##_##dtype##_##hash(                                                        \
           const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                      \
@@ -56,7 +56,7 @@ constexpr int FORWARD_BLOCKS = sizeof(T) == 2 ? 7 : 8;
           const Acc<T> *largest, uint32_t log2_terms, Bags bags, Hash slots, uint32_t embedding_dim, uint32_t mean,    \
           uint32_t grad_output_aligned) {                                                                              \
     FixedSums<V, Acc<T>> sums(grad_weight, units, len, largest, log2_terms);                                           \
-    backward<THREADS_OF<MODE>, MODE, V, SHARE, STRIDE>(grad_output, hashed_weight,                                     \
+    backward<THREADS_OF<MODE>, MODE, V, SHARE>(grad_output, hashed_weight,                                     \
                                                        {indices, offsets, first_rows, nullptr}, per_sample_weights,    \
                                                        sums, bags, slots, embedding_dim, mean, grad_output_aligned);   \
   }
@@ -93,16 +93,16 @@ constexpr int FORWARD_BLOCKS = sizeof(T) == 2 ? 7 : 8;
   BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, mix_scalar, MixSlots, 1)                                                       \
   BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, mix_wide, MixSlots, WIDE<T>)
 
-// Integers are added one by one: the threads that share a block take turns with its columns, so that together they add to
-// neighbouring slots. The winners of max are few.
+// Integers are added one by one: a thread owns one column, so that a warp adds to neighbouring slots in one access. (Four
+// columns per thread take 1.6 times as long.) The winners of max are few, and found as for floats.
 #define DETERMINISTIC_INSTANCES(T, dtype)                                                                              \
-  MODES(BACKWARD_FIXED, T, dtype, affine, AffineSlots, 1, 1, 1)                                                        \
-  MODES(BACKWARD_FIXED, T, dtype, mix_scalar, MixSlots, 1, 1, 1)                                                       \
-  BACKWARD_FIXED(sum, SUM, T, dtype, mix_turns, MixSlots, 4, 4, 4)                                                     \
-  BACKWARD_FIXED(weighted, WEIGHTED, T, dtype, mix_turns, MixSlots, 4, 4, 4)                                           \
-  BACKWARD_FIXED(max, MAX, T, dtype, mix_share1, MixSlots, WIDE<Acc<T>>, 1, 1)                                         \
-  BACKWARD_FIXED(max, MAX, T, dtype, mix_share2, MixSlots, WIDE<Acc<T>>, 2, 1)                                         \
-  BACKWARD_FIXED(max, MAX, T, dtype, mix_share4, MixSlots, WIDE<Acc<T>>, 4, 1)                                         \
+  MODES(BACKWARD_FIXED, T, dtype, affine, AffineSlots, 1, 1)                                                           \
+  MODES(BACKWARD_FIXED, T, dtype, mix_scalar, MixSlots, 1, 1)                                                          \
+  BACKWARD_FIXED(sum, SUM, T, dtype, mix_scalar_share4, MixSlots, 1, 4)                                                \
+  BACKWARD_FIXED(weighted, WEIGHTED, T, dtype, mix_scalar_share4, MixSlots, 1, 4)                                      \
+  BACKWARD_FIXED(max, MAX, T, dtype, mix_share1, MixSlots, WIDE<Acc<T>>, 1)                                            \
+  BACKWARD_FIXED(max, MAX, T, dtype, mix_share2, MixSlots, WIDE<Acc<T>>, 2)                                            \
+  BACKWARD_FIXED(max, MAX, T, dtype, mix_share4, MixSlots, WIDE<Acc<T>>, 4)                                            \
   extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                       \
       hashed_embedding_bag_largest_##dtype(const T *values, uint64_t n, Acc<T> *largest) {                             \
     find_largest<STRIDED_THREADS>(values, n, largest);                                                                \

@@ -183,7 +183,9 @@ impl Sharing {
             && lookup.table.mode != Mode::Max;
         let (name, width, share) = match (lookup.table.slots, pass) {
             (Slots::Affine(_), _) => ("affine", 1, 1),
-            (Slots::Mix(mix), _) if is_fixed && mix.block.is_multiple_of(16) => ("mix_turns", 4, 4),
+            (Slots::Mix(mix), _) if is_fixed && mix.block.is_multiple_of(4) => {
+                ("mix_scalar_share4", 1, 4)
+            }
             (Slots::Mix(mix), pass) => {
                 let block = mix.block as usize;
                 if is_fixed || !aligned || !block.is_multiple_of(wide) {
