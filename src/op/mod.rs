@@ -52,7 +52,7 @@ pub enum Gradient {
     /// In the order in which threads arrive: the last bits may differ from run to run.
     #[default]
     Fastest,
-    /// The same bits in every run, whatever the launch, at two to three times the time: terms are rounded to a grid of fixed
+    /// The same bits in every run, whatever the launch, at less than twice the time: terms are rounded to a grid of fixed
     /// point, finer than additions in f32 round, and added as integers. Needs memory for 8 bytes per slot (16 in f64).
     Deterministic,
 }
