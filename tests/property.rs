@@ -618,15 +618,14 @@ fn whatever_the_indices_and_offsets() {
         let results = (out, grads.get(&weight).cloned(), None);
         let what = format!("{:?} {refusal:?}\n{input:?}", device.location());
         case.assert_results(&results, DType::F32, &what)?;
-        if case.mode == Mode::Sum {
+        // candle cannot make an empty variable on CUDA.
+        if case.mode == Mode::Sum && !input.rows.is_empty() {
+            let weights = Var::ones(indices.shape(), DType::F32, device)?;
+            let out = layer.forward_weighted(&indices, Some(&offsets), &weights)?;
+            let grads = out.sum_all()?.backward()?;
             // Positions may be in many bags or in none: nothing is said of the values.
-            let weights = Var::ones(indices.shape(), DType::F32, device);
-            if let Ok(weights) = weights {
-                let out = layer.forward_weighted(&indices, Some(&offsets), &weights)?;
-                let grads = out.sum_all()?.backward()?;
-                let grad = grads.get(&weights).expect("the weights are a variable");
-                assert_eq!(grad.shape(), indices.shape());
-            }
+            let grad = grads.get(&weights).expect("the weights are a variable");
+            assert_eq!(grad.shape(), indices.shape());
         }
         Ok(())
     });

@@ -1,38 +1,65 @@
 //! The recommender's readers on arbitrary files: errors, not panics.
 //!
-//! An input is a layout, `csv` or `dat`, and the files `movies`, `ratings` and `users` (which may be missing), each ended by
-//! a zero byte.
+//! An input is a format and what follows it after a zero byte: `log` and a click log, perhaps compressed; or `csv` or `dat`
+//! and MovieLens' files `movies`, `ratings` and `users` (which may be missing), with a zero byte between them.
 #![no_main]
 // Of the modules, only the readers are used.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports)]
 
 use candle_hashed_embedding_bag_fuzz::folder;
+use data::{Clicks, Examples, Part, Source};
 use libfuzzer_sys::fuzz_target;
 
 #[path = "../../examples/recommender/data/mod.rs"]
 mod data;
 
+/// Reads every batch of every part.
+fn read(examples: &dyn Examples) {
+    let tables = examples.schema().tables;
+    for part in [Part::Train, Part::Valid, Part::Test] {
+        let mut read = 0;
+        for batch in examples
+            .batches(part, 3, None)
+            .expect("the file was read before")
+        {
+            let (batch, labels) = batch.expect("the file was read before");
+            read += labels.len();
+            for (bags, (_, rows)) in batch.bags.iter().zip(&tables) {
+                assert_eq!(bags.len(), labels.len());
+                assert!(bags.indices().iter().all(|&row| (row as usize) < *rows));
+            }
+        }
+        assert_eq!(read, examples.len(part));
+    }
+}
+
 fuzz_target!(|input: &[u8]| {
-    let mut parts = input.split(|&byte| byte == 0);
-    let extension = if parts.next() == Some(b"dat") {
-        "dat"
-    } else {
-        "csv"
-    };
+    let mut parts = input.splitn(2, |&byte| byte == 0);
+    let (format, rest) = (parts.next(), parts.next().unwrap_or_default());
+    if format == Some(b"log") {
+        let path = folder().join("log");
+        std::fs::write(&path, rest).expect("a file for the input");
+        for skip_malformed in [false, true] {
+            if let Ok(clicks) = Clicks::open(&path, 1000, skip_malformed) {
+                read(&clicks);
+            }
+        }
+        return;
+    }
+    let extension = if format == Some(b"dat") { "dat" } else { "csv" };
     let dir = folder().join(extension);
     std::fs::create_dir_all(&dir).expect("a folder for the input");
+    let mut contents = rest.split(|&byte| byte == 0);
     for name in ["movies", "ratings", "users"] {
         let path = dir.join(name).with_extension(extension);
-        match parts.next() {
+        match contents.next() {
             Some(content) => std::fs::write(path, content).expect("a file"),
             None => drop(std::fs::remove_file(path)),
         }
     }
-    let source = data::Source::Files(dir);
+    let source = Source::Files(dir);
     let _ = source.titles();
-    if let Ok(data) = source.load() {
-        let pairs: Vec<_> = data.ratings.iter().map(data::Rating::pair).collect();
-        let bags = data.catalog.bags(&pairs);
-        assert!(bags.iter().all(|bags| bags.len() == pairs.len()));
+    if let Ok(ratings) = source.load() {
+        read(&ratings);
     }
 });
