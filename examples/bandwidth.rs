@@ -132,13 +132,13 @@ struct Workload {
 }
 
 fn workloads() -> Result<Vec<Workload>> {
-    let mix = |block| Hash::mix(0, block, true);
+    let balanced = |block| Hash::balanced(0, block, true);
     let base = || -> Result<Workload> {
         Ok(Workload {
             name: "default",
             rows: Rows::Uniform,
             mode: Mode::Sum,
-            hash: mix(16)?,
+            hash: balanced(16)?,
             dtype: DType::F32,
             embedding_dim: 128,
             len: 1_280_000,
@@ -172,7 +172,7 @@ fn workloads() -> Result<Vec<Workload>> {
         Workload {
             name: "f16 block 32",
             dtype: DType::F16,
-            hash: mix(32)?,
+            hash: balanced(32)?,
             ..base()?
         },
         Workload {
@@ -183,7 +183,7 @@ fn workloads() -> Result<Vec<Workload>> {
         Workload {
             name: "bf16 block 32",
             dtype: DType::BF16,
-            hash: mix(32)?,
+            hash: balanced(32)?,
             ..base()?
         },
         Workload {
@@ -205,7 +205,12 @@ fn workloads() -> Result<Vec<Workload>> {
         Workload {
             name: "100M block 32",
             len: 100_000_000,
-            hash: mix(32)?,
+            hash: balanced(32)?,
+            ..base()?
+        },
+        Workload {
+            name: "random places",
+            hash: Hash::mix(0, 16, true)?,
             ..base()?
         },
         Workload {
@@ -222,7 +227,7 @@ fn workloads() -> Result<Vec<Workload>> {
             ..base()?
         },
         Workload {
-            name: "the same, mix",
+            name: "the same, balanced",
             rows: Rows::Original,
             embedding_dim: 16,
             len: 10_000,

@@ -231,7 +231,7 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
       A dot = 0;
       for (uint64_t column = lane * V; column < embedding_dim; column += bags.lanes * V) {
         Columns<V> columns(hash, uint32_t(column / V), embedding_dim);
-        auto place = hash.locate(uint64_t(row), hash.shift(hash.column_part(columns.first / hash.block), first_row));
+        auto place = hash.locate(uint64_t(row), hash.shift(hash.part(columns.first / hash.block), first_row));
         A grad[V], x[V];
         load_row<V>(grad_output + bag * embedding_dim + columns.first, columns.n, aligned, grad);
         arrive<V, T>(gather<true, V>(hashed_weight + columns.within, hash, place), place, columns.within, x);

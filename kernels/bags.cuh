@@ -96,6 +96,12 @@ struct Bags {
     return load_index(indices, index_type, i);
   }
 
+  // An index of 64 or 32 bits as a row.
+  __device__ __forceinline__ int64_t extend(int64_t index) const { return index; }
+  __device__ __forceinline__ int64_t extend(int32_t index) const {
+    return index_type == U32 ? int64_t(uint32_t(index)) : int64_t(index);
+  }
+
   __device__ __forceinline__ bool is_padding(int64_t row) const { return has_padding && row == padding_idx; }
 
   // What divides the sum of a bag in mode mean: the number of its rows without padding, 1 when there is none. A group must
@@ -127,8 +133,8 @@ struct Some {
   static constexpr bool all = false;
 };
 
-// See for_each_batch. A thread block has THREADS threads. SHARE neighbouring threads own columns of the same block, so each hashes only every SHARE-th row and
-// the places are passed around.
+// See for_each_batch. A thread block has THREADS threads. SHARE neighbouring threads own columns of the same block, so each
+// hashes only every SHARE-th row and the places are passed around.
 template <int THREADS, int SHARE, typename Hash>
 struct Walk {
   using Place = typename Hash::Place;
@@ -169,7 +175,7 @@ struct Walk {
 
   // The places of the rows of a batch, of all threads that share; whether one of the rows is not below `num_rows`.
   template <bool ALL>
-  __device__ __forceinline__ bool locate(const int64_t (&rows)[OWN], uint32_t left, uint64_t part, uint64_t num_rows,
+  __device__ __forceinline__ bool locate(const int64_t (&rows)[OWN], uint32_t left, typename Hash::Part part, uint64_t num_rows,
                                          Place (&places)[BATCH]) const {
     Place own[OWN];
     bool out_of_range = false;
@@ -187,6 +193,66 @@ struct Walk {
 #pragma unroll
     for (int j = 0; j < BATCH; j++)
       places[j] = SHARE == 1 ? own[j] : shuffle(WARP, own[j / SHARE], j % SHARE, SHARE);
+  }
+
+  // Whether the bags of this thread block are all there and all alike: of one length and one table, without padding.
+  __device__ __forceinline__ bool is_plain() const {
+    return bags.num_offsets == 0 && bags.bag_len <= LONG_BAG && !bags.has_padding &&
+           inputs.first_rows == nullptr &&
+           block_first() + THREADS / bags.lanes * bags.bags_per_group <= bags.num_bags;
+  }
+
+  // Plain bags: whole batches run on, from bag to bag if nothing is left between them, and need no test per row.
+  template <typename Index, typename Work>
+  __device__ __forceinline__ void plain_bags(Work &work) const {
+    int64_t bag = block_first() + threadIdx.x / bags.lanes * bags.bags_per_group;
+    typename Hash::Part part = hash.shift(hash.part(run), bags.first_row);
+    uint64_t num_rows = inputs.out_of_range != nullptr ? bags.num_embeddings : ~0ull;
+    uint32_t full = uint32_t(bags.bag_len) / BATCH, tail = uint32_t(bags.bag_len) % BATCH;
+
+    uint32_t out_of_range = 0;
+    Index rows[OWN];
+    const Index *from = nullptr;
+    uint32_t next = 0, last = 0;
+    // Rows are fetched a batch ahead; the last ones twice.
+    auto fetch_next = [&] {
+#pragma unroll
+      for (int s = 0; s < OWN; s++) rows[s] = from[next + s * SHARE];
+      next = min(next + BATCH, last);
+    };
+    for (uint32_t b = 0; b < bags.bags_per_group; b++, bag++) {
+      int64_t start = bag * bags.bag_len;
+      work.begin(bag);
+      if (full > 0 && (b == 0 || tail > 0)) {
+        from = static_cast<const Index *>(inputs.indices) + start + threadIdx.x % SHARE;
+        next = 0;
+        last = ((tail > 0 ? full : full * bags.bags_per_group) - 1) * BATCH;
+        fetch_next();
+      }
+      for (uint32_t batch = 0; batch < full; batch++) {
+        Place own[OWN], places[BATCH];
+#pragma unroll
+        for (int s = 0; s < OWN; s++) {
+          uint64_t row = bags.extend(rows[s]);
+          own[s] = hash.locate(row, part);
+          if (row >= num_rows) out_of_range = 1;
+        }
+        fetch_next();
+        share(own, places);
+        work.load(places, All());
+        work.use(places, start + batch * BATCH, All());
+      }
+      if (tail > 0) {
+        int64_t last[OWN];
+        Place places[BATCH];
+        fetch<false>(first(start + full * BATCH), tail, last);
+        out_of_range |= locate<false>(last, tail, part, num_rows, places);
+        work.load(places, Some());
+        work.use(places, start + full * BATCH, Some());
+      }
+      work.end(bag);
+    }
+    if (inputs.out_of_range != nullptr && out_of_range) *inputs.out_of_range = 1;
   }
 
   // The whole warp makes as many steps as the longest of its bags needs. Batches that are full in every bag of the warp come
@@ -207,7 +273,7 @@ struct Walk {
         range.end = range.start;
       }
       TableRows table = bags.table(inputs.first_rows, bag);
-      uint64_t part = hash.shift(hash.column_part(run), table.first);
+      typename Hash::Part part = hash.shift(hash.part(run), table.first);
       uint64_t num_rows = inputs.out_of_range != nullptr ? table.count : ~0ull;
       if (is_mine) work.begin(bag);
 
@@ -282,7 +348,7 @@ struct Walk {
       int64_t batches = (range.end - range.start + groups * BATCH - 1) / (groups * BATCH);
       int64_t start = range.start + group * batches * BATCH;
       TableRows table = bags.table(inputs.first_rows, bag);
-      uint64_t part = hash.shift(hash.column_part(run), table.first);
+      typename Hash::Part part = hash.shift(hash.part(run), table.first);
       uint64_t num_rows = inputs.out_of_range != nullptr ? table.count : ~0ull;
       bool out_of_range = false;
       work.begin(bag);
@@ -319,6 +385,11 @@ template <int THREADS, int SHARE, typename Hash, typename Work>
 __device__ __forceinline__ void for_each_batch(const Bags &bags, const Hash &hash, const Inputs &inputs, uint32_t run,
                                                Work &work) {
   Walk<THREADS, SHARE, Hash> walk = {bags, hash, inputs, run};
+  if (walk.is_plain()) {
+    if (bags.index_type == I64) walk.template plain_bags<int64_t>(work);
+    else walk.template plain_bags<int32_t>(work);
+    return;
+  }
   walk.own_bags(work);
   if (bags.num_offsets > 0 || bags.bag_len > LONG_BAG) walk.long_bags(work);
 }

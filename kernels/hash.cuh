@@ -3,9 +3,9 @@
 //
 // Both families offer the same to the loops:
 //   Hash::Place                     where one block of columns lies; Place::none() stands for "no row here"
-//   hash.column_part(run)           the share of block number `run` in the hash: once per thread
-//   hash.shift(column_part, rows)   the column_part to use for rows that count from `rows` on
-//   hash.locate(row, column_part)   the place of that block of that row
+//   hash.part(run)                  Hash::Part, the share of block number `run` in the hash: once per thread
+//   hash.shift(part, rows)          the part to use for rows that count from `rows` on
+//   hash.locate(row, part)          the place of that block of that row
 //   hash.at(base, place)            the value `base` points to, but in the block at `place` and not in block or slot 0
 //   hash.vector<V>(place, i)        the number of the V slots that hold columns i … i + V - 1 of the block, all of its V
 //   place.signs_of<V>(i)            the signs of columns i … i + V - 1 of the block
@@ -59,25 +59,58 @@ struct MixPlace {
   }
 };
 
+// a * b + c in one instruction, which the compiler does not see.
+__device__ __forceinline__ uint64_t mad_wide(uint32_t a, uint32_t b, uint64_t c) {
+  uint64_t sum;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(c));
+  return sum;
+}
+
+struct MixPart {
+  uint64_t sum;  // what is added to a row
+  uint32_t key;  // of a balanced hash
+};
+
 struct MixSlots {
   uint64_t key;
+  uint64_t reciprocal;
   uint32_t num_blocks;
   uint32_t block;
   uint32_t sign_mask;
+  uint32_t stride;  // of a balanced hash; 0 for random places
 
   using Place = MixPlace;
+  using Part = MixPart;
 
-  __device__ __forceinline__ uint64_t column_part(uint32_t run) const {
-    return key + (uint64_t(run) + 1) * 0x9E3779B97F4A7C15ull;
-  }
-
-  __device__ __forceinline__ uint64_t shift(uint64_t column_part, int64_t rows) const { return column_part + rows; }
-
-  __device__ __forceinline__ Place locate(uint64_t row, uint64_t column_part) const {
-    uint64_t h = column_part + row;
+  static __device__ __forceinline__ uint64_t finalize(uint64_t h) {
     h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9ull;
     h = (h ^ (h >> 27)) * 0x94D049BB133111EBull;
-    h = h ^ (h >> 31);
+    return h ^ (h >> 31);
+  }
+
+  __device__ __forceinline__ Part part(uint32_t run) const {
+    uint64_t start = key + (uint64_t(run) + 1) * 0x9E3779B97F4A7C15ull;
+    if (stride != 0) return {0, uint32_t(finalize(start) >> 32)};
+    return {start, 0};
+  }
+
+  __device__ __forceinline__ Part shift(Part part, int64_t rows) const { return {part.sum + rows, part.key}; }
+
+  __device__ __forceinline__ Place locate(uint64_t row, Part part) const {
+    uint64_t x = part.sum + row;
+    if (stride != 0) {
+      // Bits 32 to 95 of x * reciprocal: below, how far x stands in its stratum of rows; above, which that is.
+      uint32_t low = uint32_t(x), high = uint32_t(x >> 32), factor = uint32_t(reciprocal >> 32);
+      uint64_t product = mad_wide(low, factor, __umulhi(low, uint32_t(reciprocal)));
+      product = mad_wide(high, uint32_t(reciprocal), product);
+      uint32_t stratum = uint32_t(product >> 32) + high * factor;
+      uint32_t turn = stratum * 0x9E3779B9u + part.key;
+      turn = (turn ^ turn >> 15) * 0x846CA68Bu;
+      uint32_t signs = (low ^ turn) * 0x7FEB352Du;
+      signs = (signs ^ signs >> 15) * 0x846CA68Bu;
+      return {__umulhi(uint32_t(product) * stride + turn, num_blocks), (signs ^ signs >> 16) & sign_mask};
+    }
+    uint64_t h = finalize(x);
     return {__umulhi(uint32_t(h >> 32), num_blocks), uint32_t(h) & sign_mask};
   }
 
@@ -125,13 +158,14 @@ struct AffineSlots {
   uint32_t block;
 
   using Place = AffinePlace;
+  using Part = uint64_t;
 
-  __device__ __forceinline__ uint64_t column_part(uint32_t run) const { return run * b + c; }
+  __device__ __forceinline__ Part part(uint32_t run) const { return run * b + c; }
 
-  __device__ __forceinline__ uint64_t shift(uint64_t column_part, int64_t rows) const { return column_part + rows * a; }
+  __device__ __forceinline__ Part shift(Part part, int64_t rows) const { return part + rows * a; }
 
-  __device__ __forceinline__ Place locate(uint64_t row, uint64_t column_part) const {
-    return {starts.rem(modulus.rem(row * a + column_part))};
+  __device__ __forceinline__ Place locate(uint64_t row, Part part) const {
+    return {starts.rem(modulus.rem(row * a + part))};
   }
 
   template <typename T>

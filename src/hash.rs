@@ -5,12 +5,22 @@
 //!
 //! | family | slot of `(row, column)` in a `hashed_weight` of `len` values |
 //! |---|---|
+//! | [`Mix`], balanced | `((y * stride + turn) mod 2^32 * (len / block) >> 32) * block + column % block`: see below |
 //! | [`Mix`] | `(((h >> 32) * (len / block)) >> 32) * block + column % block`, `h` = output `column / block` of SplitMix64 started at `row` |
 //! | [`Affine`] | `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block` |
 //!
+//! A balanced hash divides the rows into *strata* of as many consecutive rows as there are blocks. The rows of a stratum go
+//! to one block each, `stride` blocks apart, around the circle of blocks; where on it they start is the stratum's *turn*, a hash
+//! of the stratum and of `column / block`. So every block serves as many rows as any other, give or take one stratum that is not
+//! full, where random places would serve some twice as often as others; two rows of one stratum never share; and two rows that
+//! do share a block share no other but by chance. With `x` the row, `n = len / block` and `r = floor((2^64 - 1) / n) + 1`:
+//! `y`, bits 32 to 63 of `x * r`, is how far `x` stands in its stratum, as a fraction of 2^32, and bits 64 to 95 number it. The stride is the
+//! smallest number from 7 on that has no divisor in common with `n`: neighbours, which are often the rows used most, do not
+//! crowd into one part of the memory.
+//!
 //! A [`Hash`] is bound to a length once, giving [`Slots`]: all that the kernels need, `Copy` and `#[repr(C)]`, because the
-//! CUDA kernels take the very same struct. The CPU loops see it through [`Locate`]. `kernels/hash.cuh` is the twin of this file; the shared vectors in
-//! `tests/hash.rs` tie the two.
+//! CUDA kernels take the very same struct. The CPU loops see it through [`Locate`]. `kernels/hash.cuh` is the twin of this
+//! file; the shared vectors in `tests/hash.rs` tie the two.
 
 use candle_core::{bail, Result};
 use serde::{Deserialize, Serialize};
@@ -29,8 +39,9 @@ const fn finalize(mut h: u64) -> u64 {
 ///
 /// | constructor | family | use it for |
 /// |---|---|---|
-/// | [`Hash::default_for`] | mix, signed | new models |
-/// | [`Hash::mix`] | mix | new models with a block or seed of your choice |
+/// | [`Hash::default_for`] | mix, balanced, signed | new models |
+/// | [`Hash::balanced`] | mix, balanced | new models with a block or seed of your choice |
+/// | [`Hash::mix`] | mix | rows at random places, for tables whose rows are drawn far apart |
 /// | [`Hash::original`] | affine | weights trained with the PyTorch package HashedEmbeddingBag |
 /// | [`Hash::robe`] | affine | weights trained with ROBE (arXiv 2108.02191) |
 /// | [`Hash::affine`] | affine | any other member of the family |
@@ -43,6 +54,12 @@ const fn finalize(mut h: u64) -> u64 {
 /// let (slot, sign) = Hash::mix(0, 16, true)?.slot(1, 0, 1_280_000)?;
 /// assert_eq!(slot, 725_184);
 /// assert!(sign == 1 || sign == -1);
+///
+/// // As many rows as there are blocks: one in each.
+/// let hash = Hash::balanced(0, 4, true)?;
+/// let mut slots = (0..100).map(|row| hash.slot(row, 0, 400)).collect::<Result<Vec<_>, _>>()?;
+/// slots.sort();
+/// assert!(slots.iter().map(|(slot, _)| *slot).eq((0..400).step_by(4)));
 /// # Ok(())
 /// # }
 /// ```
@@ -55,13 +72,14 @@ pub enum Hash {
     Affine(Affine),
 }
 
-/// A member of the native hash family; made by [`Hash::mix`].
+/// A member of the native hash family; made by [`Hash::balanced`] or [`Hash::mix`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "MixFields", into = "MixFields")]
 pub struct Mix {
     seed: u64,
     block: u32,
     signed: bool,
+    balanced: bool,
 }
 
 /// A member of the compatibility hash family; made by [`Hash::affine`], [`Hash::original`] or [`Hash::robe`].
@@ -157,31 +175,50 @@ impl Hash {
         Self::affine(embedding_dim as u64, 0, 0, u64::MAX, embedding_dim)
     }
 
-    /// The native hash: SplitMix64 of `(seed, row, column / block)`.
+    /// The native hash: as many rows in every block as in any other, at places that depend on `(seed, column / block)` and
+    /// on where the rows stand in the table; see the formula in the README.
     ///
-    /// `signed` multiplies every value by +1 or -1, by a bit of the same hash: rows that share a block are then no
+    /// `signed` multiplies every value by +1 or -1, by a bit of a hash of the row: rows that share a block are then no
     /// copies of each other. Signs are what makes long blocks, and so wide loads, cost next to no quality.
     ///
     /// # Errors
     /// A block outside `1..=2^24`, or above 32 when signed (one hash carries 32 sign bits).
+    pub fn balanced(seed: u64, block: usize, signed: bool) -> Result<Self> {
+        Self::checked_mix(seed, block, signed, true)
+    }
+
+    /// The native hash with rows at random places: SplitMix64 of `(seed, row, column / block)`. By chance some blocks serve
+    /// many more rows than others, which costs quality unless every block serves dozens.
+    ///
+    /// # Errors
+    /// Those of [`Hash::balanced`].
     pub fn mix(seed: u64, block: usize, signed: bool) -> Result<Self> {
+        Self::checked_mix(seed, block, signed, false)
+    }
+
+    fn checked_mix(seed: u64, block: usize, signed: bool, balanced: bool) -> Result<Self> {
         Mix::checked(MixFields {
             seed,
             block: block as u64,
             signed,
+            balanced,
         })
         .map(Self::Mix)
         .map_err(candle_core::Error::msg)
     }
 
-    /// What a layer uses when its config names no hash: mix with seed 0, signed, and as block the largest power of two
-    /// that is at most `min(16, embedding_dim)`.
+    /// What a layer uses when its config names no hash: balanced, with seed 0, signed, and as block the largest power of two
+    /// that is at most half of `embedding_dim`, but no more than 16 and, if there are as many columns, no less than 4.
+    ///
+    /// A row then consists of several blocks, each of which it shares with other rows: where one meets a row that is used far
+    /// more often, the others need not.
     pub fn default_for(embedding_dim: usize) -> Self {
-        let widest = embedding_dim.clamp(1, 16);
+        let widest = (embedding_dim / 2).clamp(4, 16).min(embedding_dim.max(1));
         Self::Mix(Mix {
             seed: 0,
             block: 1 << widest.ilog2(),
             signed: true,
+            balanced: true,
         })
     }
 
@@ -272,12 +309,18 @@ impl Hash {
     pub(crate) fn slots(&self, len: usize) -> Result<Slots> {
         self.check_len(len)?;
         Ok(match self {
-            Self::Mix(mix) => Slots::Mix(MixSlots {
-                key: finalize(mix.seed),
-                num_blocks: (len / mix.block as usize) as u32,
-                block: mix.block,
-                sign_mask: if mix.signed { u32::MAX } else { 0 },
-            }),
+            Self::Mix(mix) => {
+                let num_blocks = len / mix.block as usize;
+                Slots::Mix(MixSlots {
+                    key: finalize(mix.seed),
+                    // One more than what rounds down, so that row `num_blocks` begins a stratum; 0 stands for 2^64.
+                    reciprocal: (u64::MAX / num_blocks as u64).wrapping_add(1),
+                    num_blocks: num_blocks as u32,
+                    block: mix.block,
+                    sign_mask: if mix.signed { u32::MAX } else { 0 },
+                    stride: if mix.balanced { stride(num_blocks) } else { 0 },
+                })
+            }
             Self::Affine(affine) => Slots::Affine(AffineSlots {
                 a: affine.a,
                 b: affine.b,
@@ -296,6 +339,11 @@ impl Mix {
         self.seed
     }
 
+    /// Whether every block serves as many rows as any other.
+    pub fn balanced(&self) -> bool {
+        self.balanced
+    }
+
     fn checked(fields: MixFields) -> std::result::Result<Self, String> {
         let block = checked_block(fields.block)?;
         if fields.signed && block > 32 {
@@ -307,6 +355,7 @@ impl Mix {
             seed: fields.seed,
             block,
             signed: fields.signed,
+            balanced: fields.balanced,
         })
     }
 }
@@ -372,6 +421,8 @@ struct MixFields {
     seed: u64,
     block: u64,
     signed: bool,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    balanced: bool,
 }
 
 /// How an [`Affine`] stands in a checkpoint; reading one goes through the same checks as [`Hash::affine`].
@@ -406,6 +457,7 @@ impl From<Mix> for MixFields {
             seed: mix.seed,
             block: mix.block.into(),
             signed: mix.signed,
+            balanced: mix.balanced,
         }
     }
 }
@@ -477,14 +529,37 @@ impl Slots {
 #[repr(C)]
 pub(crate) struct MixSlots {
     key: u64,
+    /// `2^64 / num_blocks`, rounded up
+    reciprocal: u64,
     num_blocks: u32,
     pub(crate) block: u32,
     sign_mask: u32,
+    /// Of a balanced hash; 0 for random places.
+    stride: u32,
+}
+
+/// The smallest number from 7 on that has no divisor in common with `num_blocks`.
+fn stride(num_blocks: usize) -> u32 {
+    let shares_no_divisor = |stride: u64| {
+        let (mut a, mut b) = (num_blocks as u64, stride);
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a == 1
+    };
+    // The primes from 7 to 37 together are more than 2^32, so that one of them is found.
+    (7..).find(|&stride| shares_no_divisor(stride)).unwrap_or(1) as u32
+}
+
+/// The low half of a word. Products of two such are what vector units multiply at once.
+#[inline(always)]
+const fn low(x: u64) -> u64 {
+    x & 0xFFFF_FFFF
 }
 
 /// A place is the number of the block in its high half and the signs in its low half.
 impl Locate for MixSlots {
-    /// The start of SplitMix64 for this block of row 0.
+    /// The start of SplitMix64 for this block of row 0; of a balanced hash, what it starts with, in 32 bits.
     type Run = u64;
 
     #[inline(always)]
@@ -495,11 +570,19 @@ impl Locate for MixSlots {
     #[inline(always)]
     fn run(&self, run: u64) -> u64 {
         let steps = run.wrapping_add(1).wrapping_mul(GOLDEN);
-        self.key.wrapping_add(steps)
+        let start = self.key.wrapping_add(steps);
+        if self.stride != 0 {
+            finalize(start) >> 32
+        } else {
+            start
+        }
     }
 
     #[inline(always)]
     fn locate(&self, rows: &[u64], runs: &[u64], places: &mut [Place]) {
+        if self.stride != 0 {
+            return self.locate_balanced(rows, runs, places);
+        }
         let (num_blocks, sign_mask) = (u64::from(self.num_blocks), u64::from(self.sign_mask));
         for (run, places) in runs.iter().zip(places.chunks_exact_mut(rows.len())) {
             for (place, row) in places.iter_mut().zip(rows) {
@@ -518,6 +601,41 @@ impl Locate for MixSlots {
     #[inline(always)]
     fn signs(&self, place: Place) -> u32 {
         place as u32
+    }
+}
+
+impl MixSlots {
+    #[inline(always)]
+    fn locate_balanced(&self, rows: &[u64], runs: &[u64], places: &mut [Place]) {
+        let (num_blocks, sign_mask) = (u64::from(self.num_blocks), u64::from(self.sign_mask));
+        let (factor_low, factor_high) = (low(self.reciprocal), self.reciprocal >> 32);
+        let stride = u64::from(self.stride);
+        let n = rows.len();
+        // What does not depend on the block of columns. In slices of their own, so that the loops below become vectors; all
+        // arithmetic is that of 32 bits.
+        let (mut fractions, mut strata) = ([0; MAX_ROWS], [0; MAX_ROWS]);
+        let (fractions, strata) = (&mut fractions[..n], &mut strata[..n]);
+        for (&x, (fraction, stratum)) in rows.iter().zip(fractions.iter_mut().zip(&mut *strata)) {
+            // Bits 32 to 95 of x * reciprocal.
+            let product = ((low(x) * factor_low) >> 32)
+                .wrapping_add(low(x) * factor_high)
+                .wrapping_add((x >> 32) * factor_low)
+                .wrapping_add(((x >> 32) * factor_high) << 32);
+            *fraction = low(low(product) * stride);
+            *stratum = low((product >> 32) * 0x9E37_79B9);
+        }
+        for (&run, places) in runs.iter().zip(places.chunks_exact_mut(n)) {
+            let shares = rows.iter().zip(&*fractions).zip(&*strata);
+            for (place, ((&x, &fraction), &stratum)) in places.iter_mut().zip(shares) {
+                // Mixed as in lowbias32 of Chris Wellons' hash-prospector.
+                let turn = low(stratum + run);
+                let turn = low((turn ^ (turn >> 15)) * 0x846C_A68B);
+                let signs = low((low(x) ^ turn) * 0x7FEB_352D);
+                let signs = low((signs ^ (signs >> 15)) * 0x846C_A68B);
+                let signs = (signs ^ (signs >> 16)) & sign_mask;
+                *place = ((low(fraction + turn) * num_blocks) & !0xFFFF_FFFF) | signs;
+            }
+        }
     }
 }
 

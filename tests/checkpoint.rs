@@ -145,7 +145,7 @@ fn the_description_is_as_specified() -> Result<()> {
         concat!(
             r#"{"version":1,"layers":{"#,
             r#""":{"num_embeddings":10,"embedding_dim":4,"mode":"sum","padding_idx":null,"include_last_offset":false,"#,
-            r#""hash":{"kind":"mix","seed":0,"block":4,"signed":true}},"#,
+            r#""hash":{"kind":"mix","seed":0,"block":4,"signed":true,"balanced":true}},"#,
             r#""b":{"num_embeddings":10,"embedding_dim":4,"mode":"sum","padding_idx":null,"include_last_offset":false,"#,
             r#""hash":{"kind":"mix","seed":18446744073709551615,"block":16,"signed":false}},"#,
             r#""c":{"num_embeddings":10,"embedding_dim":4,"mode":"sum","padding_idx":null,"include_last_offset":false,"#,

@@ -372,8 +372,8 @@ fn constructing_refuses_what_is_no_collection() -> Result<()> {
             ..plain
         },
     )?;
-    // 357 rows of 8 columns, over 16, in whole blocks of 8.
-    assert_eq!(collection.hashed_weight().dims(), [184]);
+    // 357 rows of 8 columns, over 16, in whole blocks of 4.
+    assert_eq!(collection.hashed_weight().dims(), [180]);
     assert_eq!(collection.tables().collect::<Vec<_>>(), TABLES);
     Ok(())
 }

@@ -340,7 +340,7 @@ fn construction() -> Result<()> {
         (1000, 16, 1.0 / 64.0, None, 256),
         (1000, 16, 1.0 / 64.0, Some(Hash::original()), 250),
         (10, 3, 1e-9, Some(Hash::original()), 1),
-        (10, 16, 1e-9, None, 16),
+        (10, 16, 1e-9, None, 8),
         (10, 16, 1e-9, Some(Hash::affine(1, 1, 1, 7, 5)?), 5),
         (7, 3, 1.0, None, 22),
         (7, 3, 2.0, Some(Hash::original()), 42),

@@ -42,11 +42,15 @@ fn hashes() -> Vec<Hash> {
         Hash::robe(&robe, 8).unwrap(),
         Hash::affine(u64::MAX - 58, u64::MAX / 3, 7, u64::MAX - 4, 3).unwrap(),
         Hash::mix(0, 1, true).unwrap(),
-        Hash::mix(7, 3, true).unwrap(),
+        Hash::balanced(7, 3, true).unwrap(),
         Hash::mix(u64::MAX, 4, false).unwrap(),
+        Hash::balanced(0, 1, true).unwrap(),
+        Hash::balanced(1, 4, true).unwrap(),
         Hash::mix(1, 8, true).unwrap(),
+        Hash::balanced(9, 8, false).unwrap(),
         Hash::mix(2, 16, true).unwrap(),
-        Hash::mix(3, 32, true).unwrap(),
+        Hash::balanced(2, 16, true).unwrap(),
+        Hash::balanced(3, 32, true).unwrap(),
         Hash::mix(4, 64, false).unwrap(),
     ]
 }

@@ -77,21 +77,131 @@ fn mix_vectors() {
 }
 
 #[test]
-fn default_block_is_a_power_of_two_of_at_most_16() {
+fn balanced_vectors() {
+    let (len, block) = (1_280_000, 16);
+    for (seed, row, run, want, signs) in [
+        (0, 0, 0, 115_536, 0x083fa657),
+        (0, 0, 1, 1_259_376, 0x7c89fea3),
+        (0, 1, 0, 115_648, 0xf70683b7),
+        (42, 123_456_789, 7, 879_104, 0xcec377ab),
+        (0, 1 << 40, 3, 391_088, 0xc34e5f80),
+        (0, -1, 0, 801_008, 0xc1adcb31),
+    ] {
+        let hash = Hash::balanced(seed, block, true).unwrap();
+        for within in 0..block {
+            let sign = if (signs >> within) & 1 == 1 { -1 } else { 1 };
+            let slot = hash.slot(row, run * block + within, len).unwrap();
+            assert_eq!(slot, (want + within, sign));
+        }
+    }
+}
+
+#[test]
+fn default_block_is_half_a_row_within_bounds() {
     for (embedding_dim, block) in [
         (1, 1),
         (2, 2),
         (3, 2),
-        (7, 4),
-        (8, 8),
-        (16, 16),
-        (17, 16),
+        (4, 4),
+        (15, 4),
+        (16, 8),
+        (31, 8),
+        (32, 16),
         (512, 16),
     ] {
         let hash = Hash::default_for(embedding_dim);
-        assert_eq!(hash, Hash::mix(0, block, true).unwrap());
+        assert_eq!(hash, Hash::balanced(0, block, true).unwrap());
         assert!(hash.signed());
     }
+}
+
+/// Each block of columns goes to every place once per stratum, but for one row more or less where strata do not begin at a
+/// multiple of 2^-32.
+#[test]
+fn balanced_places_are_balanced() {
+    for (num_blocks, rows) in [(1, 7), (7, 70), (64, 640), (1000, 4000), (3027, 12_108)] {
+        let hash = Hash::balanced(5, 2, true).unwrap();
+        for run in 0..4 {
+            let mut loads = vec![0; num_blocks];
+            for row in 0..rows {
+                let (slot, _) = hash.slot(row as i64, 2 * run, 2 * num_blocks).unwrap();
+                loads[slot / 2] += 1;
+            }
+            let even = rows / num_blocks;
+            let near = loads
+                .iter()
+                .all(|&load| load + 1 >= even && load <= even + 1);
+            let exact = loads.iter().filter(|&&load| load == even).count();
+            assert!(
+                near && exact * 100 >= 98 * num_blocks,
+                "{num_blocks}: {loads:?}"
+            );
+        }
+    }
+}
+
+/// The number of the block that holds block of columns `run` of a row, and the signs of its 16 columns.
+fn place(hash: &Hash, row: usize, run: usize, num_blocks: usize) -> (usize, u16) {
+    let column = |i| {
+        hash.slot(row as i64, 16 * run + i, 16 * num_blocks)
+            .unwrap()
+    };
+    let signs = (0..16).map(|i| u16::from(column(i).1 < 0) << i).sum();
+    (column(0).0 / 16, signs)
+}
+
+/// Two strata lie as far apart in one block of columns as in another no more often than by chance.
+#[test]
+fn balanced_strata_turn_independently() {
+    let (hash, num_blocks) = (Hash::balanced(0, 16, true).unwrap(), 50);
+    let turns: Vec<[usize; 4]> = (0..500)
+        .map(|stratum| {
+            [0, 1, 2, 7].map(|run| place(&hash, stratum * num_blocks, run, num_blocks).0)
+        })
+        .collect();
+    let apart = |a: usize, b: usize| (a + num_blocks - b) % num_blocks;
+    for (run, other) in [(0, 1), (1, 2), (0, 3)] {
+        let pairs = turns
+            .iter()
+            .enumerate()
+            .flat_map(|(i, a)| turns[..i].iter().map(move |b| (a, b)));
+        let equal = pairs
+            .filter(|(a, b)| apart(a[run], b[run]) == apart(a[other], b[other]))
+            .count();
+        let chance = 500 * 499 / 2 / num_blocks;
+        assert!(equal.abs_diff(chance) < chance / 8, "{equal} of {chance}");
+    }
+}
+
+/// Rows that share a block differ in half of their signs, and in all the ways there are.
+#[test]
+fn balanced_rows_in_one_block_are_no_twins() {
+    let (hash, num_blocks, strata) = (Hash::balanced(0, 16, true).unwrap(), 50, 120);
+    let mut blocks = vec![vec![]; num_blocks];
+    for row in 0..num_blocks * strata {
+        let (block, signs) = place(&hash, row, 3, num_blocks);
+        blocks[block].push(signs);
+    }
+    let (mut pairs, mut differ, mut twins) = (0, [0u32; 16], 0);
+    for block in &blocks {
+        for (i, a) in block.iter().enumerate() {
+            for b in &block[..i] {
+                pairs += 1;
+                twins += usize::from(a == b);
+                for (column, differ) in differ.iter_mut().enumerate() {
+                    *differ += u32::from((a ^ b) >> column) & 1;
+                }
+            }
+        }
+    }
+    assert!(twins <= 2 * (pairs >> 16), "{twins} twins of {pairs} pairs");
+    let half = pairs as f64 / 2.0;
+    assert!(
+        differ
+            .iter()
+            .all(|&n| (f64::from(n) / half - 1.0).abs() < 0.02),
+        "{differ:?} of {half}"
+    );
 }
 
 /// Rows spread evenly: of 64 equal parts of the parameter, none gets more than 10 % over its share.

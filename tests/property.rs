@@ -74,6 +74,9 @@ fn hashes(embedding_dim: usize) -> impl Strategy<Value = Hash> {
         (numbers(), blocks(), any::<bool>()).prop_map(|(seed, block, signed)| {
             Hash::mix(seed, block, signed && block <= 32).unwrap()
         }),
+        (numbers(), blocks(), any::<bool>()).prop_map(|(seed, block, signed)| {
+            Hash::balanced(seed, block, signed && block <= 32).unwrap()
+        }),
         (factors, blocks()).prop_map(|((a, b, c, modulus), block)| {
             Hash::affine(a, b, c, modulus.max(1), block).unwrap()
         }),

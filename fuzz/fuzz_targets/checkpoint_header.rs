@@ -78,12 +78,16 @@ fn number(u: &mut Unstructured) -> Result<u64> {
 fn layer(u: &mut Unstructured, collection: bool) -> Result<Value> {
     let hash = if u.arbitrary()? {
         let block = 1 << u.int_in_range(0..=5)?;
-        json!({
+        let mut hash = json!({
             "kind": "mix",
             "seed": or_odd(u, json!(0))?,
             "block": or_odd(u, json!(block))?,
             "signed": u.arbitrary::<bool>()?,
-        })
+        });
+        if u.arbitrary()? {
+            hash["balanced"] = or_odd(u, json!(true))?;
+        }
+        hash
     } else {
         let [a, b, c, modulus] = [number(u)?, number(u)?, number(u)?, number(u)?];
         let block = u.int_in_range(1..=8)?;

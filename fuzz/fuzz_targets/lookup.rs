@@ -46,6 +46,7 @@ enum HashKind {
         seed: u64,
         block: u8,
         signed: bool,
+        balanced: bool,
     },
     Affine {
         a: u64,
@@ -81,7 +82,14 @@ fn run(input: &Input) -> Result<()> {
             seed,
             block,
             signed,
+            balanced: false,
         } => Some(Hash::mix(seed, block.into(), signed)?),
+        HashKind::Mix {
+            seed,
+            block,
+            signed,
+            balanced: true,
+        } => Some(Hash::balanced(seed, block.into(), signed)?),
         HashKind::Affine {
             a,
             b,

@@ -77,10 +77,26 @@ pub fn naive_slot(hash: &Hash, row: i64, column: usize, len: usize) -> (usize, f
                 let h = (h ^ (h >> 27)) * 0x94D0_49BB_1331_11EB % mod64;
                 h ^ (h >> 31)
             };
+            let (mod32, num_blocks) = (1u128 << 32, len as u128 / block);
             let steps = (run + 1) * 0x9E37_79B9_7F4A_7C15 % mod64;
-            let h = finalize((finalize(u128::from(h.seed())) + row + steps) % mod64);
-            let start = ((h >> 32) * (len as u128 / block)) >> 32;
-            let negative = hash.signed() && (h >> within) & 1 == 1;
+            let start = (finalize(u128::from(h.seed())) + steps) % mod64;
+            let (place, signs) = if h.balanced() {
+                let product = row * ((u128::from(u64::MAX) / num_blocks + 1) % mod64);
+                let (fraction, stratum) = ((product >> 32) % mod32, (product >> 64) % mod32);
+                let turn = (stratum * 0x9E37_79B9 + (finalize(start) >> 32)) % mod32;
+                let turn = (turn ^ (turn >> 15)) * 0x846C_A68B % mod32;
+                let signs = ((row % mod32) ^ turn) * 0x7FEB_352D % mod32;
+                let signs = (signs ^ (signs >> 15)) * 0x846C_A68B % mod32;
+                let shares_a_divisor =
+                    |stride: u128| (2..=stride).any(|d| stride % d == 0 && num_blocks % d == 0);
+                let stride = (7..).find(|&stride| !shares_a_divisor(stride)).unwrap();
+                ((fraction * stride + turn) % mod32, signs ^ (signs >> 16))
+            } else {
+                let h = finalize((start + row) % mod64);
+                (h >> 32, h)
+            };
+            let start = (place * num_blocks) >> 32;
+            let negative = hash.signed() && (signs >> within) & 1 == 1;
             (
                 (start * block + within) as usize,
                 if negative { -1.0 } else { 1.0 },
