@@ -1,4 +1,7 @@
-//! Compiles kernels/*.cu to PTX in OUT_DIR when the feature `cuda` is on; without it nothing here needs a CUDA tool.
+//! Compiles the kernels to PTX in OUT_DIR when the feature `cuda` is on; without it nothing here needs a CUDA tool.
+//!
+//! Each pass, hash and dtype of `hashed_weight` is a module of its own, made of a line of kernels/instances.cuh;
+//! src/op/cuda.rs includes them by the same names.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -21,9 +24,27 @@ fn compile_kernels() {
             fs::remove_file(entry.path()).expect("a stale PTX file can be removed");
         }
     }
+    let mut sources = vec![PathBuf::from("kernels/indices.cu")];
+    for pass in ["forward", "backward", "deterministic"] {
+        for hash in ["affine", "mix", "balanced"] {
+            for (dtype, name) in [
+                ("float", "f32"),
+                ("double", "f64"),
+                ("__half", "f16"),
+                ("__nv_bfloat16", "bf16"),
+            ] {
+                let instances = format!("{pass}_{hash}").to_uppercase();
+                let source = out_dir.join(format!("{pass}_{hash}_{name}.cu"));
+                let text = format!("#include \"instances.cuh\"\n{instances}({dtype}, {name})\n");
+                fs::write(&source, text).expect("OUT_DIR can be written");
+                sources.push(source);
+            }
+        }
+    }
     bindgen_cuda::Builder::default()
-        .kernel_paths_glob("kernels/*.cu")
+        .kernel_paths(sources)
         .include_paths_glob("kernels/*.cuh")
+        .arg("-Ikernels")
         .arg("--std=c++17")
         .build_ptx()
         .expect("nvcc compiles the kernels");

@@ -1,6 +1,6 @@
 //! The lookups on the CPU, in gathered values per second: `cargo bench`.
 //!
-//! Names read `forward/mix sum f32 64`: pass, hash, mode, dtype, embedding_dim. benches/peers/torch_cpu.py looks up the
+//! Names read `forward/default sum f32 64`: pass, hash, mode, dtype, embedding_dim. benches/peers/torch_cpu.py looks up the
 //! same rows with torch and prints the ratios.
 //!
 //! Memory comes from mimalloc, which starts large tensors at a cache line, as torch's own allocator does: a block of 64 bytes
@@ -70,16 +70,16 @@ fn large(c: &mut Criterion) {
     let indices = indices(NUM_BAGS, BAG_LEN).unwrap();
     let mut layers = vec![];
     for embedding_dim in [64, 128] {
-        for hash in ["mix", "original"] {
+        for hash in ["default", "original"] {
             for mode in [Mode::Sum, Mode::Mean, Mode::Max] {
                 layers.push(layer(hash, mode, DType::F32, embedding_dim).unwrap());
             }
         }
         for dtype in [DType::F16, DType::BF16, DType::F64] {
-            layers.push(layer("mix", Mode::Sum, dtype, embedding_dim).unwrap());
+            layers.push(layer("default", Mode::Sum, dtype, embedding_dim).unwrap());
         }
     }
-    layers.push(layer("mix", Mode::Sum, DType::F32, 16).unwrap());
+    layers.push(layer("default", Mode::Sum, DType::F32, 16).unwrap());
 
     let values = |layer: &Layer| {
         let values = indices.elem_count() * layer.bag.embedding_dim();
@@ -122,7 +122,7 @@ fn large(c: &mut Criterion) {
 
 /// What a call costs when there is little to look up, on one thread.
 fn small(c: &mut Criterion) {
-    let layer = layer("mix", Mode::Sum, DType::F32, 64).unwrap();
+    let layer = layer("default", Mode::Sum, DType::F32, 64).unwrap();
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1);
     let pool = pool.build().unwrap();
     let mut group = c.benchmark_group("small");

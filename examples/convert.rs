@@ -421,7 +421,8 @@ fn describe(hash: Hash) -> String {
         }
         Hash::Affine(_) => format!("affine, block {}", hash.block()),
         Hash::Mix(mix) => format!(
-            "mix, seed {}, block {}, {}",
+            "{}, seed {}, block {}, {}",
+            if mix.balanced() { "balanced" } else { "mix" },
             mix.seed(),
             hash.block(),
             if hash.signed() { "signed" } else { "unsigned" }

@@ -202,7 +202,7 @@ __device__ __forceinline__ void backward(const T *__restrict__ grad_output, cons
         inputs, columns,
         embedding_dim, mean,
         grad_output_aligned && embedding_dim % V == 0};
-    for_each_batch<THREADS, SHARE>(bags, hash, inputs, columns.first / hash.block, work);
+    for_each_batch<THREADS, SHARE, false>(bags, hash, inputs, columns.first / hash.block, work);
   }
   sums.end();
 }

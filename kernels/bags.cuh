@@ -195,17 +195,12 @@ struct Walk {
       places[j] = SHARE == 1 ? own[j] : shuffle(WARP, own[j / SHARE], j % SHARE, SHARE);
   }
 
-  // Whether the bags of this thread block are all there and all alike: of one length and one table, without padding.
-  __device__ __forceinline__ bool is_plain() const {
-    return bags.num_offsets == 0 && bags.bag_len <= LONG_BAG && !bags.has_padding &&
-           inputs.first_rows == nullptr &&
-           block_first() + THREADS / bags.lanes * bags.bags_per_group <= bags.num_bags;
-  }
-
-  // Plain bags: whole batches run on, from bag to bag if nothing is left between them, and need no test per row.
+  // Bags of one length, up to LONG_BAG, and one table, without padding: whole batches need no test per row, and run on from
+  // bag to bag if nothing is left between them.
   template <typename Index, typename Work>
   __device__ __forceinline__ void plain_bags(Work &work) const {
-    int64_t bag = block_first() + threadIdx.x / bags.lanes * bags.bags_per_group;
+    int64_t first_bag = block_first() + threadIdx.x / bags.lanes * bags.bags_per_group;
+    uint32_t mine = uint32_t(max(min(bags.num_bags - first_bag, int64_t(bags.bags_per_group)), int64_t(0)));
     typename Hash::Part part = hash.shift(hash.part(run), bags.first_row);
     uint64_t num_rows = inputs.out_of_range != nullptr ? bags.num_embeddings : ~0ull;
     uint32_t full = uint32_t(bags.bag_len) / BATCH, tail = uint32_t(bags.bag_len) % BATCH;
@@ -220,13 +215,16 @@ struct Walk {
       for (int s = 0; s < OWN; s++) rows[s] = from[next + s * SHARE];
       next = min(next + BATCH, last);
     };
-    for (uint32_t b = 0; b < bags.bags_per_group; b++, bag++) {
+    for (uint32_t b = 0; b < bags.bags_per_group; b++) {
+      // The warp stays together: past the last bag, that one is looked up once more, for nothing.
+      int64_t bag = min(first_bag + b, bags.num_bags - 1);
+      if (b >= mine) work.columns.n = 0;
       int64_t start = bag * bags.bag_len;
       work.begin(bag);
       if (full > 0 && (b == 0 || tail > 0)) {
         from = static_cast<const Index *>(inputs.indices) + start + threadIdx.x % SHARE;
         next = 0;
-        last = ((tail > 0 ? full : full * bags.bags_per_group) - 1) * BATCH;
+        last = ((tail > 0 ? full : full * max(mine, 1u)) - 1) * BATCH;
         fetch_next();
       }
       for (uint32_t batch = 0; batch < full; batch++) {
@@ -243,10 +241,10 @@ struct Walk {
         work.use(places, start + batch * BATCH, All());
       }
       if (tail > 0) {
-        int64_t last[OWN];
+        int64_t rest[OWN];
         Place places[BATCH];
-        fetch<false>(first(start + full * BATCH), tail, last);
-        out_of_range |= locate<false>(last, tail, part, num_rows, places);
+        fetch<false>(first(start + full * BATCH), tail, rest);
+        out_of_range |= locate<false>(rest, tail, part, num_rows, places);
         work.load(places, Some());
         work.use(places, start + full * BATCH, Some());
       }
@@ -381,15 +379,18 @@ struct Walk {
 //
 // The rows of the next batch, be it of the next bag, are fetched while the values of this one are on their way, so that
 // neither waits for the other.
-template <int THREADS, int SHARE, typename Hash, typename Work>
+//
+// PLAIN says that the bags are of one length, of at most LONG_BAG, and one table, without padding. That is a kernel of its
+// own, because one that can do both does neither well: it has the registers of both.
+template <int THREADS, int SHARE, bool PLAIN, typename Hash, typename Work>
 __device__ __forceinline__ void for_each_batch(const Bags &bags, const Hash &hash, const Inputs &inputs, uint32_t run,
                                                Work &work) {
   Walk<THREADS, SHARE, Hash> walk = {bags, hash, inputs, run};
-  if (walk.is_plain()) {
+  if constexpr (PLAIN) {
     if (bags.index_type == I64) walk.template plain_bags<int64_t>(work);
     else walk.template plain_bags<int32_t>(work);
-    return;
+  } else {
+    walk.own_bags(work);
+    if (bags.num_offsets > 0 || bags.bag_len > LONG_BAG) walk.long_bags(work);
   }
-  walk.own_bags(work);
-  if (bags.num_offsets > 0 || bags.bag_len > LONG_BAG) walk.long_bags(work);
 }

@@ -132,7 +132,7 @@ struct Forward {
   }
 };
 
-template <int THREADS, Mode MODE, int V, int SHARE, typename T, typename Hash>
+template <int THREADS, Mode MODE, int V, int SHARE, bool PLAIN, typename T, typename Hash>
 __device__ __forceinline__ void forward(const T *__restrict__ hashed_weight, const Inputs &inputs,
                                         const T *__restrict__ per_sample_weights, T *__restrict__ out,
                                         const Bags &bags, const Hash &hash, uint32_t embedding_dim, uint32_t mean) {
@@ -141,6 +141,6 @@ __device__ __forceinline__ void forward(const T *__restrict__ hashed_weight, con
     Columns<V> columns(hash, chunk * bags.lanes + lane, embedding_dim);
     Forward<THREADS, MODE, V, T, Hash> work = {hashed_weight + columns.within, per_sample_weights, out, bags, hash, columns,
                                       embedding_dim, mean};
-    for_each_batch<THREADS, SHARE>(bags, hash, inputs, columns.first / hash.block, work);
+    for_each_batch<THREADS, SHARE, PLAIN>(bags, hash, inputs, columns.first / hash.block, work);
   }
 }

@@ -1,7 +1,7 @@
 // From a virtual element (row, column) to its slot in hashed_weight: the twin of src/hash.rs, tied to it by the shared
 // vectors in tests/hash.rs. All arithmetic is on u64 and wraps; a row is an i64 index reinterpreted as u64.
 //
-// Both families offer the same to the loops:
+// Each offers the same to the loops:
 //   Hash::Place                     where one block of columns lies; Place::none() stands for "no row here"
 //   hash.part(run)                  Hash::Part, the share of block number `run` in the hash: once per thread
 //   hash.shift(part, rows)          the part to use for rows that count from `rows` on
@@ -66,21 +66,16 @@ __device__ __forceinline__ uint64_t mad_wide(uint32_t a, uint32_t b, uint64_t c)
   return sum;
 }
 
-struct MixPart {
-  uint64_t sum;  // what is added to a row
-  uint32_t key;  // of a balanced hash
-};
-
-struct MixSlots {
+// What the two hashes that place rows in aligned blocks have in common; twin of MixSlots in src/hash.rs.
+struct BlockSlots {
   uint64_t key;
   uint64_t reciprocal;
   uint32_t num_blocks;
   uint32_t block;
   uint32_t sign_mask;
-  uint32_t stride;  // of a balanced hash; 0 for random places
+  uint32_t stride;
 
   using Place = MixPlace;
-  using Part = MixPart;
 
   static __device__ __forceinline__ uint64_t finalize(uint64_t h) {
     h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -88,30 +83,9 @@ struct MixSlots {
     return h ^ (h >> 31);
   }
 
-  __device__ __forceinline__ Part part(uint32_t run) const {
-    uint64_t start = key + (uint64_t(run) + 1) * 0x9E3779B97F4A7C15ull;
-    if (stride != 0) return {0, uint32_t(finalize(start) >> 32)};
-    return {start, 0};
-  }
-
-  __device__ __forceinline__ Part shift(Part part, int64_t rows) const { return {part.sum + rows, part.key}; }
-
-  __device__ __forceinline__ Place locate(uint64_t row, Part part) const {
-    uint64_t x = part.sum + row;
-    if (stride != 0) {
-      // Bits 32 to 95 of x * reciprocal: below, how far x stands in its stratum of rows; above, which that is.
-      uint32_t low = uint32_t(x), high = uint32_t(x >> 32), factor = uint32_t(reciprocal >> 32);
-      uint64_t product = mad_wide(low, factor, __umulhi(low, uint32_t(reciprocal)));
-      product = mad_wide(high, uint32_t(reciprocal), product);
-      uint32_t stratum = uint32_t(product >> 32) + high * factor;
-      uint32_t turn = stratum * 0x9E3779B9u + part.key;
-      turn = (turn ^ turn >> 15) * 0x846CA68Bu;
-      uint32_t signs = (low ^ turn) * 0x7FEB352Du;
-      signs = (signs ^ signs >> 15) * 0x846CA68Bu;
-      return {__umulhi(uint32_t(product) * stride + turn, num_blocks), (signs ^ signs >> 16) & sign_mask};
-    }
-    uint64_t h = finalize(x);
-    return {__umulhi(uint32_t(h >> 32), num_blocks), uint32_t(h) & sign_mask};
+  // Where SplitMix64 starts for block `run` of row 0.
+  __device__ __forceinline__ uint64_t start(uint32_t run) const {
+    return key + (uint64_t(run) + 1) * 0x9E3779B97F4A7C15ull;
   }
 
   // One multiplication and addition: a block of at most 2^24 values is less than 2^32 bytes.
@@ -125,6 +99,54 @@ struct MixSlots {
   template <int V>
   __device__ __forceinline__ uint64_t vector(Place place, uint32_t within) const {
     return uint64_t(place.block) * (block / V) + within / V;
+  }
+};
+
+// Rows at random places.
+struct MixSlots : BlockSlots {
+  using Part = uint64_t;
+
+  __device__ __forceinline__ Part part(uint32_t run) const { return start(run); }
+
+  __device__ __forceinline__ Part shift(Part part, int64_t rows) const { return part + rows; }
+
+  __device__ __forceinline__ Place locate(uint64_t row, Part part) const {
+    uint64_t h = finalize(part + row);
+    return {__umulhi(uint32_t(h >> 32), num_blocks), uint32_t(h) & sign_mask};
+  }
+};
+
+// As many rows in every block as in any other.
+struct BalancedSlots : BlockSlots {
+  struct Part {
+    uint64_t first_row;
+    uint32_t key;
+  };
+
+  __device__ __forceinline__ Part part(uint32_t run) const { return {0, uint32_t(finalize(start(run)) >> 32)}; }
+
+  __device__ __forceinline__ Part shift(Part part, int64_t rows) const { return {part.first_row + rows, part.key}; }
+
+  __device__ __forceinline__ Place locate(uint64_t row, Part part) const {
+    uint64_t x = part.first_row + row;
+    // Bits 32 to 95 of x * reciprocal: below, how far x stands in its stratum of rows; above, which that is.
+    uint32_t low = uint32_t(x), high = uint32_t(x >> 32), factor = uint32_t(reciprocal >> 32);
+    uint64_t product = mad_wide(low, factor, __umulhi(low, uint32_t(reciprocal)));
+    product = mad_wide(high, uint32_t(reciprocal), product);
+    uint32_t stratum = uint32_t(product >> 32) + high * factor;
+    uint32_t turn = stratum * 0x9E3779B9u + part.key;
+    turn = (turn ^ turn >> 15) * 0x846CA68Bu;
+    uint32_t signs = (low ^ turn) * 0x7FEB352Du;
+    signs = (signs ^ signs >> 15) * 0x846CA68Bu;
+    return {__umulhi(uint32_t(product) * stride + turn, num_blocks), (signs ^ signs >> 16) & sign_mask};
+  }
+
+private:
+  // a * b + c in one instruction, where the compiler makes more of it.
+  static __device__ __forceinline__ uint64_t mad_wide(uint32_t a, uint32_t b, uint64_t c) {
+    uint64_t sum;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(c));
+    return sum;
   }
 };
 

@@ -1,12 +1,13 @@
-// The table of kernels: pass x mode x how the hash is shared, for a dtype. Included by one .cu file per pass and dtype,
-// because the driver translates a file as a whole when the first of its kernels is asked for: a server that looks up f32
-// never pays for the rest.
+// The table of kernels: pass x mode x how the hash is shared, for a dtype and a hash. build.rs makes a .cu file of each pass,
+// hash and dtype, which has one line of the macros at the end: the driver translates a file as a whole when the first of its
+// kernels is asked for, so a server that looks up f32 never pays for the rest.
 //
-//   affine      one value per access, every thread hashes
-//   mix_scalar  the same for blocks that are no multiple of 16 bytes, or tensors that are not aligned
-//   mix_share1  16 bytes per access; 1, 2 or 4 neighbouring threads share a block's hash
+//   affine       one value per access, every thread hashes
+//   mix_scalar   the same for blocks that are no multiple of 16 bytes, or tensors that are not aligned
+//   mix_share1   16 bytes per access; 1, 2 or 4 neighbouring threads share a block's hash
 //   mix_share2
 //   mix_share4
+//   balanced_…   as mix_…; those that end in _plain are for plain bags (see for_each_batch)
 #pragma once
 #include "fixed.cuh"
 
@@ -25,13 +26,19 @@ template <typename T>
 constexpr int FORWARD_BLOCKS = sizeof(T) == 2 ? 7 : 8;
 
 #define FORWARD(mode, MODE, T, dtype, hash, Hash, V, SHARE)                                                            \
+  FORWARD_KERNEL(mode, MODE, T, dtype, hash, Hash, V, SHARE, false)
+
+#define FORWARD_PLAIN(mode, MODE, T, dtype, hash, Hash, V, SHARE)                                                      \
+  FORWARD_KERNEL(mode, MODE, T, dtype, hash##_plain, Hash, V, SHARE, true)
+
+#define FORWARD_KERNEL(mode, MODE, T, dtype, hash, Hash, V, SHARE, PLAIN)                                              \
   extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS<T>)                                     \
       hashed_embedding_bag_fwd_##mode##_##dtype##_##hash(                                                              \
           const T *hashed_weight, const void *indices, const void *offsets, const int64_t *first_rows,                 \
           const T *per_sample_weights, T *out, uint32_t *out_of_range, Bags bags, Hash slots, uint32_t embedding_dim,  \
           uint32_t mean) {                                                                                             \
-    forward<FORWARD_THREADS, MODE, V, SHARE>(hashed_weight, {indices, offsets, first_rows, out_of_range},              \
-                                             per_sample_weights, out, bags, slots, embedding_dim, mean);               \
+    forward<FORWARD_THREADS, MODE, V, SHARE, PLAIN>(hashed_weight, {indices, offsets, first_rows, out_of_range},       \
+                                                    per_sample_weights, out, bags, slots, embedding_dim, mean);        \
   }
 
 #define BACKWARD(mode, MODE, T, dtype, hash, Hash, V, SHARE)                                                           \
@@ -77,39 +84,66 @@ constexpr int FORWARD_BLOCKS = sizeof(T) == 2 ? 7 : 8;
   PASS(weighted, WEIGHTED, __VA_ARGS__)                                                                                \
   PASS(max, MAX, __VA_ARGS__)
 
-#define HASHES(PASS, T, dtype, V)                                                                                      \
-  MODES(PASS, T, dtype, affine, AffineSlots, 1, 1)                                                                     \
-  MODES(PASS, T, dtype, mix_scalar, MixSlots, 1, 1)                                                                    \
-  MODES(PASS, T, dtype, mix_share1, MixSlots, V, 1)                                                                    \
-  MODES(PASS, T, dtype, mix_share2, MixSlots, V, 2)                                                                    \
-  MODES(PASS, T, dtype, mix_share4, MixSlots, V, 4)
+#define BLOCKS(PASS, T, dtype, hash, Hash, V)                                                                          \
+  MODES(PASS, T, dtype, hash##_scalar, Hash, 1, 1)                                                                     \
+  MODES(PASS, T, dtype, hash##_share1, Hash, V, 1)                                                                     \
+  MODES(PASS, T, dtype, hash##_share2, Hash, V, 2)                                                                     \
+  MODES(PASS, T, dtype, hash##_share4, Hash, V, 4)
 
-#define FORWARD_INSTANCES(T, dtype) HASHES(FORWARD, T, dtype, WIDE<T>)
+#define FORWARD_AFFINE(T, dtype) MODES(FORWARD, T, dtype, affine, AffineSlots, 1, 1)
+
+#define FORWARD_MIX(T, dtype) BLOCKS(FORWARD, T, dtype, mix, MixSlots, WIDE<T>)
+
+#define FORWARD_BALANCED(T, dtype)                                                                                     \
+  BLOCKS(FORWARD, T, dtype, balanced, BalancedSlots, WIDE<T>)                                                          \
+  FORWARD_PLAIN(sum, SUM, T, dtype, balanced_share1, BalancedSlots, WIDE<T>, 1)                                        \
+  FORWARD_PLAIN(sum, SUM, T, dtype, balanced_share2, BalancedSlots, WIDE<T>, 2)                                        \
+  FORWARD_PLAIN(sum, SUM, T, dtype, balanced_share4, BalancedSlots, WIDE<T>, 4)                                        \
+  FORWARD_PLAIN(max, MAX, T, dtype, balanced_share1, BalancedSlots, WIDE<T>, 1)                                        \
+  FORWARD_PLAIN(max, MAX, T, dtype, balanced_share2, BalancedSlots, WIDE<T>, 2)                                        \
+  FORWARD_PLAIN(max, MAX, T, dtype, balanced_share4, BalancedSlots, WIDE<T>, 4)
 
 // Here a thread's access is as wide as its 16 bytes of gradient sums.
-#define BACKWARD_INSTANCES(T, dtype)                                                                                   \
-  HASHES(BACKWARD, T, dtype, WIDE<Acc<T>>)                                                                             \
-  BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, affine, AffineSlots, 1)                                                        \
-  BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, mix_scalar, MixSlots, 1)                                                       \
-  BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, mix_wide, MixSlots, WIDE<T>)
+#define BACKWARD_AFFINE(T, dtype)                                                                                      \
+  MODES(BACKWARD, T, dtype, affine, AffineSlots, 1, 1)                                                                 \
+  BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, affine, AffineSlots, 1)
+
+#define BACKWARD_BLOCKS(T, dtype, hash, Hash)                                                                          \
+  BLOCKS(BACKWARD, T, dtype, hash, Hash, WIDE<Acc<T>>)                                                                 \
+  BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, hash##_scalar, Hash, 1)                                                        \
+  BACKWARD_PER_SAMPLE_WEIGHTS(T, dtype, hash##_wide, Hash, WIDE<T>)
+
+#define BACKWARD_MIX(T, dtype) BACKWARD_BLOCKS(T, dtype, mix, MixSlots)
+
+#define BACKWARD_BALANCED(T, dtype) BACKWARD_BLOCKS(T, dtype, balanced, BalancedSlots)
+
+#define DETERMINISTIC_AFFINE(T, dtype)                                                                                 \
+  MODES(BACKWARD_FIXED, T, dtype, affine, AffineSlots, 1, 1)                                                           \
+  FIXED_POINT(T, dtype)
 
 // Integers are added one by one: a thread owns one column, so that a warp adds to neighbouring slots in one access. (Four
 // columns per thread take 1.6 times as long.) The winners of max are few, and found as for floats.
-#define DETERMINISTIC_INSTANCES(T, dtype)                                                                              \
-  MODES(BACKWARD_FIXED, T, dtype, affine, AffineSlots, 1, 1)                                                           \
-  MODES(BACKWARD_FIXED, T, dtype, mix_scalar, MixSlots, 1, 1)                                                          \
-  BACKWARD_FIXED(sum, SUM, T, dtype, mix_scalar_share4, MixSlots, 1, 4)                                                \
-  BACKWARD_FIXED(weighted, WEIGHTED, T, dtype, mix_scalar_share4, MixSlots, 1, 4)                                      \
-  BACKWARD_FIXED(max, MAX, T, dtype, mix_share1, MixSlots, WIDE<Acc<T>>, 1)                                            \
-  BACKWARD_FIXED(max, MAX, T, dtype, mix_share2, MixSlots, WIDE<Acc<T>>, 2)                                            \
-  BACKWARD_FIXED(max, MAX, T, dtype, mix_share4, MixSlots, WIDE<Acc<T>>, 4)                                            \
-  extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                       \
+#define DETERMINISTIC_BLOCKS(T, dtype, hash, Hash)                                                                     \
+  MODES(BACKWARD_FIXED, T, dtype, hash##_scalar, Hash, 1, 1)                                                           \
+  BACKWARD_FIXED(sum, SUM, T, dtype, hash##_scalar_share4, Hash, 1, 4)                                                 \
+  BACKWARD_FIXED(weighted, WEIGHTED, T, dtype, hash##_scalar_share4, Hash, 1, 4)                                       \
+  BACKWARD_FIXED(max, MAX, T, dtype, hash##_share1, Hash, WIDE<Acc<T>>, 1)                                             \
+  BACKWARD_FIXED(max, MAX, T, dtype, hash##_share2, Hash, WIDE<Acc<T>>, 2)                                             \
+  BACKWARD_FIXED(max, MAX, T, dtype, hash##_share4, Hash, WIDE<Acc<T>>, 4)                                             \
+  FIXED_POINT(T, dtype)
+
+#define DETERMINISTIC_MIX(T, dtype) DETERMINISTIC_BLOCKS(T, dtype, mix, MixSlots)
+
+#define DETERMINISTIC_BALANCED(T, dtype) DETERMINISTIC_BLOCKS(T, dtype, balanced, BalancedSlots)
+
+#define FIXED_POINT(T, dtype)                                                                                          \
+  extern "C" __global__ void __launch_bounds__(STRIDED_THREADS)                                                        \
       hashed_embedding_bag_largest_##dtype(const T *values, uint64_t n, Acc<T> *largest) {                             \
-    find_largest<STRIDED_THREADS>(values, n, largest);                                                                \
+    find_largest<STRIDED_THREADS>(values, n, largest);                                                                 \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(STRIDED_THREADS) hashed_embedding_bag_from_fixed_##dtype(              \
+  extern "C" __global__ void __launch_bounds__(STRIDED_THREADS) hashed_embedding_bag_from_fixed_##dtype(               \
       Acc<T> *grad_weight, int64_t *units, uint64_t len, const Acc<T> *largest, uint32_t log2_terms) {                 \
     FixedSums<1, Acc<T>> sums(grad_weight, units, len, largest, log2_terms);                                           \
-    uint64_t threads = uint64_t(gridDim.x) * STRIDED_THREADS;                                                         \
-    for (uint64_t i = uint64_t(blockIdx.x) * STRIDED_THREADS + threadIdx.x; i < len; i += threads) sums.finish(i);    \
+    uint64_t threads = uint64_t(gridDim.x) * STRIDED_THREADS;                                                          \
+    for (uint64_t i = uint64_t(blockIdx.x) * STRIDED_THREADS + threadIdx.x; i < len; i += threads) sums.finish(i);     \
   }

@@ -571,7 +571,7 @@ impl Locate for MixSlots {
     fn run(&self, run: u64) -> u64 {
         let steps = run.wrapping_add(1).wrapping_mul(GOLDEN);
         let start = self.key.wrapping_add(steps);
-        if self.stride != 0 {
+        if self.is_balanced() {
             finalize(start) >> 32
         } else {
             start
@@ -580,7 +580,7 @@ impl Locate for MixSlots {
 
     #[inline(always)]
     fn locate(&self, rows: &[u64], runs: &[u64], places: &mut [Place]) {
-        if self.stride != 0 {
+        if self.is_balanced() {
             return self.locate_balanced(rows, runs, places);
         }
         let (num_blocks, sign_mask) = (u64::from(self.num_blocks), u64::from(self.sign_mask));
@@ -605,6 +605,12 @@ impl Locate for MixSlots {
 }
 
 impl MixSlots {
+    /// Whether every block serves as many rows as any other.
+    #[inline(always)]
+    pub fn is_balanced(&self) -> bool {
+        self.stride != 0
+    }
+
     #[inline(always)]
     fn locate_balanced(&self, rows: &[u64], runs: &[u64], places: &mut [Place]) {
         let (num_blocks, sign_mask) = (u64::from(self.num_blocks), u64::from(self.sign_mask));

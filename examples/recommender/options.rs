@@ -72,7 +72,7 @@ pub struct Train {
     /// Parameters kept per value of the embedding tables, such as 1/16 or 0.0625; 1 is plain tables, not hashed.
     #[arg(long, default_value = "1/16", value_parser = parse_compression)]
     compression: f64,
-    #[arg(long, default_value = "mix", help = HASH_HELP)]
+    #[arg(long, default_value = "default", help = HASH_HELP)]
     hash: HashChoice,
     /// Decides the initial values, the order of the examples and the generated ratings.
     #[arg(long, default_value_t = 1)]
@@ -110,7 +110,7 @@ pub struct Sweep {
     /// Compressions to train at, besides 1.
     #[arg(long, value_delimiter = ',', default_value = "1/4,1/16,1/64", value_parser = parse_compression)]
     pub compressions: Vec<f64>,
-    #[arg(long, value_delimiter = ',', default_value = "mix,original", help = HASH_HELP)]
+    #[arg(long, value_delimiter = ',', default_value = "default,mix:16,original", help = HASH_HELP)]
     pub hashes: Vec<HashChoice>,
     /// How often to train each model: with the seeds 1, 2, …
     #[arg(long, default_value = "3")]
@@ -173,13 +173,15 @@ enum DeviceKind {
     Cuda,
 }
 
-const HASH_HELP: &str = "`mix`, the crate's own; `mix:8`, the same in blocks of 8 columns; \
-    `original`, that of the PyTorch package HashedEmbeddingBag";
+const HASH_HELP: &str = "`default`, the crate's; `balanced:8`, the same in blocks of 8 columns; `mix:8`, rows at random \
+    places; `original`, that of the PyTorch package HashedEmbeddingBag";
 
 /// A hash, before the embedding dimension is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HashChoice {
-    Mix { block: Option<usize> },
+    Default,
+    Balanced { block: usize },
+    Mix { block: usize },
     Original,
 }
 
@@ -281,12 +283,12 @@ impl Fit {
     fn embedding_config(&self, compression: f64, hash: HashChoice) -> Result<EmbeddingConfig> {
         let embedding_dim = self.embedding_dim.get();
         let hash = match hash {
-            HashChoice::Mix { block: None } => Hash::default_for(embedding_dim),
-            HashChoice::Mix { block: Some(block) } => {
-                Hash::mix(0, block, true).with_context(|| hash.to_string())?
-            }
-            HashChoice::Original => Hash::original(),
-        };
+            HashChoice::Default => Ok(Hash::default_for(embedding_dim)),
+            HashChoice::Balanced { block } => Hash::balanced(0, block, true),
+            HashChoice::Mix { block } => Hash::mix(0, block, true),
+            HashChoice::Original => Ok(Hash::original()),
+        }
+        .with_context(|| hash.to_string())?;
         Ok(EmbeddingConfig {
             embedding_dim,
             compression,
@@ -318,13 +320,17 @@ impl FromStr for HashChoice {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        Ok(match (text, text.strip_prefix("mix:")) {
-            ("mix", _) => Self::Mix { block: None },
-            ("original", _) => Self::Original,
-            (_, Some(block)) => Self::Mix {
-                block: Some(block.parse().context("its block is no number")?),
+        let number = |block: &str| block.parse().context("its block is no number");
+        Ok(match text.split_once(':') {
+            None if text == "default" => Self::Default,
+            None if text == "original" => Self::Original,
+            Some(("balanced", block)) => Self::Balanced {
+                block: number(block)?,
             },
-            _ => bail!("it must be mix, mix:BLOCK or original"),
+            Some(("mix", block)) => Self::Mix {
+                block: number(block)?,
+            },
+            _ => bail!("it must be default, balanced:BLOCK, mix:BLOCK or original"),
         })
     }
 }
@@ -332,8 +338,9 @@ impl FromStr for HashChoice {
 impl fmt::Display for HashChoice {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
-            Self::Mix { block: None } => write!(f, "mix"),
-            Self::Mix { block: Some(block) } => write!(f, "mix:{block}"),
+            Self::Default => write!(f, "default"),
+            Self::Balanced { block } => write!(f, "balanced:{block}"),
+            Self::Mix { block } => write!(f, "mix:{block}"),
             Self::Original => write!(f, "original"),
         }
     }
@@ -398,10 +405,10 @@ mod tests {
 
     #[test]
     fn hashes() -> Result<()> {
-        for text in ["mix", "mix:8", "original"] {
+        for text in ["default", "balanced:4", "mix:8", "original"] {
             assert_eq!(text.parse::<HashChoice>()?.to_string(), text);
         }
-        for wrong in ["", "mix:", "mix:-1", "original:8"] {
+        for wrong in ["", "mix", "mix:", "balanced:-1", "original:8"] {
             assert!(wrong.parse::<HashChoice>().is_err(), "{wrong}");
         }
         Ok(())

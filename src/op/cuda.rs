@@ -1,7 +1,7 @@
 //! Launches of the CUDA kernels: which instance, how many threads, which arguments. The only file with `unsafe` launches.
 //!
-//! Each pass and dtype of `hashed_weight` has a module of its own, loaded at its first use; kernels/instances.cuh is the
-//! table of its kernels. The dtypes of indices and offsets are arguments.
+//! Each pass, hash and dtype of `hashed_weight` has a module of its own, loaded at its first use; kernels/instances.cuh is
+//! the table of its kernels. The dtypes of indices and offsets are arguments.
 
 use super::{cpu, Backend, Gradient, Lookup, Mode, Operands, View};
 use crate::bags::{BoundsCheck, Division};
@@ -33,15 +33,63 @@ const STRIDED_THREADS: usize = 512;
 const WARP: usize = 32;
 /// The widest access of a thread, in bytes.
 const WIDE: usize = 16;
+/// As in kernels/bags.cuh: a bag of more indices is worked on by a whole thread block.
+const LONG_BAG: usize = 256;
 /// The kernels count the indices of a bag in 32 bits, and share a longer one among 8 groups at least.
 const MAX_INDICES: usize = 1 << 34;
+
+/// The kernels of one pass and dtype: see build.rs.
+struct Modules {
+    pass: &'static str,
+    /// Of each [`Family`], as PTX.
+    ptx: [&'static str; 3],
+}
+
+macro_rules! modules {
+    ($pass:literal, $dtype:literal) => {
+        Modules {
+            pass: $pass,
+            ptx: [
+                ptx!($pass, "_affine_", $dtype),
+                ptx!($pass, "_mix_", $dtype),
+                ptx!($pass, "_balanced_", $dtype),
+            ],
+        }
+    };
+}
+
+/// The kind of hash that a kernel is compiled for.
+#[derive(Clone, Copy)]
+enum Family {
+    Affine,
+    Mix,
+    Balanced,
+}
+
+impl Family {
+    fn of(slots: &Slots) -> Self {
+        match slots {
+            Slots::Affine(_) => Self::Affine,
+            Slots::Mix(mix) if mix.is_balanced() => Self::Balanced,
+            Slots::Mix(_) => Self::Mix,
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Affine => "affine",
+            Self::Mix => "mix",
+            Self::Balanced => "balanced",
+        }
+    }
+}
 
 /// A dtype of `hashed_weight`, and the dtype its gradient is summed in.
 trait Element: CudaDType + DeviceRepr + ValidAsZeroBits {
     const NAME: &'static str;
-    const FORWARD: &'static str;
-    const BACKWARD: &'static str;
-    const DETERMINISTIC: &'static str;
+    const FORWARD: Modules;
+    const BACKWARD: Modules;
+    const DETERMINISTIC: Modules;
     type Acc: CudaDType + DeviceRepr + ValidAsZeroBits + 'static;
 
     fn acc(x: f64) -> Self::Acc;
@@ -51,9 +99,9 @@ macro_rules! element {
     ($t:ty, $acc:ty, $name:literal) => {
         impl Element for $t {
             const NAME: &'static str = $name;
-            const FORWARD: &'static str = ptx!("forward_", $name);
-            const BACKWARD: &'static str = ptx!("backward_", $name);
-            const DETERMINISTIC: &'static str = ptx!("deterministic_", $name);
+            const FORWARD: Modules = modules!("forward", $name);
+            const BACKWARD: Modules = modules!("backward", $name);
+            const DETERMINISTIC: Modules = modules!("deterministic", $name);
             type Acc = $acc;
 
             fn acc(x: f64) -> $acc {
@@ -163,7 +211,9 @@ enum Pass<'a> {
 
 /// How the threads of a group share the columns and hashes of a row: the choice of a kernel instance.
 struct Sharing {
-    name: &'static str,
+    family: Family,
+    /// What follows the family in the name of a kernel.
+    suffix: &'static str,
     /// Threads of a group, which share a bag.
     lanes: usize,
     /// `lanes` times the columns per thread.
@@ -172,7 +222,7 @@ struct Sharing {
 
 impl Sharing {
     /// The widest accesses and the fewest hashes that the block and the alignment allow.
-    fn new<T: Element>(lookup: &Lookup, pass: Pass, aligned: bool) -> Self {
+    fn new<T: Element>(lookup: &Lookup, pass: Pass, aligned: bool, weighted: bool) -> Self {
         // As in kernels/instances.cuh: gradients are added in accesses of the accumulator's width.
         let wide = match pass {
             Pass::GradWeight(_) => WIDE / size_of::<T::Acc>(),
@@ -181,30 +231,37 @@ impl Sharing {
         let is_fixed = matches!(pass, Pass::GradWeight(_))
             && lookup.gradient == Gradient::Deterministic
             && lookup.table.mode != Mode::Max;
-        let (name, width, share) = match (lookup.table.slots, pass) {
-            (Slots::Affine(_), _) => ("affine", 1, 1),
+        let family = Family::of(&lookup.table.slots);
+        let is_plain = matches!((pass, family), (Pass::Forward, Family::Balanced))
+            && matches!(lookup.bags.division, Division::Fixed(len) if len <= LONG_BAG)
+            && lookup.bags.tables == 1
+            && lookup.table.padding_idx.is_none()
+            && !weighted;
+        let (suffix, width, share) = match (lookup.table.slots, pass) {
+            (Slots::Affine(_), _) => ("", 1, 1),
             (Slots::Mix(mix), _) if is_fixed && mix.block.is_multiple_of(4) => {
-                ("mix_scalar_share4", 1, 4)
+                ("_scalar_share4", 1, 4)
             }
             (Slots::Mix(mix), pass) => {
                 let block = mix.block as usize;
                 if is_fixed || !aligned || !block.is_multiple_of(wide) {
-                    ("mix_scalar", 1, 1)
+                    ("_scalar", 1, 1)
                 } else if matches!(pass, Pass::GradPerSampleWeights(_)) {
-                    ("mix_wide", wide, 1)
+                    ("_wide", wide, 1)
                 } else if block.is_multiple_of(4 * wide) {
-                    ("mix_share4", wide, 4)
+                    (["_share4", "_share4_plain"][usize::from(is_plain)], wide, 4)
                 } else if block.is_multiple_of(2 * wide) {
-                    ("mix_share2", wide, 2)
+                    (["_share2", "_share2_plain"][usize::from(is_plain)], wide, 2)
                 } else {
-                    ("mix_share1", wide, 1)
+                    (["_share1", "_share1_plain"][usize::from(is_plain)], wide, 1)
                 }
             }
         };
         let lanes = lookup.table.embedding_dim.div_ceil(width);
         let lanes = lanes.next_power_of_two().clamp(share, WARP);
         Self {
-            name,
+            family,
+            suffix,
             lanes,
             columns: lanes * width,
         }
@@ -285,7 +342,8 @@ fn launch<T: Element, R>(
         None => None,
     };
     let aligned = is_aligned::<T>(operands.hashed_weight);
-    let sharing = Sharing::new::<T>(lookup, pass, aligned);
+    let weighted = operands.per_sample_weights.is_some();
+    let sharing = Sharing::new::<T>(lookup, pass, aligned, weighted);
     let groups = Groups::new(lookup, pass, sharing.lanes);
     let chunks = match pass {
         Pass::GradPerSampleWeights(_) => 1,
@@ -334,13 +392,17 @@ fn launch<T: Element, R>(
 }
 
 impl<T: Element> Launch<'_, T> {
-    /// A kernel of a module of this dtype, compiled from `ptx` at its first use.
-    fn kernel(&self, module: &str, ptx: &'static str, name: &str) -> Result<CudaFunction> {
-        let dtype = T::NAME;
+    /// A kernel of the modules of this dtype, compiled at their first use.
+    fn kernel(&self, modules: Modules, name: &str) -> Result<CudaFunction> {
+        let Modules { pass, ptx } = modules;
+        let (family, dtype) = (self.sharing.family, T::NAME);
         let kernel = self.device.get_or_load_custom_func(
             &format!("hashed_embedding_bag_{name}"),
-            &format!("candle-hashed-embedding-bag-{module}-{dtype}"),
-            ptx,
+            &format!(
+                "candle-hashed-embedding-bag-{pass}-{}-{dtype}",
+                family.name()
+            ),
+            ptx[family as usize],
         )?;
         Ok(kernel.into_cuda_function())
     }
@@ -352,7 +414,12 @@ impl<T: Element> Launch<'_, T> {
             Mode::Sum | Mode::Mean => "sum",
             Mode::Max => "max",
         };
-        format!("{mode}_{}_{}", T::NAME, self.sharing.name)
+        format!("{mode}_{}", self.sharing_name())
+    }
+
+    fn sharing_name(&self) -> String {
+        let Sharing { family, suffix, .. } = self.sharing;
+        format!("{}_{}{suffix}", T::NAME, family.name())
     }
 
     /// Whether no bag holds anything.
@@ -393,7 +460,7 @@ impl<T: Element> Launch<'_, T> {
         }
         // SAFETY: the kernel writes every column of every bag.
         let mut out = unsafe { device.alloc::<T>(len)? };
-        let function = self.kernel("forward", T::FORWARD, &format!("fwd_{}", self.mode()))?;
+        let function = self.kernel(T::FORWARD, &format!("fwd_{}", self.mode()))?;
         let mut args = self.stream.launch_builder(&function);
         args.arg(&self.hashed_weight); // const T *hashed_weight
         self.push_inputs(&mut args);
@@ -433,7 +500,7 @@ impl<T: Element> Launch<'_, T> {
             };
             let mode = self.mode();
             let function = match fixed {
-                None => self.kernel("backward", T::BACKWARD, &format!("bwd_{mode}"))?,
+                None => self.kernel(T::BACKWARD, &format!("bwd_{mode}"))?,
                 Some(_) => self.deterministic(&format!("bwd_fixed_{mode}"))?,
             };
             let mut args = self.stream.launch_builder(&function);
@@ -475,8 +542,8 @@ impl<T: Element> Launch<'_, T> {
         let mut grad_weights = device.alloc_zeros::<T>(nnz)?;
         let aligned = u32::from(is_aligned::<T>(grad_output));
         let grad_output = view::<T>(grad_output)?;
-        let name = format!("bwd_per_sample_weights_{}_{}", T::NAME, self.sharing.name);
-        let function = self.kernel("backward", T::BACKWARD, &name)?;
+        let name = format!("bwd_per_sample_weights_{}", self.sharing_name());
+        let function = self.kernel(T::BACKWARD, &name)?;
         let mut args = self.stream.launch_builder(&function);
         args.arg(&grad_output); // const T *grad_output
         args.arg(&self.hashed_weight); // const T *hashed_weight
@@ -492,7 +559,7 @@ impl<T: Element> Launch<'_, T> {
     }
 
     fn deterministic(&self, name: &str) -> Result<CudaFunction> {
-        self.kernel("deterministic", T::DETERMINISTIC, name)
+        self.kernel(T::DETERMINISTIC, name)
     }
 
     /// The grid on which the gradients of this call are summed.

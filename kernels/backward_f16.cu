@@ -1,3 +1,0 @@
-#include "instances.cuh"
-
-BACKWARD_INSTANCES(__half, f16)

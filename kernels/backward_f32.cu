@@ -1,3 +1,0 @@
-#include "instances.cuh"
-
-BACKWARD_INSTANCES(float, f32)

@@ -1,3 +1,0 @@
-#include "instances.cuh"
-
-DETERMINISTIC_INSTANCES(__half, f16)

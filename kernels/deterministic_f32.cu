@@ -1,3 +1,0 @@
-#include "instances.cuh"
-
-DETERMINISTIC_INSTANCES(float, f32)

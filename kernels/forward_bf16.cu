@@ -1,3 +1,0 @@
-#include "instances.cuh"
-
-FORWARD_INSTANCES(__nv_bfloat16, bf16)

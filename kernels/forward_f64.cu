@@ -1,3 +1,0 @@
-#include "instances.cuh"
-
-FORWARD_INSTANCES(double, f64)
