@@ -296,7 +296,7 @@ fn median_ms<T>(
         run()?;
     }
     device.synchronize()?;
-    let calls = 20;
+    let calls = 50;
     let mut times = vec![];
     for _ in 0..repeats {
         let start = Instant::now();

@@ -4,7 +4,7 @@
 //!
 //! ```json
 //! {"version":1,"layers":{"user":{"num_embeddings":6040,"embedding_dim":16,"mode":"sum","padding_idx":null,
-//!  "include_last_offset":false,"hash":{"kind":"mix","seed":0,"block":16,"signed":true}}}}
+//!  "include_last_offset":false,"hash":{"kind":"mix","seed":0,"block":8,"signed":true,"balanced":true}}}}
 //! ```
 //!
 //! A [`HashedEmbeddingBagCollection`] stands beside the layers, with its tables in order:

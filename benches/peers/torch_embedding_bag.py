@@ -21,7 +21,7 @@ NUM_EMBEDDINGS = 10_000_000
 DEVICE = torch.device("cuda")
 
 
-def median_ms(run, repeats=9, calls=20):
+def median_ms(run, repeats=9, calls=50):
     """The median over repeats of the time per call: as in the example, host clock around calls and a synchronisation."""
     for _ in range(3):
         run()
