@@ -87,8 +87,9 @@ pub fn naive_slot(hash: &Hash, row: i64, column: usize, len: usize) -> (usize, f
                 let turn = (turn ^ (turn >> 15)) * 0x846C_A68B % mod32;
                 let signs = ((row % mod32) ^ turn) * 0x7FEB_352D % mod32;
                 let signs = (signs ^ (signs >> 15)) * 0x846C_A68B % mod32;
-                let shares_a_divisor =
-                    |stride: u128| (2..=stride).any(|d| stride % d == 0 && num_blocks % d == 0);
+                let shares_a_divisor = |stride: u128| {
+                    (2..=stride).any(|d| stride.is_multiple_of(d) && num_blocks.is_multiple_of(d))
+                };
                 let stride = (7..).find(|&stride| !shares_a_divisor(stride)).unwrap();
                 ((fraction * stride + turn) % mod32, signs ^ (signs >> 16))
             } else {
