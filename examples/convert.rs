@@ -505,7 +505,7 @@ mod tests {
             ),
             (
                 "tests/golden/original_embedding.pth {}/out --key state_dict --fit head,compression=1/2",
-                &["\"head\" is fitted with a relative error of", "head.hashed_weight 2 10 sum - mix, seed 0, block 8, signed f32 16"],
+                &["\"head\" is fitted with a relative error of", "head.hashed_weight 2 10 sum - balanced, seed 0, block 4, signed f32 12"],
             ),
             (
                 "tests/golden/robe_dlrm.safetensors {}/out --robe-dlrm :100+7+1000x16,uma_chunk_size=8 --layers-only",
