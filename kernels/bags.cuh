@@ -175,8 +175,8 @@ struct Walk {
 
   // The places of the rows of a batch, of all threads that share; whether one of the rows is not below `num_rows`.
   template <bool ALL>
-  __device__ __forceinline__ bool locate(const int64_t (&rows)[OWN], uint32_t left, typename Hash::Part part, uint64_t num_rows,
-                                         Place (&places)[BATCH]) const {
+  __device__ __forceinline__ bool locate(const int64_t (&rows)[OWN], uint32_t left, typename Hash::Part part,
+                                         uint64_t num_rows, Place (&places)[BATCH]) const {
     Place own[OWN];
     bool out_of_range = false;
 #pragma unroll

@@ -59,13 +59,6 @@ struct MixPlace {
   }
 };
 
-// a * b + c in one instruction, which the compiler does not see.
-__device__ __forceinline__ uint64_t mad_wide(uint32_t a, uint32_t b, uint64_t c) {
-  uint64_t sum;
-  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(c));
-  return sum;
-}
-
 // What the two hashes that place rows in aligned blocks have in common; twin of MixSlots in src/hash.rs.
 struct BlockSlots {
   uint64_t key;

@@ -14,9 +14,9 @@
 //! of the stratum and of `column / block`. So every block serves as many rows as any other, give or take one stratum that is not
 //! full, where random places would serve some twice as often as others; two rows of one stratum never share; and two rows that
 //! do share a block share no other but by chance. With `x` the row, `n = len / block` and `r = floor((2^64 - 1) / n) + 1`:
-//! `y`, bits 32 to 63 of `x * r`, is how far `x` stands in its stratum, as a fraction of 2^32, and bits 64 to 95 number it. The stride is the
-//! smallest number from 7 on that has no divisor in common with `n`: neighbours, which are often the rows used most, do not
-//! crowd into one part of the memory.
+//! `y`, bits 32 to 63 of `x * r`, is how far `x` stands in its stratum, as a fraction of 2^32, and bits 64 to 95 number it.
+//! The stride is the smallest number from 7 on that has no divisor in common with `n`: neighbours, which are often the rows
+//! used most, do not crowd into one part of the memory.
 //!
 //! A [`Hash`] is bound to a length once, giving [`Slots`]: all that the kernels need, `Copy` and `#[repr(C)]`, because the
 //! CUDA kernels take the very same struct. The CPU loops see it through [`Locate`]. `kernels/hash.cuh` is the twin of this
