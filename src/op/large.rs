@@ -1,8 +1,9 @@
 //! Sizes past 32 bits: outputs, indices and parameters of more than 2^32 elements, forward and backward.
 //!
 //! Those of 2^32 need a GPU of 141 GB (`cargo test --release --features cuda --lib -- --ignored past_32_bits
-//! --test-threads 1`); the same code runs small on the CPU, which shows that it is right. candle's own kernels count in 32 bits, so they only ever see parts here, and what is large is made by
-//! lookups: a period of rows that repeats gives periods of output that must equal the first.
+//! --test-threads 1`); the same code runs small on the CPU, which shows that it is right. candle's own kernels count in 32
+//! bits, so they only ever see parts here, and what is large is made by lookups: a period of rows that repeats gives periods
+//! of output that must equal the first.
 
 use super::{GradPerSampleWeights, GradWeight, Gradient, Lookup, Mode, Offsets, Table, Ternary};
 use crate::bags::{BagShape, BoundsCheck, JaggedLayout, Tables};
@@ -114,20 +115,32 @@ impl<'a> Call<'a> {
     }
 }
 
-/// The sum of the magnitudes of a part of a 1-D tensor.
-fn magnitude(tensor: &Tensor) -> Result<f64> {
-    let sum = tensor.abs()?.sum_all()?;
-    sum.to_dtype(DType::F64)?.to_scalar()
+/// The values from `start` on of a 1-D tensor. As a tensor of their own, because candle copies all memory of a tensor to the
+/// host, whatever part of it is asked for.
+fn part(tensor: &Tensor, start: usize, len: usize) -> Result<Tensor> {
+    tensor.narrow(0, start, len)?.affine(1.0, 0.0)
+}
+
+/// The sums of the magnitudes of parts of a 1-D tensor.
+///
+/// The device is waited for once: at every wait it would give the memory between back to the driver, and get it again.
+fn magnitudes(parts: impl Iterator<Item = Result<Tensor>>) -> Result<Vec<f64>> {
+    let sums: Vec<Tensor> = parts
+        .map(|part| part?.abs()?.sum_all())
+        .collect::<Result<_>>()?;
+    Tensor::stack(&sums, 0)?.to_dtype(DType::F64)?.to_vec1()
 }
 
 /// Each period of `tensor` equals `period`.
 fn assert_periodic(tensor: &Tensor, period: &Tensor) -> Result<()> {
     let (tensor, period) = (tensor.flatten_all()?, period.flatten_all()?);
     let (len, n) = (tensor.elem_count(), period.elem_count());
-    assert!(magnitude(&period)? > 0.0);
-    for start in (0..len).step_by(n) {
-        let difference = magnitude(&tensor.narrow(0, start, n)?.sub(&period)?)?;
-        assert_eq!(difference, 0.0, "from {start} of {len} on");
+    let starts = (0..len).step_by(n);
+    let differences = starts.map(|start| tensor.narrow(0, start, n)?.sub(&period));
+    let sums = magnitudes(std::iter::once(Ok(period.clone())).chain(differences))?;
+    assert!(sums[0] > 0.0);
+    for (i, &difference) in sums[1..].iter().enumerate() {
+        assert_eq!(difference, 0.0, "period {i} of {len} values");
     }
     Ok(())
 }
@@ -210,8 +223,9 @@ fn parameters(bits: u32, device: &Device) -> Result<()> {
         let table = table(Hash::default_for(DIM), 1 << 16, DIM)?;
         let indices = rows(period, REPEATS, device)?.unsqueeze(1)?;
         let out = Call::rows(&weight, &indices, &table).forward()?;
-        let first = out.narrow(0, 0, period)?.flatten_all()?;
-        (out.flatten_all()?, first.to_vec1::<f32>()?)
+        let out = out.flatten_all()?;
+        let first = part(&out, 0, period * DIM)?.to_vec1::<f32>()?;
+        (out, first)
     };
     let len = weight.elem_count();
     assert!(len > 1 << bits);
@@ -248,18 +262,17 @@ fn parameters(bits: u32, device: &Device) -> Result<()> {
             }
         }
         assert!(past > 0, "no slot past 2^{bits}");
-        for (&slot, &sum) in sums
-            .iter()
-            .take(4096)
-            .chain(sums.iter().max_by_key(|(slot, _)| **slot))
-        {
-            let got = grad.narrow(0, slot, 1)?.to_vec1::<f32>()?[0];
-            assert_eq!(f64::from(got), sum, "gradient of slot {slot}");
+        let last = sums.iter().max_by_key(|(slot, _)| **slot);
+        let some: Vec<_> = sums.iter().take(4096).chain(last).collect();
+        let grads = some.iter().map(|(&slot, _)| part(&grad, slot, 1));
+        let grads = Tensor::cat(&grads.collect::<Result<Vec<_>>>()?, 0)?;
+        for ((slot, sum), got) in some.into_iter().zip(grads.to_vec1::<f32>()?) {
+            assert_eq!(f64::from(got), *sum, "gradient of slot {slot}");
         }
         // And nothing anywhere else.
         let parts = (0..len).step_by(first.len());
-        let parts = parts.map(|start| magnitude(&grad.narrow(0, start, first.len())?));
-        let total: f64 = parts.sum::<Result<f64>>()?;
+        let parts = parts.map(|start| grad.narrow(0, start, first.len()));
+        let total: f64 = magnitudes(parts)?.into_iter().sum();
         let want: f64 = sums.values().map(|sum| sum.abs()).sum();
         assert!((total - want).abs() <= 1e-4 * want, "{total} {want}");
     }
