@@ -5,7 +5,7 @@
 //! once for the error. Nothing of its size is made.
 
 use crate::bags::Tables;
-use crate::hash::{AffineRows, Locate, Place, Slots};
+use crate::hash::{AffineRows, Locate, Slots};
 use crate::layer::{new_len, HashedEmbeddingBag, HashedEmbeddingBagConfig};
 use crate::op::{check_dtype, WEIGHT_DTYPES};
 use candle_core::{bail, DType, Device, Result, Tensor};
@@ -88,10 +88,11 @@ struct Part {
 }
 
 /// The places of some rows of a part.
-struct Task<'a> {
+struct Task<'a, P> {
     first_row: usize,
     values: &'a [f64],
-    places: Vec<Place>,
+    places: Vec<P>,
+    signs: Vec<u32>,
 }
 
 impl<'a, H: Locate> Table<'a, H> {
@@ -115,7 +116,7 @@ impl<'a, H: Locate> Table<'a, H> {
         for part in self.parts() {
             let part = part?;
             self.check_finite(&part)?;
-            let tasks: Vec<Task> = self.tasks(&part).collect();
+            let tasks: Vec<_> = self.tasks(&part).collect();
             // Each thread adds to slots of its own, and to each of these in the order of rows.
             let share = len.div_ceil(rayon::current_num_threads());
             let shares = sums.par_chunks_mut(share).zip(counts.par_chunks_mut(share));
@@ -144,7 +145,7 @@ impl<'a, H: Locate> Table<'a, H> {
         let (mut lost, mut total) = (0.0, 0.0);
         for part in self.parts() {
             let part = part?;
-            let squares = |task: Task| {
+            let squares = |task: Task<H::Place>| {
                 let (mut lost, mut total) = (0.0, 0.0);
                 self.for_each_block(&task, |values, slot, signs| {
                     let fitted = &rounded[slot..slot + values.len()];
@@ -188,36 +189,45 @@ impl<'a, H: Locate> Table<'a, H> {
     }
 
     /// Divides a part, the same way on every machine, and hashes its rows.
-    fn tasks<'b>(&'b self, part: &'b Part) -> impl IndexedParallelIterator<Item = Task<'b>> {
+    fn tasks<'b>(
+        &'b self,
+        part: &'b Part,
+    ) -> impl IndexedParallelIterator<Item = Task<'b, H::Place>> {
         let rows = (TASK / self.embedding_dim).max(1);
         let values = part.values.par_chunks(rows * self.embedding_dim);
         values.enumerate().map(move |(i, values)| {
             let first_row = part.rows.start + i * rows;
             let rows = first_row..first_row + values.len() / self.embedding_dim;
-            let mut places = vec![0; rows.len() * self.runs.len()];
-            for (row, places) in rows.zip(places.chunks_exact_mut(self.runs.len())) {
+            let runs = self.runs.len();
+            let mut places = vec![H::Place::default(); rows.len() * runs];
+            let mut signs = vec![0; places.len()];
+            let of_rows = places.chunks_exact_mut(runs).zip(signs.chunks_exact_mut(runs));
+            for (row, (places, signs)) in rows.zip(of_rows) {
                 let row = (self.first_row + row) as u64;
-                self.hash.locate(&[row], &self.runs, places);
+                self.hash.locate(&[row], &self.runs, places, signs);
             }
             Task {
                 first_row,
                 values,
                 places,
+                signs,
             }
         })
     }
 
     /// Calls `f` with the values of each block of columns, its first slot and its signs.
-    fn for_each_block(&self, task: &Task, mut f: impl FnMut(&[f64], usize, u32)) {
-        let block = self.hash.block();
+    fn for_each_block(&self, task: &Task<H::Place>, mut f: impl FnMut(&[f64], usize, u32)) {
+        let (block, runs) = (self.hash.block(), self.runs.len());
         let rows = task.values.chunks_exact(self.embedding_dim);
-        let places = task.places.chunks_exact(self.runs.len());
-        for (i, (row, places)) in rows.zip(places).enumerate() {
+        let places = task.places.chunks_exact(runs);
+        let places = places.zip(task.signs.chunks_exact(runs));
+        for (i, (row, (places, signs))) in rows.zip(places).enumerate() {
             if Some(task.first_row + i) == self.padding {
                 continue;
             }
-            for (values, &place) in row.chunks(block).zip(places) {
-                f(values, self.hash.slot(place, block), self.hash.signs(place));
+            let places = places.iter().zip(signs);
+            for (values, (&place, &signs)) in row.chunks(block).zip(places) {
+                f(values, self.hash.slot(place, block), signs);
             }
         }
     }

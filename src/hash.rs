@@ -246,9 +246,10 @@ impl Hash {
         let (run, within) = (column / block, column % block);
         let (start, signs) = match self.slots(len)? {
             Slots::Mix(mix) => {
-                let mut place = [0];
-                mix.locate(&[row as u64], &[mix.run(run as u64)], &mut place);
-                (mix.slot(place[0], block), mix.signs(place[0]))
+                let (mut place, mut signs) = ([0], [0]);
+                let run = mix.run(run as u64);
+                mix.locate(&[row as u64], &[run], &mut place, &mut signs);
+                (mix.slot(place[0], block), signs[0])
             }
             Slots::Affine(affine) => (affine.plain_slot(row as u64, run as u64), 0),
         };
@@ -489,28 +490,36 @@ pub(crate) enum Slots {
     Affine(AffineSlots),
 }
 
-/// Where one block of columns of one row lies, packed into a word: see [`Locate`].
-pub(crate) type Place = u64;
-
 /// The most rows that are located in one call.
-pub(crate) const MAX_ROWS: usize = 64;
+pub(crate) const MAX_ROWS: usize = 256;
 
 /// What the CPU loops ask of a bound hash; a trait, so that the loops are compiled once per family.
+///
+/// Where a block of columns of a row lies is said by a place and by signs, which are kept apart: that makes vectors of either.
 pub(crate) trait Locate: Copy + Send + Sync {
     /// What is the same for block `run` of every row, computed once per call.
     type Run: Copy + Send + Sync;
+    /// See [`slot`](Self::slot).
+    type Place: Copy + Default + Send + Sync;
+    /// Whether values are signed. If not, `signs` are not to be looked at.
+    const SIGNED: bool;
 
     /// Columns per hash.
     fn block(&self) -> usize;
     /// The constants of block `run`.
     fn run(&self, run: u64) -> Self::Run;
-    /// The places of the blocks `runs` of some rows, at most [`MAX_ROWS`]: block `i` of row `j` at `i * rows.len() + j`, so
-    /// that many rows are hashed at once, in vectors, however few blocks they have.
-    fn locate(&self, rows: &[u64], runs: &[Self::Run], places: &mut [Place]);
+    /// The places of the blocks `runs` of some rows, at most [`MAX_ROWS`], and a sign bit for each of their (then at most
+    /// 32) columns: block `i` of row `j` at `i * rows.len() + j`, so that many rows are hashed at once, in vectors, however
+    /// few blocks they have.
+    fn locate(
+        &self,
+        rows: &[u64],
+        runs: &[Self::Run],
+        places: &mut [Self::Place],
+        signs: &mut [u32],
+    );
     /// The first slot of a place; `block` is that of this hash, where the caller has it as a constant.
-    fn slot(&self, place: Place, block: usize) -> usize;
-    /// A sign bit for each of the (at most 32) columns of a place; zero where there are no signs.
-    fn signs(&self, place: Place) -> u32;
+    fn slot(&self, place: Self::Place, block: usize) -> usize;
 }
 
 impl Slots {
@@ -557,10 +566,18 @@ const fn low(x: u64) -> u64 {
     x & 0xFFFF_FFFF
 }
 
-/// A place is the number of the block in its high half and the signs in its low half.
+/// `x * num_blocks / 2^32`: a block for each fraction of 2^32, without a division.
+#[inline(always)]
+fn block_at(x: u32, num_blocks: u32) -> u32 {
+    ((u64::from(x) * u64::from(num_blocks)) >> 32) as u32
+}
+
+/// A place is the number of the block.
 impl Locate for MixSlots {
     /// The start of SplitMix64 for this block of row 0; of a balanced hash, what it starts with, in 32 bits.
     type Run = u64;
+    type Place = u32;
+    const SIGNED: bool = true;
 
     #[inline(always)]
     fn block(&self) -> usize {
@@ -579,28 +596,25 @@ impl Locate for MixSlots {
     }
 
     #[inline(always)]
-    fn locate(&self, rows: &[u64], runs: &[u64], places: &mut [Place]) {
+    fn locate(&self, rows: &[u64], runs: &[u64], places: &mut [u32], signs: &mut [u32]) {
         if self.is_balanced() {
-            return self.locate_balanced(rows, runs, places);
+            return self.locate_balanced(rows, runs, places, signs);
         }
-        let (num_blocks, sign_mask) = (u64::from(self.num_blocks), u64::from(self.sign_mask));
-        for (run, places) in runs.iter().zip(places.chunks_exact_mut(rows.len())) {
-            for (place, row) in places.iter_mut().zip(rows) {
+        let n = rows.len();
+        let places = places.chunks_exact_mut(n).zip(signs.chunks_exact_mut(n));
+        for (run, (places, signs)) in runs.iter().zip(places) {
+            let places = places.iter_mut().zip(signs);
+            for (row, (place, signs)) in rows.iter().zip(places) {
                 let h = finalize(run.wrapping_add(*row));
-                // The high half places the block without a division, the low half signs it.
-                *place = (((h >> 32) * num_blocks) & !0xFFFF_FFFF) | (h & sign_mask);
+                *place = block_at((h >> 32) as u32, self.num_blocks);
+                *signs = h as u32 & self.sign_mask;
             }
         }
     }
 
     #[inline(always)]
-    fn slot(&self, place: Place, block: usize) -> usize {
-        (place >> 32) as usize * block
-    }
-
-    #[inline(always)]
-    fn signs(&self, place: Place) -> u32 {
-        place as u32
+    fn slot(&self, place: u32, block: usize) -> usize {
+        place as usize * block
     }
 }
 
@@ -612,34 +626,43 @@ impl MixSlots {
     }
 
     #[inline(always)]
-    fn locate_balanced(&self, rows: &[u64], runs: &[u64], places: &mut [Place]) {
-        let (num_blocks, sign_mask) = (u64::from(self.num_blocks), u64::from(self.sign_mask));
+    fn locate_balanced(
+        &self,
+        rows: &[u64],
+        runs: &[u64],
+        places: &mut [u32],
+        signs: &mut [u32],
+    ) {
         let (factor_low, factor_high) = (low(self.reciprocal), self.reciprocal >> 32);
-        let stride = u64::from(self.stride);
         let n = rows.len();
-        // What does not depend on the block of columns. In slices of their own, so that the loops below become vectors; all
-        // arithmetic is that of 32 bits.
-        let (mut fractions, mut strata) = ([0; MAX_ROWS], [0; MAX_ROWS]);
-        let (fractions, strata) = (&mut fractions[..n], &mut strata[..n]);
-        for (&x, (fraction, stratum)) in rows.iter().zip(fractions.iter_mut().zip(&mut *strata)) {
+        // What does not depend on the block of columns. Words of 32 bits in slices of their own, and loops that do little: so
+        // the compiler makes vectors of them, as wide as there are.
+        let mut shares = [[0; MAX_ROWS]; 3];
+        let [lows, fractions, strata] = &mut shares;
+        let (lows, fractions, strata) = (&mut lows[..n], &mut fractions[..n], &mut strata[..n]);
+        for (i, &x) in rows.iter().enumerate() {
             // Bits 32 to 95 of x * reciprocal.
             let product = ((low(x) * factor_low) >> 32)
                 .wrapping_add(low(x) * factor_high)
                 .wrapping_add((x >> 32) * factor_low)
                 .wrapping_add(((x >> 32) * factor_high) << 32);
-            *fraction = low(low(product) * stride);
-            *stratum = low((product >> 32) * 0x9E37_79B9);
+            lows[i] = x as u32;
+            fractions[i] = (low(product) * u64::from(self.stride)) as u32;
+            strata[i] = ((product >> 32) * 0x9E37_79B9) as u32;
         }
-        for (&run, places) in runs.iter().zip(places.chunks_exact_mut(n)) {
-            let shares = rows.iter().zip(&*fractions).zip(&*strata);
-            for (place, ((&x, &fraction), &stratum)) in places.iter_mut().zip(shares) {
+        let places = places.chunks_exact_mut(n).zip(signs.chunks_exact_mut(n));
+        for (&run, (places, signs)) in runs.iter().zip(places) {
+            for i in 0..n {
                 // Mixed as in lowbias32 of Chris Wellons' hash-prospector.
-                let turn = low(stratum + run);
-                let turn = low((turn ^ (turn >> 15)) * 0x846C_A68B);
-                let signs = low((low(x) ^ turn) * 0x7FEB_352D);
-                let signs = low((signs ^ (signs >> 15)) * 0x846C_A68B);
-                let signs = (signs ^ (signs >> 16)) & sign_mask;
-                *place = ((low(fraction + turn) * num_blocks) & !0xFFFF_FFFF) | signs;
+                let turn = strata[i].wrapping_add(run as u32);
+                let turn = (turn ^ (turn >> 15)).wrapping_mul(0x846C_A68B);
+                places[i] = fractions[i].wrapping_add(turn);
+                let bits = (lows[i] ^ turn).wrapping_mul(0x7FEB_352D);
+                let bits = (bits ^ (bits >> 15)).wrapping_mul(0x846C_A68B);
+                signs[i] = (bits ^ (bits >> 16)) & self.sign_mask;
+            }
+            for place in places {
+                *place = block_at(*place, self.num_blocks);
             }
         }
     }
@@ -736,7 +759,7 @@ impl From<AffineSlots> for AffineRows {
 impl AffineRows {
     /// The slot of a row's share and a block's together.
     #[inline(always)]
-    fn add(&self, row_sum: u64, row_rest: i64, row_slot: u64, run: &AffineRun) -> Place {
+    fn add(&self, row_sum: u64, row_rest: i64, row_slot: u64, run: &AffineRun) -> u64 {
         let (modulus, starts) = (self.slots.modulus.value as i64, self.slots.starts.value);
         let corrections = self.corrections;
         let wraps = row_sum.wrapping_add(run.sum) < row_sum;
@@ -759,6 +782,8 @@ impl AffineRows {
 /// A place is its first slot.
 impl Locate for AffineRows {
     type Run = AffineRun;
+    type Place = u64;
+    const SIGNED: bool = false;
 
     #[inline(always)]
     fn block(&self) -> usize {
@@ -776,7 +801,7 @@ impl Locate for AffineRows {
     }
 
     #[inline(always)]
-    fn locate(&self, rows: &[u64], runs: &[AffineRun], places: &mut [Place]) {
+    fn locate(&self, rows: &[u64], runs: &[AffineRun], places: &mut [u64], _: &mut [u32]) {
         let AffineSlots {
             a,
             c,
@@ -809,13 +834,8 @@ impl Locate for AffineRows {
     }
 
     #[inline(always)]
-    fn slot(&self, place: Place, _: usize) -> usize {
+    fn slot(&self, place: u64, _: usize) -> usize {
         place as usize
-    }
-
-    #[inline(always)]
-    fn signs(&self, _: Place) -> u32 {
-        0
     }
 }
 
@@ -900,7 +920,7 @@ mod tests {
             let runs: Vec<_> = (0..40).map(|run| rows.run(run)).collect();
             let at: Vec<u64> = (0..20).map(|_| draw(64)).collect();
             let mut places = vec![0; runs.len() * at.len()];
-            rows.locate(&at, &runs, &mut places);
+            rows.locate(&at, &runs, &mut places, &mut []);
             for (run, places) in places.chunks(at.len()).enumerate() {
                 for (&row, &place) in at.iter().zip(places) {
                     let want = slots.plain_slot(row, run as u64);

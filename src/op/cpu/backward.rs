@@ -3,17 +3,17 @@
 //! Rows of different bags meet in the slots of grad_weight. No result depends on the number of threads, because the work
 //! is divided in one of two ways, chosen by the sizes alone:
 //!
-//! * *Parts*, where many values fall on each slot: the bags are divided into parts, each adds into a buffer of its own, and
-//!   the buffers are added in order. There are so few parts that the buffers together hold at most a quarter as many values
-//!   as are gathered.
+//! * *Parts*, where many values fall on each slot: the bags are divided into parts. The first adds into grad_weight, each
+//!   other into a buffer of its own, and the buffers are added in order. There are so few parts that the buffers together
+//!   hold at most a quarter as many values as are added.
 //! * *Slices*, else: each thread owns a slice of grad_weight, goes over all rows and adds what falls into its slice. All go
 //!   in the same order, so a slot gets its values in that order however the slices lie. Every thread hashes every row, and
 //!   no memory is needed beside grad_weight.
 //!
 //! For max, the winners are found first, bags divided among threads; there are as many of them as output values.
 
-use super::lanes::{dispatch, Lanes, Task};
-use super::places::{Places, Rows};
+use super::lanes::{dispatch, raise_of, Lanes, Task};
+use super::places::{Places, Rows, Run};
 use super::{
     block_of, combine, slice, with_block, Accumulator, Bags, Element, Mode, Pass, Sum, View,
     MIN_VALUES_PER_THREAD,
@@ -41,29 +41,33 @@ impl Pass for GradWeight<'_> {
             winners,
         };
         let (len, num_bags) = (bags.hashed_weight.len(), bags.num_bags());
-        let values = bags.gathered_values();
-        let mut grad_weight = vec![T::Acc::ZERO; len];
-        let parts = (values / (4 * len)).min(values / MIN_VALUES_PER_THREAD);
-        if parts >= 2 {
-            let parts = parts.min(MAX_PARTS);
-            let bags_per_part = num_bags.div_ceil(parts).max(1);
-            let parts: Vec<_> = (0..parts)
-                .into_par_iter()
+        let values = match source.winners {
+            Some(_) => num_bags * bags.embedding_dim(),
+            None => bags.gathered_values(),
+        };
+        let buffers = (values / (4 * len)).min(values / MIN_VALUES_PER_THREAD);
+        let mut grad_weight;
+        if buffers > 0 {
+            let mut parts = vec![vec![]; (1 + buffers).min(MAX_PARTS)];
+            let bags_per_part = num_bags.div_ceil(parts.len()).max(1);
+            parts
+                .par_iter_mut()
                 .with_max_len(1)
-                .map(|i| {
+                .enumerate()
+                .for_each(|(i, part)| {
                     let start = (i * bags_per_part).min(num_bags);
                     let end = (start + bags_per_part).min(num_bags);
-                    let mut part = vec![T::Acc::ZERO; len];
-                    source.add(start..end, 0, &mut part);
-                    part
-                })
-                .collect();
+                    *part = vec![T::Acc::ZERO; len];
+                    source.add(start..end, 0, part);
+                });
+            let buffers = parts.split_off(1);
+            grad_weight = parts.swap_remove(0);
             let chunk = len.div_ceil(rayon::current_num_threads()).max(1 << 12);
             grad_weight
                 .par_chunks_mut(chunk)
                 .enumerate()
                 .for_each(|(i, sums)| {
-                    for part in &parts {
+                    for part in &buffers {
                         for (sum, &value) in sums.iter_mut().zip(&part[i * chunk..]) {
                             *sum += value;
                         }
@@ -78,6 +82,7 @@ impl Pass for GradWeight<'_> {
             // Whole blocks, so that a block of a mix hash lies in one slice.
             let block = bags.hash.block();
             let owned = len.div_ceil(threads).div_ceil(block) * block;
+            grad_weight = vec![T::Acc::ZERO; len];
             if threads == 1 {
                 source.add(0..num_bags, 0, &mut grad_weight);
             } else {
@@ -122,16 +127,53 @@ impl<T: Element, H: Locate> Source<'_, T, H> {
     ) {
         let embedding_dim = self.bags.embedding_dim();
         let values = bags.start * embedding_dim..bags.end * embedding_dim;
-        for (winner, grad) in winners[values.clone()]
-            .iter()
-            .zip(&self.grad_output[values])
-        {
-            if let Some((slot, negative)) = winner.get() {
-                if let Some(sum) = slots.get_mut(slot.wrapping_sub(first_slot)) {
-                    *sum += grad.widen().flip(negative, 0);
-                }
+        let (winners, grads) = (&winners[values.clone()], &self.grad_output[values]);
+        let mut found = Found::default();
+        for (winners, grads) in winners.chunks(MAX_ROWS).zip(grads.chunks(MAX_ROWS)) {
+            let owned = |winner: &Winner| winner.slot().wrapping_sub(first_slot) < slots.len();
+            found.note(winners.iter().map(owned));
+            for &i in found.rows() {
+                let winner = winners[usize::from(i)];
+                let grad = grads[usize::from(i)].widen().flip(winner.signs(), 0);
+                slots[winner.slot() - first_slot] += grad;
             }
         }
+    }
+}
+
+/// The numbers of those of some rows that a thread has to do with.
+struct Found {
+    rows: [u8; MAX_ROWS],
+    n: usize,
+}
+
+impl Default for Found {
+    fn default() -> Self {
+        let rows = std::array::from_fn(|row| row as u8);
+        Self { rows, n: 0 }
+    }
+}
+
+impl Found {
+    /// Notes those of the next `wanted.len()` rows that are wanted. Without a branch, which no processor could foretell.
+    #[inline(always)]
+    fn note(&mut self, wanted: impl Iterator<Item = bool>) {
+        // Counted here and not in `self`, where each row would wait for the count of the row before.
+        let mut n = 0;
+        for (row, is_wanted) in wanted.take(MAX_ROWS).enumerate() {
+            self.rows[n % MAX_ROWS] = row as u8;
+            n += usize::from(is_wanted);
+        }
+        self.n = n;
+    }
+
+    /// Notes the first `n` of all rows, where nothing else ever is.
+    fn note_all(&mut self, n: usize) {
+        self.n = n;
+    }
+
+    fn rows(&self) -> &[u8] {
+        &self.rows[..self.n]
     }
 }
 
@@ -162,9 +204,16 @@ impl Winner {
         Self((slot as u64) << 1 | u64::from(negative))
     }
 
-    /// The slot, and 1 where its value is negated.
-    fn get(self) -> Option<(usize, u32)> {
-        (self.0 != Self::NONE.0).then_some(((self.0 >> 1) as usize, (self.0 & 1) as u32))
+    /// The slot; past all slots if there is none.
+    #[inline(always)]
+    fn slot(self) -> usize {
+        (self.0 >> 1) as usize
+    }
+
+    /// 1 where its value is negated.
+    #[inline(always)]
+    fn signs(self) -> u32 {
+        (self.0 & 1) as u32
     }
 }
 
@@ -179,56 +228,120 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Win<'_, BLOCK, T, H> {
     type Output = ();
 
     #[inline(always)]
-    fn run<L: Lanes>(self, _: L) {
+    fn run<L: Lanes>(self, lanes: L) {
         let (bags, embedding_dim) = (self.bags, self.bags.embedding_dim());
         let block = block_of::<BLOCK, H>(&bags.hash);
         let last = self.first + self.winners.len() / embedding_dim;
         let mut places = Places::new(bags, self.first..last);
-        // Written in turns: a value that goes where it came from becomes a masked store, which the next row waits for.
         let mut best = vec![T::Acc::ZERO; embedding_dim];
-        let mut better = best.clone();
         let bags_of_winners = self.winners.chunks_exact_mut(embedding_dim);
         for (bag, winners) in (self.first..last).zip(bags_of_winners) {
-            let (mut positions, mut seen) = (bags.range(bag), 0);
+            let (mut positions, mut is_first) = (bags.range(bag), true);
             while let Some(rows) = places.take(&mut positions) {
-                let columns = best.chunks_mut(block).zip(better.chunks_mut(block));
-                let columns = columns.zip(winners.chunks_mut(block));
-                for (run, ((mut best, mut better), winners)) in columns.enumerate() {
-                    for (row, &place) in (seen..).zip(rows.run(run)) {
-                        let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
-                        let values = &bags.hashed_weight[slot..slot + best.len()];
-                        let columns = best.iter().zip(better.iter_mut()).zip(winners.iter_mut());
-                        let values = values.iter().enumerate();
-                        for ((i, value), ((best, better), winner)) in values.zip(columns) {
-                            let value = value.widen().flip(signs, i);
-                            let wins = row == 0 || value.wins(*best);
-                            *better = if wins { value } else { *best };
-                            *winner = if wins {
-                                Winner::new(slot + i, signs, i)
-                            } else {
-                                *winner
-                            };
-                        }
-                        std::mem::swap(&mut best, &mut better);
-                    }
-                    better.copy_from_slice(best);
+                if rows.len() == 0 {
+                    continue;
                 }
-                seen += rows.positions.len();
+                let columns = best.chunks_mut(block).zip(winners.chunks_mut(block));
+                for (run, (best, winners)) in columns.enumerate() {
+                    let contest = Contest::<BLOCK, T, H> {
+                        bags,
+                        places: rows.run(run),
+                        rows: rows.len(),
+                        is_first,
+                    };
+                    let mut at = 0;
+                    while at + 8 <= best.len() {
+                        contest.hold::<8, _>(lanes, at, best, winners);
+                        at += 8;
+                    }
+                    while at + 4 <= best.len() {
+                        contest.hold::<4, _>(lanes, at, best, winners);
+                        at += 4;
+                    }
+                    while at < best.len() {
+                        contest.hold::<1, _>(lanes, at, best, winners);
+                        at += 1;
+                    }
+                }
+                is_first = false;
             }
         }
     }
 }
 
-/// The numbers of the rows of a window.
-const EVERY_ROW: [u8; MAX_ROWS] = {
-    let mut rows = [0; MAX_ROWS];
-    let mut i = 0;
-    while i < MAX_ROWS {
-        rows[i] = i as u8;
-        i += 1;
+/// A block of columns of some rows of a bag.
+struct Contest<'a, const BLOCK: usize, T, H: Locate> {
+    bags: &'a Bags<'a, T, H>,
+    places: Run<'a, H>,
+    rows: usize,
+    /// Whether the first of them is the first of the bag, which there is nothing to compare with.
+    is_first: bool,
+}
+
+impl<const BLOCK: usize, T: Element, H: Locate> Contest<'_, BLOCK, T, H> {
+    /// The N columns from `at` on of a row, and their signs.
+    #[inline(always)]
+    fn values<const N: usize>(&self, row: usize, at: usize) -> ([T::Acc; N], u32) {
+        let Bags {
+            hash,
+            hashed_weight,
+            ..
+        } = self.bags;
+        let block = block_of::<BLOCK, H>(hash);
+        let (slot, signs) = self.places.place(hash, row, block);
+        let mut values = [T::Acc::ZERO; N];
+        for (value, from) in values.iter_mut().zip(&hashed_weight[slot + at..][..N]) {
+            *value = from.widen();
+        }
+        (values, signs.wrapping_shr(at as u32))
     }
-    rows
-};
+
+    /// Finds the winners of the N columns from `at` on; in registers, where N is 8.
+    #[inline(always)]
+    fn hold<const N: usize, L: Lanes>(
+        &self,
+        lanes: L,
+        at: usize,
+        best: &mut [T::Acc],
+        winners: &mut [Winner],
+    ) {
+        const NO_ROW: u32 = u32::MAX;
+        let Bags {
+            hash,
+            hashed_weight,
+            ..
+        } = self.bags;
+        let block = block_of::<BLOCK, H>(hash);
+        let (mut sums, mut of, mut start) = ([T::Acc::ZERO; N], [NO_ROW; N], 0);
+        sums.copy_from_slice(&best[at..at + N]);
+        if self.is_first {
+            let (values, signs) = self.values::<N>(0, at);
+            sums = std::array::from_fn(|i| values[i].flip(signs, i));
+            (of, start) = ([0; N], 1);
+        }
+        for row in start..self.rows {
+            if N > 1 && at == 0 {
+                let ahead = self.places.ahead(hash, row, block);
+                lanes.prefetch(hashed_weight.as_ptr().wrapping_add(ahead));
+            }
+            let (values, signs) = self.values::<N>(row, at);
+            let eight = sums.first_chunk_mut().zip(of.first_chunk_mut());
+            match eight.zip(values.first_chunk()) {
+                Some(((sums, of), values)) => {
+                    T::Acc::max_half_of(lanes, sums, of, values, signs, row as u32)
+                }
+                None => raise_of(&mut sums, &mut of, &values, signs, row as u32),
+            }
+        }
+        best[at..at + N].copy_from_slice(&sums);
+        for (i, (winner, row)) in (at..).zip(winners[at..at + N].iter_mut().zip(of)) {
+            if row != NO_ROW {
+                let (slot, signs) = self.places.place(hash, row as usize, block);
+                *winner = Winner::new(slot + i, signs, i);
+            }
+        }
+    }
+}
 
 /// Adds the rows of some bags, in modes sum and mean.
 struct Add<'a, const BLOCK: usize, T: Element, H: Locate> {
@@ -247,14 +360,37 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
             bags, grad_output, ..
         } = *self.source;
         let (block, embedding_dim) = (block_of::<BLOCK, H>(&bags.hash), bags.embedding_dim());
+        let mut founds = [Found::default(), Found::default()];
         let mut places = Places::new(bags, self.of.clone());
         for bag in self.of.clone() {
             let grads = &grad_output[bag * embedding_dim..(bag + 1) * embedding_dim];
             let scale = bags.mean_scale(bag);
             let mut positions = bags.range(bag);
             while let Some(rows) = places.take(&mut positions) {
-                for (run, grad) in grads.chunks(block).enumerate() {
-                    self.add_block(lanes, &rows, run, grad, scale);
+                // The slots of a block of columns are on their way while the block before is added.
+                let mut grads = grads.chunks(block);
+                for run in 0..=bags.runs.len() {
+                    let [even, odd] = &mut founds;
+                    let (next, found) = if run % 2 == 0 {
+                        (even, odd)
+                    } else {
+                        (odd, even)
+                    };
+                    if run < bags.runs.len() {
+                        self.find(lanes, &rows, run, next);
+                    }
+                    if run > 0 {
+                        let grad = grads.next().unwrap_or_default();
+                        match grad.first_chunk::<BLOCK>() {
+                            Some(grad) if BLOCK > 0 && bags.per_sample_weights.is_none() => {
+                                self.add_whole::<false, _>(lanes, &rows, run - 1, found, grad, scale)
+                            }
+                            Some(grad) if BLOCK > 0 => {
+                                self.add_whole::<true, _>(lanes, &rows, run - 1, found, grad, scale)
+                            }
+                            _ => self.add(lanes, &rows, run - 1, found, grad, scale),
+                        }
+                    }
                 }
             }
         }
@@ -262,51 +398,104 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
 }
 
 impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
-    /// Adds `grad`, of block `run`, for each of some rows.
+    /// Finds the rows with slots in the slice for block `run` of columns, and has those slots fetched.
     #[inline(always)]
-    fn add_block<L: Lanes>(
+    fn find<L: Lanes>(&self, lanes: L, rows: &Rows<H>, run: usize, found: &mut Found) {
+        let (hash, slots) = (&self.source.bags.hash, self.slots.as_ptr());
+        let (block, run) = (block_of::<BLOCK, H>(hash), rows.run(run));
+        if self.slots.len() == self.source.bags.hashed_weight.len() {
+            for row in 0..rows.len() {
+                lanes.prefetch(slots.wrapping_add(run.place(hash, row, block).0));
+            }
+            return found.note_all(rows.len());
+        }
+        let end = self.slots.len() + block - 1;
+        let start = |row| run.place(hash, row, block).0.wrapping_sub(self.first_slot);
+        found.note((0..rows.len()).map(|row| start(row).wrapping_add(block - 1) < end));
+        for &row in found.rows() {
+            lanes.prefetch(slots.wrapping_add(start(row.into())));
+        }
+    }
+
+    /// Adds `grad`, of block `run` of columns, to the slots of the rows that were found.
+    #[inline(always)]
+    fn add_whole<const WEIGHTED: bool, L: Lanes>(
         &mut self,
         lanes: L,
-        rows: &Rows,
+        rows: &Rows<H>,
         run: usize,
+        found: &Found,
+        grad: &[T; BLOCK],
+        scale: Option<T::Acc>,
+    ) {
+        let (bags, places) = (self.source.bags, rows.run(run));
+        let mut values = [T::Acc::ZERO; BLOCK];
+        for (value, grad) in values.iter_mut().zip(grad) {
+            *value = scale.unwrap_or(T::Acc::ONE) * grad.widen();
+        }
+        let last = self.slots.len().checked_sub(BLOCK);
+        for &row in found.rows() {
+            let row = usize::from(row);
+            let (slot, signs) = places.place(&bags.hash, row, BLOCK);
+            let start = slot.wrapping_sub(self.first_slot);
+            if last.is_some_and(|last| start <= last) {
+                let scale = if WEIGHTED {
+                    bags.scale(rows, row)
+                } else {
+                    None
+                };
+                let slots = &mut self.slots[start..start + BLOCK];
+                combine::<Sum, _, _>(lanes, slots, &values, signs, scale);
+            } else {
+                // At the edge of the slice, which a block of an affine hash may straddle.
+                self.add_row(rows, row, slot, signs, grad, scale);
+            }
+        }
+    }
+
+    /// The same for a block of any length.
+    #[inline(always)]
+    fn add<L: Lanes>(
+        &mut self,
+        lanes: L,
+        rows: &Rows<H>,
+        run: usize,
+        found: &Found,
         grad: &[T],
         scale: Option<T::Acc>,
     ) {
-        let (bags, first_slot) = (self.source.bags, self.first_slot);
-        let block = block_of::<BLOCK, H>(&bags.hash);
-        let end_slot = first_slot + self.slots.len();
-        let places = rows.run(run);
-        let mut found = EVERY_ROW;
-        let hits = if self.slots.len() == bags.hashed_weight.len() {
-            places.len()
-        } else {
-            // The rows with slots in the slice, found without branches: no processor could foretell them.
-            let mut hits = 0;
-            for (i, &place) in (0..).zip(places) {
-                let slot = bags.hash.slot(place, block);
-                found[hits] = i;
-                hits += usize::from(slot < end_slot && slot + block > first_slot);
-            }
-            hits
-        };
-        for &i in &found[..hits] {
-            let i = usize::from(i);
-            let place = places[i];
-            let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
-            let scale = scale.or_else(|| bags.scale(rows, i));
-            let start = slot.wrapping_sub(first_slot);
-            if BLOCK == 0 || grad.len() == BLOCK {
-                // Not at the edge of the slice, which a block of an affine hash may straddle.
-                if let Some(slots) = self.slots.get_mut(start..start.wrapping_add(grad.len())) {
-                    combine::<Sum, _, _>(lanes, slots, &grad[..slots.len()], signs, scale);
-                    continue;
+        let bags = self.source.bags;
+        let (block, places) = (block_of::<BLOCK, H>(&bags.hash), rows.run(run));
+        for &row in found.rows() {
+            let row = usize::from(row);
+            let (slot, signs) = places.place(&bags.hash, row, block);
+            let start = slot.wrapping_sub(self.first_slot);
+            match self.slots.get_mut(start..start.wrapping_add(grad.len())) {
+                Some(slots) => {
+                    let scale = scale.or_else(|| bags.scale(rows, row));
+                    combine::<Sum, _, _>(lanes, slots, grad, signs, scale);
                 }
+                None => self.add_row(rows, row, slot, signs, grad, scale),
             }
-            for (i, grad) in grad.iter().enumerate() {
-                if let Some(sum) = self.slots.get_mut(start.wrapping_add(i)) {
-                    let (one, grad) = (std::slice::from_mut(sum), std::slice::from_ref(grad));
-                    combine::<Sum, _, _>(lanes, one, grad, signs >> (i % 32), scale);
-                }
+        }
+    }
+
+    /// The same for one row, whose slots start at `slot`, as far as they are in the slice.
+    fn add_row(
+        &mut self,
+        rows: &Rows<H>,
+        row: usize,
+        slot: usize,
+        signs: u32,
+        grad: &[T],
+        mean_scale: Option<T::Acc>,
+    ) {
+        let start = slot.wrapping_sub(self.first_slot);
+        let scale = self.source.bags.scale(rows, row).or(mean_scale);
+        for (i, grad) in grad.iter().enumerate() {
+            if let Some(sum) = self.slots.get_mut(start.wrapping_add(i)) {
+                let grad = scale.unwrap_or(T::Acc::ONE) * grad.widen();
+                *sum += grad.flip(signs, i);
             }
         }
     }
@@ -356,22 +545,24 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Dot<'_, BLOCK, T, H> {
         let (bags, embedding_dim) = (self.bags, self.bags.embedding_dim());
         let block = block_of::<BLOCK, H>(&bags.hash);
         let mut places = Places::new(bags, self.of.clone());
+        let mut sums = [T::Acc::ZERO; MAX_ROWS];
         let mut dots = vec![];
         for bag in self.of {
             let grads = &self.grad_output[bag * embedding_dim..(bag + 1) * embedding_dim];
             let mut positions = bags.range(bag);
             while let Some(rows) = places.take(&mut positions) {
-                let mut sums = [T::Acc::ZERO; MAX_ROWS];
+                let sums = &mut sums[..rows.len()];
+                sums.fill(T::Acc::ZERO);
                 for (run, grads) in grads.chunks(block).enumerate() {
-                    for (sum, &place) in sums.iter_mut().zip(rows.run(run)) {
-                        let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
+                    let places = rows.run(run);
+                    for (row, sum) in sums.iter_mut().enumerate() {
+                        let (slot, signs) = places.place(&bags.hash, row, block);
                         let values = &bags.hashed_weight[slot..slot + grads.len()];
                         for (i, (grad, value)) in grads.iter().zip(values).enumerate() {
                             *sum += grad.widen() * value.widen().flip(signs, i);
                         }
                     }
                 }
-                let sums = &sums[..rows.positions.len()];
                 dots.extend(sums.iter().map(|sum| T::from_f64(sum.to_f64())));
             }
         }

@@ -1,6 +1,6 @@
 //! The dtypes of `hashed_weight` and of the sums, in forms that the compiler turns into vector instructions.
 
-use super::lanes::Lanes;
+use super::lanes::{raise_of, Lanes};
 use candle_core::WithDType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -61,6 +61,16 @@ pub(super) trait Accumulator:
 
     /// [`Lanes::max_half`], where there are such lanes for this dtype.
     fn max_half<L: Lanes>(lanes: L, sums: &mut [Self; 8], values: &[Self; 8], signs: u32);
+
+    /// [`Lanes::max_half_of`], where there are such lanes for this dtype.
+    fn max_half_of<L: Lanes>(
+        lanes: L,
+        sums: &mut [Self; 8],
+        rows: &mut [u32; 8],
+        values: &[Self; 8],
+        signs: u32,
+        row: u32,
+    );
 }
 
 fn write<T: Copy>(from: &[T], to: &mut [MaybeUninit<T>]) {
@@ -135,6 +145,18 @@ impl Accumulator for f32 {
     fn max_half<L: Lanes>(lanes: L, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
         lanes.max_half(sums, values, signs);
     }
+
+    #[inline(always)]
+    fn max_half_of<L: Lanes>(
+        lanes: L,
+        sums: &mut [f32; 8],
+        rows: &mut [u32; 8],
+        values: &[f32; 8],
+        signs: u32,
+        row: u32,
+    ) {
+        lanes.max_half_of(sums, rows, values, signs, row);
+    }
 }
 
 impl Accumulator for f64 {
@@ -178,6 +200,18 @@ impl Accumulator for f64 {
         for i in 0..8 {
             sums[i].raise(values[i].flip(signs, i));
         }
+    }
+
+    #[inline(always)]
+    fn max_half_of<L: Lanes>(
+        _: L,
+        sums: &mut [f64; 8],
+        rows: &mut [u32; 8],
+        values: &[f64; 8],
+        signs: u32,
+        row: u32,
+    ) {
+        raise_of(sums, rows, values, signs, row);
     }
 }
 

@@ -69,7 +69,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Pool<'_, BLOCK, T, H> {
             pooled.fill(C::first());
             let (mut positions, mut count) = (bags.range(bag), 0);
             while let Some(rows) = places.take(&mut positions) {
-                count += rows.positions.len();
+                count += rows.len();
                 pool_rows::<BLOCK, C, _, _, _>(lanes, bags, &rows, &mut pooled);
             }
             if count == 0 {
@@ -90,49 +90,70 @@ impl<const BLOCK: usize, T: Element, H: Locate> Pool<'_, BLOCK, T, H> {
 fn pool_rows<const BLOCK: usize, C: Combine, T: Element, H: Locate, L: Lanes>(
     lanes: L,
     bags: &Bags<T, H>,
-    rows: &Rows,
+    rows: &Rows<H>,
     pooled: &mut [T::Acc],
 ) {
     let block = block_of::<BLOCK, H>(&bags.hash);
     let full = pooled.len().checked_div(BLOCK).unwrap_or(0);
+    let is_weighted = bags.per_sample_weights.is_some();
     let mut run = 0;
     while run + 4 <= full {
         let pooled = &mut pooled[run * BLOCK..(run + 4) * BLOCK];
-        pool_blocks::<BLOCK, 4, C, _, _, _>(lanes, bags, rows, run, pooled);
+        if is_weighted {
+            pool_blocks::<BLOCK, 4, true, C, _, _, _>(lanes, bags, rows, run, pooled);
+        } else {
+            pool_blocks::<BLOCK, 4, false, C, _, _, _>(lanes, bags, rows, run, pooled);
+        }
         run += 4;
     }
     while run < full {
         let pooled = &mut pooled[run * BLOCK..(run + 1) * BLOCK];
-        pool_blocks::<BLOCK, 1, C, _, _, _>(lanes, bags, rows, run, pooled);
+        pool_blocks::<BLOCK, 1, true, C, _, _, _>(lanes, bags, rows, run, pooled);
         run += 1;
     }
     // Blocks of no constant length, and a last one that is cut off.
     for (pooled, run) in pooled[run * block..].chunks_mut(block).zip(run..) {
-        for (i, &place) in rows.run(run).iter().enumerate() {
-            let (slot, signs) = (bags.hash.slot(place, block), bags.hash.signs(place));
+        let places = rows.run(run);
+        for i in 0..rows.len() {
+            let (slot, signs) = places.place(&bags.hash, i, block);
             let values = &bags.hashed_weight[slot..slot + pooled.len()];
             combine::<C, _, _>(lanes, pooled, values, signs, bags.scale(rows, i));
         }
     }
 }
 
-/// The same for the blocks `run..run + N`, in registers.
+/// The same for the blocks `run..run + N`, in registers. Not `WEIGHTED` says that rows have no weights.
 #[inline(always)]
-fn pool_blocks<const BLOCK: usize, const N: usize, C: Combine, T: Element, H: Locate, L: Lanes>(
+fn pool_blocks<
+    const BLOCK: usize,
+    const N: usize,
+    const WEIGHTED: bool,
+    C: Combine,
+    T: Element,
+    H: Locate,
+    L: Lanes,
+>(
     lanes: L,
     bags: &Bags<T, H>,
-    rows: &Rows,
+    rows: &Rows<H>,
     run: usize,
     pooled: &mut [T::Acc],
 ) {
     let runs: [_; N] = std::array::from_fn(|n| rows.run(run + n));
     let mut blocks = [[T::Acc::ZERO; BLOCK]; N];
     blocks.as_flattened_mut().copy_from_slice(pooled);
-    for i in 0..rows.positions.len() {
-        let scale = bags.scale(rows, i);
+    for i in 0..rows.len() {
+        let scale = if WEIGHTED {
+            bags.scale(rows, i)
+        } else {
+            None
+        };
         for (block, places) in blocks.iter_mut().zip(&runs) {
-            let place = places[i];
-            let (slot, signs) = (bags.hash.slot(place, BLOCK), bags.hash.signs(place));
+            let (slot, signs) = places.place(&bags.hash, i, BLOCK);
+            if BLOCK > 1 {
+                let ahead = places.ahead(&bags.hash, i, BLOCK);
+                lanes.prefetch(bags.hashed_weight.as_ptr().wrapping_add(ahead));
+            }
             let values = &bags.hashed_weight[slot..slot + BLOCK];
             combine::<C, _, _>(lanes, block, values, signs, scale);
         }

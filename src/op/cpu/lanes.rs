@@ -21,8 +21,22 @@ pub(super) trait Lanes: Copy {
     /// The same for eight.
     fn max_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32);
 
+    /// `max_half` that keeps count: `rows[i] = row` where `sums[i]` is replaced.
+    fn max_half_of(
+        self,
+        sums: &mut [f32; 8],
+        rows: &mut [u32; 8],
+        values: &[f32; 8],
+        signs: u32,
+        row: u32,
+    );
+
     /// f16 to f32.
     fn widen(self, values: &[f16; 16]) -> [f32; 16];
+
+    /// Has memory fetched that will be read soon; a hint, which may point anywhere.
+    #[inline(always)]
+    fn prefetch<T>(self, _: *const T) {}
 }
 
 /// A loop to run on the widest lanes of this machine; `run` must be `inline(always)`.
@@ -89,8 +103,37 @@ impl Lanes for Portable {
     }
 
     #[inline(always)]
+    fn max_half_of(
+        self,
+        sums: &mut [f32; 8],
+        rows: &mut [u32; 8],
+        values: &[f32; 8],
+        signs: u32,
+        row: u32,
+    ) {
+        raise_of(sums, rows, values, signs, row);
+    }
+
+    #[inline(always)]
     fn widen(self, values: &[f16; 16]) -> [f32; 16] {
         values.map(f16::widen)
+    }
+}
+
+/// [`Lanes::max_half_of`] for any dtype of sums and any number of them.
+#[inline(always)]
+pub(super) fn raise_of<A: Accumulator>(
+    sums: &mut [A],
+    rows: &mut [u32],
+    values: &[A],
+    signs: u32,
+    row: u32,
+) {
+    for (i, ((sum, of), value)) in sums.iter_mut().zip(rows).zip(values).enumerate() {
+        let value = value.flip(signs, i);
+        let wins = value.wins(*sum);
+        *sum = if wins { value } else { *sum };
+        *of = if wins { row } else { *of };
     }
 }
 
@@ -175,6 +218,23 @@ mod x86 {
         }
 
         #[inline(always)]
+        fn max_half_of(
+            self,
+            sums: &mut [f32; 8],
+            rows: &mut [u32; 8],
+            values: &[f32; 8],
+            signs: u32,
+            row: u32,
+        ) {
+            Avx2(()).max_half_of(sums, rows, values, signs, row);
+        }
+
+        #[inline(always)]
+        fn prefetch<T>(self, at: *const T) {
+            Avx2(()).prefetch(at);
+        }
+
+        #[inline(always)]
         fn widen(self, values: &[f16; 16]) -> [f32; 16] {
             let mut wide = [0.0; 16];
             // SAFETY: as for `add`.
@@ -187,16 +247,50 @@ mod x86 {
     }
 
     impl Avx2 {
-        /// The values, negated where a bit is set.
+        /// Eight values, negated where a bit from bit `8 * EIGHTH` on is set.
         #[inline(always)]
-        fn flipped(self, values: &[f32; 8], signs: u32) -> __m256 {
+        fn flipped<const EIGHTH: i32>(self, values: &[f32; 8], signs: u32) -> __m256 {
             // SAFETY: an `Avx2` exists only where its features do; the array holds the eight values that are read.
             unsafe {
-                let bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-                let set = _mm256_and_si256(_mm256_set1_epi32(signs as i32), bits);
-                let set = _mm256_castsi256_ps(_mm256_cmpeq_epi32(set, bits));
-                let value = _mm256_loadu_ps(values.as_ptr());
-                _mm256_xor_ps(value, _mm256_and_ps(set, _mm256_set1_ps(-0.0)))
+                // Bit i to the top of lane i.
+                let last = 24 - 8 * EIGHTH;
+                let shifts = _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+                let shifts = _mm256_add_epi32(shifts, _mm256_set1_epi32(last));
+                let tops = _mm256_sllv_epi32(_mm256_set1_epi32(signs as i32), shifts);
+                let minus = _mm256_and_ps(_mm256_castsi256_ps(tops), _mm256_set1_ps(-0.0));
+                _mm256_xor_ps(minus, _mm256_loadu_ps(values.as_ptr()))
+            }
+        }
+
+        #[inline(always)]
+        fn add_eighth<const EIGHTH: i32>(
+            self,
+            sums: &mut [f32; 8],
+            values: &[f32; 8],
+            signs: u32,
+        ) {
+            let value = self.flipped::<EIGHTH>(values, signs);
+            let sums = sums.as_mut_ptr();
+            // SAFETY: an `Avx2` exists only where its features do; eight values lie at `sums`.
+            unsafe { _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), value)) };
+        }
+
+        #[inline(always)]
+        fn max_eighth<const EIGHTH: i32>(
+            self,
+            sums: &mut [f32; 8],
+            values: &[f32; 8],
+            signs: u32,
+        ) {
+            let value = self.flipped::<EIGHTH>(values, signs);
+            let sums = sums.as_mut_ptr();
+            // SAFETY: as for `add_eighth`.
+            unsafe {
+                let sum = _mm256_loadu_ps(sums);
+                let larger = _mm256_cmp_ps::<_CMP_GT_OQ>(value, sum);
+                let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(value, value);
+                let wins = _mm256_or_ps(larger, nan);
+                _mm256_storeu_ps(sums, _mm256_blendv_ps(sum, value, wins));
             }
         }
     }
@@ -205,37 +299,58 @@ mod x86 {
         #[inline(always)]
         fn add(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
             let (sums, values) = (sums.as_chunks_mut().0, values.as_chunks().0);
-            self.add_half(&mut sums[0], &values[0], signs);
-            self.add_half(&mut sums[1], &values[1], signs >> 8);
+            self.add_eighth::<0>(&mut sums[0], &values[0], signs);
+            self.add_eighth::<1>(&mut sums[1], &values[1], signs);
         }
 
         #[inline(always)]
         fn max(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
             let (sums, values) = (sums.as_chunks_mut().0, values.as_chunks().0);
-            self.max_half(&mut sums[0], &values[0], signs);
-            self.max_half(&mut sums[1], &values[1], signs >> 8);
+            self.max_eighth::<0>(&mut sums[0], &values[0], signs);
+            self.max_eighth::<1>(&mut sums[1], &values[1], signs);
         }
 
         #[inline(always)]
         fn add_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-            let value = self.flipped(values, signs);
-            let sums = sums.as_mut_ptr();
-            // SAFETY: an `Avx2` exists only where its features do; eight values lie at `sums`.
-            unsafe { _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), value)) };
+            self.add_eighth::<0>(sums, values, signs);
         }
 
         #[inline(always)]
         fn max_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-            let value = self.flipped(values, signs);
-            let sums = sums.as_mut_ptr();
-            // SAFETY: as for `add_half`.
+            self.max_eighth::<0>(sums, values, signs);
+        }
+
+        #[inline(always)]
+        fn max_half_of(
+            self,
+            sums: &mut [f32; 8],
+            rows: &mut [u32; 8],
+            values: &[f32; 8],
+            signs: u32,
+            row: u32,
+        ) {
+            let value = self.flipped::<0>(values, signs);
+            let (sums, rows) = (sums.as_mut_ptr(), rows.as_mut_ptr().cast());
+            // SAFETY: as for `add_eighth`, and eight numbers lie at `rows`.
             unsafe {
                 let sum = _mm256_loadu_ps(sums);
                 let larger = _mm256_cmp_ps::<_CMP_GT_OQ>(value, sum);
-                let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(value, value);
-                let wins = _mm256_or_ps(larger, nan);
+                // The first NaN stays.
+                let is_nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(value, value);
+                let was_number = _mm256_cmp_ps::<_CMP_ORD_Q>(sum, sum);
+                let wins = _mm256_or_ps(larger, _mm256_and_ps(is_nan, was_number));
                 _mm256_storeu_ps(sums, _mm256_blendv_ps(sum, value, wins));
+                let of = _mm256_castsi256_ps(_mm256_loadu_si256(rows));
+                let row = _mm256_castsi256_ps(_mm256_set1_epi32(row as i32));
+                let of = _mm256_castps_si256(_mm256_blendv_ps(of, row, wins));
+                _mm256_storeu_si256(rows, of);
             }
+        }
+
+        #[inline(always)]
+        fn prefetch<T>(self, at: *const T) {
+            // SAFETY: a prefetch reads nothing, wherever it points.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
         }
 
         #[inline(always)]

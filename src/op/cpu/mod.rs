@@ -280,7 +280,7 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
 
     /// What multiplies row `i` of `rows`, where rows are weighted.
     #[inline(always)]
-    fn scale(&self, rows: &Rows, i: usize) -> Option<T::Acc> {
+    fn scale(&self, rows: &Rows<H>, i: usize) -> Option<T::Acc> {
         let weights = self.per_sample_weights?;
         Some(weights[rows.positions[i]].widen())
     }

@@ -1,23 +1,27 @@
 //! The rows of bags, hashed a window at a time.
 //!
 //! Hashing needs nothing but indices, so the rows of many bags are hashed at once, in vectors, and padding is left out on
-//! the way: the loops behind see places and nothing else. (Nothing is prefetched: a processor that looks far ahead finds
-//! the cache misses by itself, and was never faster for being told.)
+//! the way: the loops behind see places and nothing else. They see which places come next, too, and can have them fetched.
 
 use super::{Bags, Element};
-use crate::hash::{Locate, Place, MAX_ROWS};
+use crate::hash::{Locate, MAX_ROWS};
 use std::ops::Range;
 
-/// So many places stay in the nearest cache.
+/// So many places and their signs stay in the nearest cache.
 const NEAR_PLACES: usize = 1 << 12;
+
+/// How many rows before it is used a block is fetched. A processor that looks far ahead finds most misses by itself and loses
+/// nothing by this; one that does not gains a quarter.
+const AHEAD: usize = 6;
 
 /// The places of rows by position, for bags in the order of their positions; out of order is right too, only slower.
 pub(super) struct Places<'a, T, H: Locate> {
     bags: &'a Bags<'a, T, H>,
     /// Rows per window.
     window: usize,
-    /// Block `run` of row `i` at `run * rows + i`.
-    places: Vec<Place>,
+    /// Block `run` of row `i` at `run * rows + i`, and enough behind it for the arrays of a [`Run`].
+    places: Vec<H::Place>,
+    signs: Vec<u32>,
     /// The positions of the window, and which of them are no padding.
     hashed: Range<usize>,
     positions: [usize; MAX_ROWS],
@@ -27,18 +31,53 @@ pub(super) struct Places<'a, T, H: Locate> {
 }
 
 /// Rows of one bag.
-pub(super) struct Rows<'a> {
-    places: &'a [Place],
+pub(super) struct Rows<'a, H: Locate> {
+    places: &'a [H::Place],
+    signs: &'a [u32],
     stride: usize,
     /// Where in `indices` the rows stand.
     pub positions: &'a [usize],
 }
 
-impl Rows<'_> {
-    /// The places of block `run` of each row.
+/// Where one block of columns of each of some rows lies. Arrays, whatever the number of rows: so the loops, whose rows are at
+/// most [`MAX_ROWS`], need no test of an index, for which there would be no registers.
+pub(super) struct Run<'a, H: Locate> {
+    places: &'a [H::Place; MAX_ROWS + AHEAD],
+    signs: &'a [u32; MAX_ROWS],
+}
+
+impl<H: Locate> Rows<'_, H> {
+    /// How many; at most [`MAX_ROWS`].
     #[inline(always)]
-    pub fn run(&self, run: usize) -> &[Place] {
-        &self.places[run * self.stride..][..self.positions.len()]
+    pub fn len(&self) -> usize {
+        self.positions.len().min(MAX_ROWS)
+    }
+
+    /// Block `run` of each row.
+    #[inline(always)]
+    pub fn run(&self, run: usize) -> Run<'_, H> {
+        let start = run * self.stride;
+        let places = self.places[start..].first_chunk();
+        let signs = self.signs[start..].first_chunk();
+        let (Some(places), Some(signs)) = (places, signs) else {
+            unreachable!("Places::new makes room behind the last row");
+        };
+        Run { places, signs }
+    }
+}
+
+impl<H: Locate> Run<'_, H> {
+    /// The first slot of row `i`, and a sign bit for each column; zero where there are no signs.
+    #[inline(always)]
+    pub fn place(&self, hash: &H, i: usize, block: usize) -> (usize, u32) {
+        let signs = if H::SIGNED { self.signs[i] } else { 0 };
+        (hash.slot(self.places[i], block), signs)
+    }
+
+    /// The first slot of a row that comes [`AHEAD`] later, or of any row: a hint.
+    #[inline(always)]
+    pub fn ahead(&self, hash: &H, i: usize, block: usize) -> usize {
+        hash.slot(self.places[i + AHEAD], block)
     }
 }
 
@@ -46,29 +85,38 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
     /// The places of the rows of these bags.
     pub fn new(bags: &'a Bags<'a, T, H>, of: Range<usize>) -> Self {
         let (runs, shape) = (bags.runs.len(), &bags.lookup.bags);
+        let first = of.clone().next().map_or(0, |bag| bags.range(bag).start);
+        let end = of.map(|bag| bags.range(bag).end).max().unwrap_or(0);
         let mut window = (NEAR_PLACES / runs).clamp(8, MAX_ROWS);
         if shape.feature_stride() > 0 {
             // The next bag is not the next in memory: what a window holds beyond a bag is hashed in vain.
             window = window.min(shape.nnz.div_ceil(shape.num_bags).max(1));
         }
+        // Little to look up needs little memory.
+        window = window.min(end.saturating_sub(first).max(1));
+        let len = runs * window + MAX_ROWS + AHEAD;
         Self {
             bags,
             window,
-            places: vec![0; runs * window],
+            places: vec![H::Place::default(); len],
+            signs: vec![0; len],
             hashed: 0..0,
             positions: [0; MAX_ROWS],
             rows: 0,
-            end: of.map(|bag| bags.range(bag).end).max().unwrap_or(0),
+            end,
         }
     }
 
     /// Takes rows off the front of the positions of a bag, as many as there are in the window; `None` when none are left.
     #[inline(always)]
-    pub fn take(&mut self, positions: &mut Range<usize>) -> Option<Rows<'_>> {
+    pub fn take(&mut self, positions: &mut Range<usize>) -> Option<Rows<'_, H>> {
         if positions.start >= positions.end {
             return None;
         }
-        if !self.hashed.contains(&positions.start) {
+        // A short bag is not cut in two: its first rows are hashed again with the rest.
+        let is_short = positions.len() <= self.window / 4;
+        let is_cut = is_short && positions.end > self.hashed.end;
+        if is_cut || !self.hashed.contains(&positions.start) {
             self.hash(positions.start);
         }
         let until = positions.end.min(self.hashed.end);
@@ -76,6 +124,7 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
         positions.start = until;
         Some(Rows {
             places: &self.places[first..],
+            signs: &self.signs[first..],
             stride: self.rows,
             positions: &self.positions[first..last],
         })
@@ -110,8 +159,10 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
             }
         }
         if self.rows > 0 {
-            let places = &mut self.places[..bags.runs.len() * self.rows];
-            bags.hash.locate(&rows[..self.rows], &bags.runs, places);
+            let len = bags.runs.len() * self.rows;
+            let (places, signs) = (&mut self.places[..len], &mut self.signs[..len]);
+            let rows = &rows[..self.rows];
+            bags.hash.locate(rows, &bags.runs, places, signs);
         }
     }
 }
