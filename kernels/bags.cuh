@@ -40,7 +40,6 @@ struct Inputs {
   const void *indices;
   const void *offsets;        // null: bags of bag_len indices
   const int64_t *first_rows;  // (tables + 1,); null: one table
-  uint32_t *out_of_range;     // set to 1 where a row or an offset is; null: nobody asks
 };
 
 // The division of `nnz` indices into bags; passed by value, twin of BagParams in src/op/cuda.rs.
@@ -76,13 +75,10 @@ struct Bags {
     return {start, end < start ? start : end};
   }
 
-  // Whether the offsets around a bag break the contract: the first is 0, none decreases, none passes nnz.
-  __device__ __forceinline__ bool has_bad_offsets(const void *offsets, int64_t bag) const {
-    if (num_offsets == 0) return false;
-    int64_t at = place(bag);
-    int64_t start = load_index(offsets, offset_type, at);
-    int64_t end = at + 1 < num_offsets ? load_index(offsets, offset_type, at + 1) : nnz;
-    return (at == 0 && start != 0) || start > end || end > nnz;
+  // Where the last bag ends.
+  __device__ __forceinline__ int64_t end(const void *offsets) const {
+    if (num_offsets == 0) return num_bags * bag_len;
+    return num_offsets > num_bags ? clamp(load_index(offsets, offset_type, num_bags)) : nnz;
   }
 
   // The table a bag looks into.
@@ -173,22 +169,17 @@ struct Walk {
 
   __device__ __forceinline__ int64_t stride() const { return bags.index_type == I64 ? 8 : 4; }
 
-  // The places of the rows of a batch, of all threads that share; whether one of the rows is not below `num_rows`.
-  template <bool ALL>
-  __device__ __forceinline__ bool locate(const int64_t (&rows)[OWN], uint32_t left, typename Hash::Part part,
-                                         uint64_t num_rows, Place (&places)[BATCH]) const {
-    Place own[OWN];
-    bool out_of_range = false;
+  // The places of this thread's rows of a batch of which `left` are there.
+  __device__ __forceinline__ void locate(const int64_t (&rows)[OWN], uint32_t left, typename Hash::Part part,
+                                         Place (&own)[OWN]) const {
 #pragma unroll
     for (int s = 0; s < OWN; s++) {
-      bool is_row = ALL || (threadIdx.x % SHARE + s * SHARE < left && !bags.is_padding(rows[s]));
+      bool is_row = threadIdx.x % SHARE + s * SHARE < left && !bags.is_padding(rows[s]);
       own[s] = is_row ? hash.locate(uint64_t(rows[s]), part) : Place::none();
-      out_of_range |= is_row && uint64_t(rows[s]) >= num_rows;
     }
-    share(own, places);
-    return out_of_range;
   }
 
+  // The places of a batch, of all threads that share.
   __device__ __forceinline__ void share(const Place (&own)[OWN], Place (&places)[BATCH]) const {
 #pragma unroll
     for (int j = 0; j < BATCH; j++)
@@ -202,10 +193,8 @@ struct Walk {
     int64_t first_bag = block_first() + threadIdx.x / bags.lanes * bags.bags_per_group;
     uint32_t mine = uint32_t(max(min(bags.num_bags - first_bag, int64_t(bags.bags_per_group)), int64_t(0)));
     typename Hash::Part part = hash.shift(hash.part(run), bags.first_row);
-    uint64_t num_rows = inputs.out_of_range != nullptr ? bags.num_embeddings : ~0ull;
     uint32_t full = uint32_t(bags.bag_len) / BATCH, tail = uint32_t(bags.bag_len) % BATCH;
 
-    uint32_t out_of_range = 0;
     Index rows[OWN];
     const Index *from = nullptr;
     uint32_t next = 0, last = 0;
@@ -230,11 +219,7 @@ struct Walk {
       for (uint32_t batch = 0; batch < full; batch++) {
         Place own[OWN], places[BATCH];
 #pragma unroll
-        for (int s = 0; s < OWN; s++) {
-          uint64_t row = bags.extend(rows[s]);
-          own[s] = hash.locate(row, part);
-          if (row >= num_rows) out_of_range = 1;
-        }
+        for (int s = 0; s < OWN; s++) own[s] = hash.locate(uint64_t(bags.extend(rows[s])), part);
         fetch_next();
         share(own, places);
         work.load(places, All());
@@ -242,22 +227,21 @@ struct Walk {
       }
       if (tail > 0) {
         int64_t rest[OWN];
-        Place places[BATCH];
+        Place own[OWN], places[BATCH];
         fetch<false>(first(start + full * BATCH), tail, rest);
-        out_of_range |= locate<false>(rest, tail, part, num_rows, places);
+        locate(rest, tail, part, own);
+        share(own, places);
         work.load(places, Some());
         work.use(places, start + full * BATCH, Some());
       }
       work.end(bag);
     }
-    if (inputs.out_of_range != nullptr && out_of_range) *inputs.out_of_range = 1;
   }
 
   // The whole warp makes as many steps as the longest of its bags needs. Batches that are full in every bag of the warp come
   // first and need no test per row.
   template <typename Work>
   __device__ __forceinline__ void own_bags(Work &work) const {
-    bool out_of_range = false;
     int64_t rows[OWN];
     const char *fetched = nullptr;  // where `rows` come from
     int64_t bag = block_first() + threadIdx.x / bags.lanes * bags.bags_per_group;
@@ -272,7 +256,6 @@ struct Walk {
       }
       TableRows table = bags.table(inputs.first_rows, bag);
       typename Hash::Part part = hash.shift(hash.part(run), table.first);
-      uint64_t num_rows = inputs.out_of_range != nullptr ? table.count : ~0ull;
       if (is_mine) work.begin(bag);
 
       uint32_t length = uint32_t(range.end - range.start);
@@ -287,13 +270,9 @@ struct Walk {
       const char *next = first(range.start);
       if (full > 0 && next != fetched) fetch<true>(next, BATCH, rows);
       for (uint32_t batch = 0; batch < full; batch++) {
-        Place places[BATCH];
-        Place own[OWN];
+        Place own[OWN], places[BATCH];
 #pragma unroll
-        for (int s = 0; s < OWN; s++) {
-          own[s] = hash.locate(uint64_t(rows[s]), part);
-          out_of_range |= uint64_t(rows[s]) >= num_rows;
-        }
+        for (int s = 0; s < OWN; s++) own[s] = hash.locate(uint64_t(rows[s]), part);
         next += BATCH * stride();
         if (batch + 1 < full || runs_on) {
           fetch<true>(next, BATCH, rows);
@@ -305,20 +284,15 @@ struct Walk {
       }
       for (uint32_t i = full * BATCH; i < longest; i += BATCH) {
         uint32_t left = max(length, i) - i;
-        Place places[BATCH];
+        Place own[OWN], places[BATCH];
         fetch<false>(first(range.start + i), left, rows);
         fetched = nullptr;
-        out_of_range |= locate<false>(rows, left, part, num_rows, places);
+        locate(rows, left, part, own);
+        share(own, places);
         work.load(places, Some());
         work.use(places, range.start + i, Some());
       }
       if (is_mine) work.end(bag);
-    }
-    if (inputs.out_of_range != nullptr) {
-      bag -= bags.bags_per_group;
-      for (uint32_t b = 0; b < bags.bags_per_group && bag + b < bags.num_bags; b++)
-        out_of_range |= bags.has_bad_offsets(inputs.offsets, bag + b);
-      if (out_of_range) *inputs.out_of_range = 1;
     }
   }
 
@@ -347,21 +321,23 @@ struct Walk {
       int64_t start = range.start + group * batches * BATCH;
       TableRows table = bags.table(inputs.first_rows, bag);
       typename Hash::Part part = hash.shift(hash.part(run), table.first);
-      uint64_t num_rows = inputs.out_of_range != nullptr ? table.count : ~0ull;
-      bool out_of_range = false;
       work.begin(bag);
       auto left_at = [&](int64_t i) { return uint32_t(max(min(range.end - i, int64_t(BATCH)), int64_t(0))); };
       int64_t rows[OWN];
+      Place own[OWN];
       fetch<false>(first(start), left_at(start), rows);
+      locate(rows, left_at(start), part, own);
+      fetch<false>(first(start + BATCH), left_at(start + BATCH), rows);
       for (int64_t i = start; i < start + batches * BATCH; i += BATCH) {
         Place places[BATCH];
-        out_of_range |= locate<false>(rows, left_at(i), part, num_rows, places);
-        fetch<false>(first(i + BATCH), left_at(i + BATCH), rows);
+        share(own, places);
         work.load(places, Some());
+        // Hashed while the values are on their way.
+        locate(rows, left_at(i + BATCH), part, own);
+        fetch<false>(first(i + 2 * BATCH), left_at(i + 2 * BATCH), rows);
         work.use(places, i, Some());
       }
       work.end_together(bag);
-      if (out_of_range) *inputs.out_of_range = 1;
     }
   }
 };

@@ -35,9 +35,9 @@ constexpr int FORWARD_BLOCKS = sizeof(T) == 2 ? 7 : 8;
   extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, FORWARD_BLOCKS<T>)                                     \
       hashed_embedding_bag_fwd_##mode##_##dtype##_##hash(                                                              \
           const T *hashed_weight, const void *indices, const void *offsets, const int64_t *first_rows,                 \
-          const T *per_sample_weights, T *out, uint32_t *out_of_range, Bags bags, Hash slots, uint32_t embedding_dim,  \
+          const T *per_sample_weights, T *out, Bags bags, Hash slots, uint32_t embedding_dim,  \
           uint32_t mean) {                                                                                             \
-    forward<FORWARD_THREADS, MODE, V, SHARE, PLAIN>(hashed_weight, {indices, offsets, first_rows, out_of_range},       \
+    forward<FORWARD_THREADS, MODE, V, SHARE, PLAIN>(hashed_weight, {indices, offsets, first_rows},       \
                                                     per_sample_weights, out, bags, slots, embedding_dim, mean);        \
   }
 
@@ -50,7 +50,7 @@ constexpr int FORWARD_BLOCKS = sizeof(T) == 2 ? 7 : 8;
     using Sums = FloatSums<THREADS_OF<MODE>, V, Acc<T>, MODE != MAX && (V > 1)>;                                       \
     __shared__ Sums::Lines lines;                                                                                      \
     Sums sums = {grad_weight, lines};                                                                                  \
-    backward<THREADS_OF<MODE>, MODE, V, SHARE>(grad_output, hashed_weight, {indices, offsets, first_rows, nullptr}, \
+    backward<THREADS_OF<MODE>, MODE, V, SHARE>(grad_output, hashed_weight, {indices, offsets, first_rows}, \
                                                   per_sample_weights, sums, bags, slots, embedding_dim, mean,          \
                                                   grad_output_aligned);                                                \
   }
@@ -64,7 +64,7 @@ constexpr int FORWARD_BLOCKS = sizeof(T) == 2 ? 7 : 8;
           uint32_t grad_output_aligned) {                                                                              \
     FixedSums<V, Acc<T>> sums(grad_weight, units, len, largest, log2_terms);                                           \
     backward<THREADS_OF<MODE>, MODE, V, SHARE>(grad_output, hashed_weight,                                     \
-                                                       {indices, offsets, first_rows, nullptr}, per_sample_weights,    \
+                                                       {indices, offsets, first_rows}, per_sample_weights,    \
                                                        sums, bags, slots, embedding_dim, mean, grad_output_aligned);   \
   }
 
@@ -75,7 +75,7 @@ constexpr int FORWARD_BLOCKS = sizeof(T) == 2 ? 7 : 8;
           const int64_t *first_rows, T *grad_weights, Bags bags, Hash slots, uint32_t embedding_dim,                   \
           uint32_t grad_output_aligned) {                                                                              \
     backward_per_sample_weights<BACKWARD_THREADS, V>(grad_output, hashed_weight,                                       \
-                                                     {indices, offsets, first_rows, nullptr}, grad_weights, bags,      \
+                                                     {indices, offsets, first_rows}, grad_weights, bags,      \
                                                      slots, embedding_dim, grad_output_aligned);                       \
   }
 

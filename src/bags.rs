@@ -12,8 +12,8 @@ const OP: &str = "hashed-embedding-bag";
 /// What happens with a row or an offset that is out of range.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum BoundsCheck {
-    /// An error that names position and value, on CPU and CUDA alike. On CUDA the lookup itself looks for one, and each
-    /// call waits for it to finish.
+    /// An error that names position and value, on CPU and CUDA alike. On CUDA a kernel before the lookup looks for one, and
+    /// each call waits for that kernel, not for the lookup.
     #[default]
     Error,
     /// No check and no synchronisation. A row outside the table is hashed like any other, offsets are clamped into

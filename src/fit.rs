@@ -201,7 +201,9 @@ impl<'a, H: Locate> Table<'a, H> {
             let runs = self.runs.len();
             let mut places = vec![H::Place::default(); rows.len() * runs];
             let mut signs = vec![0; places.len()];
-            let of_rows = places.chunks_exact_mut(runs).zip(signs.chunks_exact_mut(runs));
+            let of_rows = places
+                .chunks_exact_mut(runs)
+                .zip(signs.chunks_exact_mut(runs));
             for (row, (places, signs)) in rows.zip(of_rows) {
                 let row = (self.first_row + row) as u64;
                 self.hash.locate(&[row], &self.runs, places, signs);

@@ -500,7 +500,7 @@ pub(crate) trait Locate: Copy + Send + Sync {
     /// What is the same for block `run` of every row, computed once per call.
     type Run: Copy + Send + Sync;
     /// See [`slot`](Self::slot).
-    type Place: Copy + Default + Send + Sync;
+    type Place: Copy + Default + Ord + Send + Sync;
     /// Whether values are signed. If not, `signs` are not to be looked at.
     const SIGNED: bool;
 
@@ -518,8 +518,11 @@ pub(crate) trait Locate: Copy + Send + Sync {
         places: &mut [Self::Place],
         signs: &mut [u32],
     );
-    /// The first slot of a place; `block` is that of this hash, where the caller has it as a constant.
+    /// The first slot of a place; `block` is that of this hash, where the caller has it as a constant. Larger places have
+    /// larger slots.
     fn slot(&self, place: Self::Place, block: usize) -> usize;
+    /// The last place there is.
+    fn last_place(&self) -> Self::Place;
 }
 
 impl Slots {
@@ -616,6 +619,11 @@ impl Locate for MixSlots {
     fn slot(&self, place: u32, block: usize) -> usize {
         place as usize * block
     }
+
+    #[inline(always)]
+    fn last_place(&self) -> u32 {
+        self.num_blocks - 1
+    }
 }
 
 impl MixSlots {
@@ -626,13 +634,7 @@ impl MixSlots {
     }
 
     #[inline(always)]
-    fn locate_balanced(
-        &self,
-        rows: &[u64],
-        runs: &[u64],
-        places: &mut [u32],
-        signs: &mut [u32],
-    ) {
+    fn locate_balanced(&self, rows: &[u64], runs: &[u64], places: &mut [u32], signs: &mut [u32]) {
         let (factor_low, factor_high) = (low(self.reciprocal), self.reciprocal >> 32);
         let n = rows.len();
         // What does not depend on the block of columns. Words of 32 bits in slices of their own, and loops that do little: so
@@ -836,6 +838,11 @@ impl Locate for AffineRows {
     #[inline(always)]
     fn slot(&self, place: u64, _: usize) -> usize {
         place as usize
+    }
+
+    #[inline(always)]
+    fn last_place(&self) -> u64 {
+        self.slots.starts.value - 1
     }
 }
 

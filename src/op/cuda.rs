@@ -12,7 +12,7 @@ use candle_core::{
     bail, CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor,
 };
 use cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, CudaView, DeviceRepr, LaunchArgs, LaunchConfig,
+    CudaEvent, CudaFunction, CudaSlice, CudaStream, CudaView, DeviceRepr, LaunchArgs, LaunchConfig,
     PinnedHostSlice, PushKernelArg, ValidAsZeroBits,
 };
 use half::{bf16, f16};
@@ -461,31 +461,56 @@ impl<T: Element> Launch<'_, T> {
         // SAFETY: the kernel writes every column of every bag.
         let mut out = unsafe { device.alloc::<T>(len)? };
         let function = self.kernel(T::FORWARD, &format!("fwd_{}", self.mode()))?;
+        // The host waits for the check alone: the lookup behind it is safe whatever it is given, and may take its time.
+        let check = match is_checked {
+            true => Some(self.start_check()?),
+            false => None,
+        };
         let mut args = self.stream.launch_builder(&function);
         args.arg(&self.hashed_weight); // const T *hashed_weight
         self.push_inputs(&mut args);
         push_or_null(&mut args, &self.per_sample_weights); // const T *per_sample_weights
         args.arg(&mut out); // T *out
-        let mut flag = match is_checked {
-            true => Some(Flag::take(&self.stream)?),
-            false => None,
-        };
-        let flag_pointer = flag.as_mut().map_or(Ok(NULL), Flag::pointer)?;
-        args.arg(&flag_pointer); // uint32_t *out_of_range
         self.push_bags(&mut args);
         args.arg(&self.mean); // uint32_t mean
 
         // SAFETY: the arguments are those of FORWARD in kernels/instances.cuh; the kernel reads hashed_weight below its
-        // length, which the slots are bound to, clamps offsets into indices, and has ended before the flag goes back.
-        unsafe { args.launch(self.config) }.w()?;
-        if let Some(flag) = flag {
-            self.stream.synchronize().w()?;
-            if flag.put_back()? {
+        // length, which the slots are bound to, and clamps offsets into indices.
+        let launched = unsafe { args.launch(self.config) }.w();
+        if let Some(check) = check {
+            if check.wait()? {
                 check_bounds(self.lookup, self.operands)?;
                 bail!("hashed-embedding-bag: indices or offsets changed during the lookup");
             }
         }
+        launched?;
         Ok(CudaStorage::wrap_cuda_slice(out, device.clone()))
+    }
+
+    /// Starts to look for indices and offsets out of range.
+    fn start_check(&self) -> Result<Check> {
+        let name = "hashed_embedding_bag_check";
+        let function = self
+            .device
+            .get_or_load_custom_func(name, INDICES_MODULE, INDICES_PTX)?;
+        let mut check = Check::take(&self.stream)?;
+        let raised = check.pointer()?;
+        let mut args = function.builder();
+        self.push_inputs(&mut args);
+        args.arg(&raised); // uint32_t *out_of_range
+        args.arg(&self.params); // Bags bags
+        let threads = match self.first_rows {
+            // Four indices per thread, which are on their way at once.
+            None => self.lookup.bags.nnz.div_ceil(4),
+            // A warp per bag.
+            Some(_) => self.lookup.bags.num_bags * WARP,
+        };
+        let config = strided(threads);
+        // SAFETY: the arguments are those of hashed_embedding_bag_check in kernels/indices.cu, which strides over what there
+        // is and clamps offsets into indices; the flag is waited for before it goes back.
+        unsafe { args.launch(config) }.w()?;
+        check.done.record(&self.stream).w()?;
+        Ok(check)
     }
 
     fn grad_weight(&self, grad_output: View<CudaStorage>) -> Result<CudaStorage> {
@@ -602,37 +627,43 @@ impl<T: Element> Launch<'_, T> {
     }
 }
 
-/// A flag in host memory that a kernel raises: nothing has to be cleared or copied on the device for it.
+/// A check that is under way: a flag in host memory that the kernel raises, so that nothing has to be cleared or copied on
+/// the device for it, and an event that says when the kernel has ended.
 ///
 /// One is in use per call that is checked; they are kept, because making one takes longer than most lookups.
-struct Flag(PinnedHostSlice<u32>);
+struct Check {
+    raised: PinnedHostSlice<u32>,
+    done: CudaEvent,
+}
 
-static FLAGS: Mutex<Vec<Flag>> = Mutex::new(vec![]);
+static CHECKS: Mutex<Vec<Check>> = Mutex::new(vec![]);
 
-impl Flag {
+impl Check {
     /// A flag that is down, for a kernel on this stream.
     fn take(stream: &CudaStream) -> Result<Self> {
-        let mut flags = FLAGS.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |flag: &Flag| Arc::ptr_eq(flag.0.context(), stream.context());
-        if let Some(at) = flags.iter().position(fits) {
-            return Ok(flags.swap_remove(at));
+        let mut checks = CHECKS.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |check: &Self| Arc::ptr_eq(check.done.context(), stream.context());
+        if let Some(at) = checks.iter().position(fits) {
+            return Ok(checks.swap_remove(at));
         }
         // SAFETY: the memory is written right away.
-        let mut flag = unsafe { stream.context().alloc_pinned::<u32>(1) }.w()?;
-        flag.as_mut_slice().w()?[0] = 0;
-        Ok(Self(flag))
+        let mut raised = unsafe { stream.context().alloc_pinned::<u32>(1) }.w()?;
+        raised.as_mut_slice().w()?[0] = 0;
+        let done = stream.context().new_event(None).w()?;
+        Ok(Self { raised, done })
     }
 
-    /// Where it lies; host memory has the same address on the device.
+    /// Where the flag lies; host memory has the same address on the device.
     fn pointer(&mut self) -> Result<u64> {
-        Ok(self.0.as_mut_ptr().w()? as u64)
+        Ok(self.raised.as_mut_ptr().w()? as u64)
     }
 
-    /// Whether it was raised, once the kernel has ended. A flag of a call that failed is dropped instead.
-    fn put_back(mut self) -> Result<bool> {
-        let raised = std::mem::take(&mut self.0.as_mut_slice().w()?[0]) != 0;
-        let mut flags = FLAGS.lock().unwrap_or_else(PoisonError::into_inner);
-        flags.push(self);
+    /// Waits for the kernel; whether it raised the flag.
+    fn wait(mut self) -> Result<bool> {
+        self.done.synchronize().w()?;
+        let raised = std::mem::take(&mut self.raised.as_mut_slice().w()?[0]) != 0;
+        let mut checks = CHECKS.lock().unwrap_or_else(PoisonError::into_inner);
+        checks.push(self);
         Ok(raised)
     }
 }

@@ -108,7 +108,16 @@ impl<T: Element, H: Locate> Source<'_, T, H> {
     /// Adds to `slots`, the gradients of the slots from `first_slot` on, what some bags have for them.
     fn add(&self, bags: Range<usize>, first_slot: usize, slots: &mut [T::Acc]) {
         match &self.winners {
-            Some(winners) => self.add_winners(bags, winners, first_slot, slots),
+            Some(winners) => {
+                let embedding_dim = self.bags.embedding_dim();
+                let values = bags.start * embedding_dim..bags.end * embedding_dim;
+                dispatch(AddWinners {
+                    winners: &winners[values.clone()],
+                    grads: &self.grad_output[values],
+                    first_slot,
+                    slots,
+                })
+            }
             None => with_block!(self.bags.hash, BLOCK => dispatch(Add::<BLOCK, _, _> {
                 source: self,
                 of: bags,
@@ -117,25 +126,36 @@ impl<T: Element, H: Locate> Source<'_, T, H> {
             })),
         }
     }
+}
 
-    fn add_winners(
-        &self,
-        bags: Range<usize>,
-        winners: &[Winner],
-        first_slot: usize,
-        slots: &mut [T::Acc],
-    ) {
-        let embedding_dim = self.bags.embedding_dim();
-        let values = bags.start * embedding_dim..bags.end * embedding_dim;
-        let (winners, grads) = (&winners[values.clone()], &self.grad_output[values]);
+/// Adds the gradients of the winners of some bags.
+struct AddWinners<'a, T: Element> {
+    winners: &'a [Winner],
+    grads: &'a [T],
+    first_slot: usize,
+    slots: &'a mut [T::Acc],
+}
+
+impl<T: Element> Task for AddWinners<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, lanes: L) {
+        let Self {
+            first_slot, slots, ..
+        } = self;
+        let slot = |winner: &Winner| winner.slot().wrapping_sub(first_slot);
         let mut found = Found::default();
-        for (winners, grads) in winners.chunks(MAX_ROWS).zip(grads.chunks(MAX_ROWS)) {
-            let owned = |winner: &Winner| winner.slot().wrapping_sub(first_slot) < slots.len();
-            found.note(winners.iter().map(owned));
+        let winners = self.winners.chunks(MAX_ROWS);
+        for (winners, grads) in winners.zip(self.grads.chunks(MAX_ROWS)) {
+            found.note(winners.iter().map(|winner| slot(winner) < slots.len()));
+            for &i in found.rows() {
+                lanes.prefetch(slots.as_ptr().wrapping_add(slot(&winners[usize::from(i)])));
+            }
             for &i in found.rows() {
                 let winner = winners[usize::from(i)];
                 let grad = grads[usize::from(i)].widen().flip(winner.signs(), 0);
-                slots[winner.slot() - first_slot] += grad;
+                slots[slot(&winner)] += grad;
             }
         }
     }
@@ -243,6 +263,10 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Win<'_, BLOCK, T, H> {
                 }
                 let columns = best.chunks_mut(block).zip(winners.chunks_mut(block));
                 for (run, (best, winners)) in columns.enumerate() {
+                    if block > 1 && run + 1 < bags.runs.len() {
+                        let next = rows.run(run + 1);
+                        next.fetch(lanes, bags.hashed_weight.as_ptr(), rows.len(), block);
+                    }
                     let contest = Contest::<BLOCK, T, H> {
                         bags,
                         places: rows.run(run),
@@ -272,7 +296,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Win<'_, BLOCK, T, H> {
 /// A block of columns of some rows of a bag.
 struct Contest<'a, const BLOCK: usize, T, H: Locate> {
     bags: &'a Bags<'a, T, H>,
-    places: Run<'a, H>,
+    places: Run<'a, T, H>,
     rows: usize,
     /// Whether the first of them is the first of the bag, which there is nothing to compare with.
     is_first: bool,
@@ -288,7 +312,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Contest<'_, BLOCK, T, H> {
             ..
         } = self.bags;
         let block = block_of::<BLOCK, H>(hash);
-        let (slot, signs) = self.places.place(hash, row, block);
+        let (slot, signs) = self.places.place(row, block);
         let mut values = [T::Acc::ZERO; N];
         for (value, from) in values.iter_mut().zip(&hashed_weight[slot + at..][..N]) {
             *value = from.widen();
@@ -306,12 +330,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Contest<'_, BLOCK, T, H> {
         winners: &mut [Winner],
     ) {
         const NO_ROW: u32 = u32::MAX;
-        let Bags {
-            hash,
-            hashed_weight,
-            ..
-        } = self.bags;
-        let block = block_of::<BLOCK, H>(hash);
+        let block = block_of::<BLOCK, H>(&self.bags.hash);
         let (mut sums, mut of, mut start) = ([T::Acc::ZERO; N], [NO_ROW; N], 0);
         sums.copy_from_slice(&best[at..at + N]);
         if self.is_first {
@@ -320,10 +339,6 @@ impl<const BLOCK: usize, T: Element, H: Locate> Contest<'_, BLOCK, T, H> {
             (of, start) = ([0; N], 1);
         }
         for row in start..self.rows {
-            if N > 1 && at == 0 {
-                let ahead = self.places.ahead(hash, row, block);
-                lanes.prefetch(hashed_weight.as_ptr().wrapping_add(ahead));
-            }
             let (values, signs) = self.values::<N>(row, at);
             let eight = sums.first_chunk_mut().zip(of.first_chunk_mut());
             match eight.zip(values.first_chunk()) {
@@ -336,7 +351,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Contest<'_, BLOCK, T, H> {
         best[at..at + N].copy_from_slice(&sums);
         for (i, (winner, row)) in (at..).zip(winners[at..at + N].iter_mut().zip(of)) {
             if row != NO_ROW {
-                let (slot, signs) = self.places.place(hash, row as usize, block);
+                let (slot, signs) = self.places.place(row as usize, block);
                 *winner = Winner::new(slot + i, signs, i);
             }
         }
@@ -382,9 +397,15 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
                     if run > 0 {
                         let grad = grads.next().unwrap_or_default();
                         match grad.first_chunk::<BLOCK>() {
-                            Some(grad) if BLOCK > 0 && bags.per_sample_weights.is_none() => {
-                                self.add_whole::<false, _>(lanes, &rows, run - 1, found, grad, scale)
-                            }
+                            Some(grad) if BLOCK > 0 && bags.per_sample_weights.is_none() => self
+                                .add_whole::<false, _>(
+                                lanes,
+                                &rows,
+                                run - 1,
+                                found,
+                                grad,
+                                scale,
+                            ),
                             Some(grad) if BLOCK > 0 => {
                                 self.add_whole::<true, _>(lanes, &rows, run - 1, found, grad, scale)
                             }
@@ -400,17 +421,15 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
 impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
     /// Finds the rows with slots in the slice for block `run` of columns, and has those slots fetched.
     #[inline(always)]
-    fn find<L: Lanes>(&self, lanes: L, rows: &Rows<H>, run: usize, found: &mut Found) {
+    fn find<L: Lanes>(&self, lanes: L, rows: &Rows<T, H>, run: usize, found: &mut Found) {
         let (hash, slots) = (&self.source.bags.hash, self.slots.as_ptr());
         let (block, run) = (block_of::<BLOCK, H>(hash), rows.run(run));
         if self.slots.len() == self.source.bags.hashed_weight.len() {
-            for row in 0..rows.len() {
-                lanes.prefetch(slots.wrapping_add(run.place(hash, row, block).0));
-            }
+            run.fetch(lanes, slots, rows.len(), block);
             return found.note_all(rows.len());
         }
         let end = self.slots.len() + block - 1;
-        let start = |row| run.place(hash, row, block).0.wrapping_sub(self.first_slot);
+        let start = |row| run.place(row, block).0.wrapping_sub(self.first_slot);
         found.note((0..rows.len()).map(|row| start(row).wrapping_add(block - 1) < end));
         for &row in found.rows() {
             lanes.prefetch(slots.wrapping_add(start(row.into())));
@@ -422,7 +441,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
     fn add_whole<const WEIGHTED: bool, L: Lanes>(
         &mut self,
         lanes: L,
-        rows: &Rows<H>,
+        rows: &Rows<T, H>,
         run: usize,
         found: &Found,
         grad: &[T; BLOCK],
@@ -436,7 +455,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
         let last = self.slots.len().checked_sub(BLOCK);
         for &row in found.rows() {
             let row = usize::from(row);
-            let (slot, signs) = places.place(&bags.hash, row, BLOCK);
+            let (slot, signs) = places.place(row, BLOCK);
             let start = slot.wrapping_sub(self.first_slot);
             if last.is_some_and(|last| start <= last) {
                 let scale = if WEIGHTED {
@@ -458,7 +477,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
     fn add<L: Lanes>(
         &mut self,
         lanes: L,
-        rows: &Rows<H>,
+        rows: &Rows<T, H>,
         run: usize,
         found: &Found,
         grad: &[T],
@@ -468,7 +487,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
         let (block, places) = (block_of::<BLOCK, H>(&bags.hash), rows.run(run));
         for &row in found.rows() {
             let row = usize::from(row);
-            let (slot, signs) = places.place(&bags.hash, row, block);
+            let (slot, signs) = places.place(row, block);
             let start = slot.wrapping_sub(self.first_slot);
             match self.slots.get_mut(start..start.wrapping_add(grad.len())) {
                 Some(slots) => {
@@ -483,7 +502,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
     /// The same for one row, whose slots start at `slot`, as far as they are in the slice.
     fn add_row(
         &mut self,
-        rows: &Rows<H>,
+        rows: &Rows<T, H>,
         row: usize,
         slot: usize,
         signs: u32,
@@ -556,7 +575,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Dot<'_, BLOCK, T, H> {
                 for (run, grads) in grads.chunks(block).enumerate() {
                     let places = rows.run(run);
                     for (row, sum) in sums.iter_mut().enumerate() {
-                        let (slot, signs) = places.place(&bags.hash, row, block);
+                        let (slot, signs) = places.place(row, block);
                         let values = &bags.hashed_weight[slot..slot + grads.len()];
                         for (i, (grad, value)) in grads.iter().zip(values).enumerate() {
                             *sum += grad.widen() * value.widen().flip(signs, i);

@@ -66,11 +66,10 @@ impl<const BLOCK: usize, T: Element, H: Locate> Pool<'_, BLOCK, T, H> {
         let mut places = Places::new(bags, self.first..last);
         let mut pooled = vec![T::Acc::ZERO; embedding_dim];
         for (bag, output) in (self.first..last).zip(self.output.chunks_exact_mut(embedding_dim)) {
-            pooled.fill(C::first());
             let (mut positions, mut count) = (bags.range(bag), 0);
             while let Some(rows) = places.take(&mut positions) {
+                pool_rows::<BLOCK, C, _, _, _>(lanes, bags, &rows, count == 0, &mut pooled);
                 count += rows.len();
-                pool_rows::<BLOCK, C, _, _, _>(lanes, bags, &rows, &mut pooled);
             }
             if count == 0 {
                 pooled.fill(T::Acc::ZERO);
@@ -85,12 +84,13 @@ impl<const BLOCK: usize, T: Element, H: Locate> Pool<'_, BLOCK, T, H> {
     }
 }
 
-/// Combines `pooled[column]` with `scale * sign * hashed_weight[slot]` for each of some rows.
+/// Combines `pooled[column]`, where the rows are not the first, with `scale * sign * hashed_weight[slot]` of each of them.
 #[inline(always)]
 fn pool_rows<const BLOCK: usize, C: Combine, T: Element, H: Locate, L: Lanes>(
     lanes: L,
     bags: &Bags<T, H>,
-    rows: &Rows<H>,
+    rows: &Rows<T, H>,
+    are_first: bool,
     pooled: &mut [T::Acc],
 ) {
     let block = block_of::<BLOCK, H>(&bags.hash);
@@ -100,22 +100,25 @@ fn pool_rows<const BLOCK: usize, C: Combine, T: Element, H: Locate, L: Lanes>(
     while run + 4 <= full {
         let pooled = &mut pooled[run * BLOCK..(run + 4) * BLOCK];
         if is_weighted {
-            pool_blocks::<BLOCK, 4, true, C, _, _, _>(lanes, bags, rows, run, pooled);
+            pool_blocks::<BLOCK, 4, true, C, _, _, _>(lanes, bags, rows, run, are_first, pooled);
         } else {
-            pool_blocks::<BLOCK, 4, false, C, _, _, _>(lanes, bags, rows, run, pooled);
+            pool_blocks::<BLOCK, 4, false, C, _, _, _>(lanes, bags, rows, run, are_first, pooled);
         }
         run += 4;
     }
     while run < full {
         let pooled = &mut pooled[run * BLOCK..(run + 1) * BLOCK];
-        pool_blocks::<BLOCK, 1, true, C, _, _, _>(lanes, bags, rows, run, pooled);
+        pool_blocks::<BLOCK, 1, true, C, _, _, _>(lanes, bags, rows, run, are_first, pooled);
         run += 1;
     }
     // Blocks of no constant length, and a last one that is cut off.
     for (pooled, run) in pooled[run * block..].chunks_mut(block).zip(run..) {
+        if are_first {
+            pooled.fill(C::first());
+        }
         let places = rows.run(run);
         for i in 0..rows.len() {
-            let (slot, signs) = places.place(&bags.hash, i, block);
+            let (slot, signs) = places.place(i, block);
             let values = &bags.hashed_weight[slot..slot + pooled.len()];
             combine::<C, _, _>(lanes, pooled, values, signs, bags.scale(rows, i));
         }
@@ -135,26 +138,23 @@ fn pool_blocks<
 >(
     lanes: L,
     bags: &Bags<T, H>,
-    rows: &Rows<H>,
+    rows: &Rows<T, H>,
     run: usize,
+    are_first: bool,
     pooled: &mut [T::Acc],
 ) {
     let runs: [_; N] = std::array::from_fn(|n| rows.run(run + n));
-    let mut blocks = [[T::Acc::ZERO; BLOCK]; N];
-    blocks.as_flattened_mut().copy_from_slice(pooled);
+    let mut blocks = [[C::first(); BLOCK]; N];
+    if !are_first {
+        blocks.as_flattened_mut().copy_from_slice(pooled);
+    }
     for i in 0..rows.len() {
-        let scale = if WEIGHTED {
-            bags.scale(rows, i)
-        } else {
-            None
-        };
+        let scale = if WEIGHTED { bags.scale(rows, i) } else { None };
         for (block, places) in blocks.iter_mut().zip(&runs) {
-            let (slot, signs) = places.place(&bags.hash, i, BLOCK);
+            let (values, signs) = places.values::<BLOCK>(i);
             if BLOCK > 1 {
-                let ahead = places.ahead(&bags.hash, i, BLOCK);
-                lanes.prefetch(bags.hashed_weight.as_ptr().wrapping_add(ahead));
+                places.fetch_ahead(lanes, i, BLOCK);
             }
-            let values = &bags.hashed_weight[slot..slot + BLOCK];
             combine::<C, _, _>(lanes, block, values, signs, scale);
         }
     }

@@ -263,12 +263,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn add_eighth<const EIGHTH: i32>(
-            self,
-            sums: &mut [f32; 8],
-            values: &[f32; 8],
-            signs: u32,
-        ) {
+        fn add_eighth<const EIGHTH: i32>(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
             let value = self.flipped::<EIGHTH>(values, signs);
             let sums = sums.as_mut_ptr();
             // SAFETY: an `Avx2` exists only where its features do; eight values lie at `sums`.
@@ -276,12 +271,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn max_eighth<const EIGHTH: i32>(
-            self,
-            sums: &mut [f32; 8],
-            values: &[f32; 8],
-            signs: u32,
-        ) {
+        fn max_eighth<const EIGHTH: i32>(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
             let value = self.flipped::<EIGHTH>(values, signs);
             let sums = sums.as_mut_ptr();
             // SAFETY: as for `add_eighth`.

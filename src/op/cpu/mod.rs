@@ -213,11 +213,17 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
             shifted
         });
         let runs = lookup.table.embedding_dim.div_ceil(hash.block());
+        let hashed_weight: &[T] = slice(operands.hashed_weight)?;
+        let end = hash.slot(hash.last_place(), hash.block()) + hash.block();
+        if end > hashed_weight.len() {
+            let len = hashed_weight.len();
+            bail!("hashed-embedding-bag: hashed_weight must hold {end} values, got {len}");
+        }
         Ok(Self {
             lookup,
             hash,
             runs: (0..runs as u64).map(|run| hash.run(run)).collect(),
-            hashed_weight: slice(operands.hashed_weight)?,
+            hashed_weight,
             indices,
             shifted,
             ranges,
@@ -280,7 +286,7 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
 
     /// What multiplies row `i` of `rows`, where rows are weighted.
     #[inline(always)]
-    fn scale(&self, rows: &Rows<H>, i: usize) -> Option<T::Acc> {
+    fn scale(&self, rows: &Rows<T, H>, i: usize) -> Option<T::Acc> {
         let weights = self.per_sample_weights?;
         Some(weights[rows.positions[i]].widen())
     }

@@ -3,6 +3,7 @@
 //! Hashing needs nothing but indices, so the rows of many bags are hashed at once, in vectors, and padding is left out on
 //! the way: the loops behind see places and nothing else. They see which places come next, too, and can have them fetched.
 
+use super::lanes::Lanes;
 use super::{Bags, Element};
 use crate::hash::{Locate, MAX_ROWS};
 use std::ops::Range;
@@ -31,7 +32,8 @@ pub(super) struct Places<'a, T, H: Locate> {
 }
 
 /// Rows of one bag.
-pub(super) struct Rows<'a, H: Locate> {
+pub(super) struct Rows<'a, T, H: Locate> {
+    bags: &'a Bags<'a, T, H>,
     places: &'a [H::Place],
     signs: &'a [u32],
     stride: usize,
@@ -41,12 +43,13 @@ pub(super) struct Rows<'a, H: Locate> {
 
 /// Where one block of columns of each of some rows lies. Arrays, whatever the number of rows: so the loops, whose rows are at
 /// most [`MAX_ROWS`], need no test of an index, for which there would be no registers.
-pub(super) struct Run<'a, H: Locate> {
+pub(super) struct Run<'a, T, H: Locate> {
+    bags: &'a Bags<'a, T, H>,
     places: &'a [H::Place; MAX_ROWS + AHEAD],
     signs: &'a [u32; MAX_ROWS],
 }
 
-impl<H: Locate> Rows<'_, H> {
+impl<T: Element, H: Locate> Rows<'_, T, H> {
     /// How many; at most [`MAX_ROWS`].
     #[inline(always)]
     pub fn len(&self) -> usize {
@@ -55,29 +58,56 @@ impl<H: Locate> Rows<'_, H> {
 
     /// Block `run` of each row.
     #[inline(always)]
-    pub fn run(&self, run: usize) -> Run<'_, H> {
+    pub fn run(&self, run: usize) -> Run<'_, T, H> {
         let start = run * self.stride;
         let places = self.places[start..].first_chunk();
         let signs = self.signs[start..].first_chunk();
         let (Some(places), Some(signs)) = (places, signs) else {
             unreachable!("Places::new makes room behind the last row");
         };
-        Run { places, signs }
+        Run {
+            bags: self.bags,
+            places,
+            signs,
+        }
     }
 }
 
-impl<H: Locate> Run<'_, H> {
+impl<T: Element, H: Locate> Run<'_, T, H> {
     /// The first slot of row `i`, and a sign bit for each column; zero where there are no signs.
     #[inline(always)]
-    pub fn place(&self, hash: &H, i: usize, block: usize) -> (usize, u32) {
+    pub fn place(&self, i: usize, block: usize) -> (usize, u32) {
         let signs = if H::SIGNED { self.signs[i] } else { 0 };
-        (hash.slot(self.places[i], block), signs)
+        (self.bags.hash.slot(self.places[i], block), signs)
     }
 
-    /// The first slot of a row that comes [`AHEAD`] later, or of any row: a hint.
+    /// The values of row `i`, as they are kept, and their signs.
     #[inline(always)]
-    pub fn ahead(&self, hash: &H, i: usize, block: usize) -> usize {
-        hash.slot(self.places[i + AHEAD], block)
+    pub fn values<const BLOCK: usize>(&self, i: usize) -> (&[T; BLOCK], u32) {
+        debug_assert_eq!(BLOCK, self.bags.hash.block());
+        let (slot, signs) = self.place(i, BLOCK);
+        // SAFETY: `Places::hash` found every place to be one of the hash of these bags, or it is the first place, and
+        // `Bags::new` found the blocks of all places to lie in `hashed_weight`.
+        let values = unsafe { self.bags.hashed_weight.get_unchecked(slot..slot + BLOCK) };
+        match values.first_chunk() {
+            Some(values) => (values, signs),
+            None => unreachable!("so many were just taken"),
+        }
+    }
+
+    /// Has the values of a row fetched that comes [`AHEAD`] after row `i`, or of any row.
+    #[inline(always)]
+    pub fn fetch_ahead<L: Lanes>(&self, lanes: L, i: usize, block: usize) {
+        let slot = self.bags.hash.slot(self.places[i + AHEAD], block);
+        lanes.prefetch(self.bags.hashed_weight.as_ptr().wrapping_add(slot));
+    }
+
+    /// Has what `slots`, a tensor like hashed_weight, holds for the first `rows` rows fetched.
+    #[inline(always)]
+    pub fn fetch<A, L: Lanes>(&self, lanes: L, slots: *const A, rows: usize, block: usize) {
+        for &place in &self.places[..rows] {
+            lanes.prefetch(slots.wrapping_add(self.bags.hash.slot(place, block)));
+        }
     }
 }
 
@@ -109,7 +139,7 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
 
     /// Takes rows off the front of the positions of a bag, as many as there are in the window; `None` when none are left.
     #[inline(always)]
-    pub fn take(&mut self, positions: &mut Range<usize>) -> Option<Rows<'_, H>> {
+    pub fn take(&mut self, positions: &mut Range<usize>) -> Option<Rows<'_, T, H>> {
         if positions.start >= positions.end {
             return None;
         }
@@ -123,6 +153,7 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
         let (first, last) = (self.rows_before(positions.start), self.rows_before(until));
         positions.start = until;
         Some(Rows {
+            bags: self.bags,
             places: &self.places[first..],
             signs: &self.signs[first..],
             stride: self.rows,
@@ -163,6 +194,11 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
             let (places, signs) = (&mut self.places[..len], &mut self.signs[..len]);
             let rows = &rows[..self.rows];
             bags.hash.locate(rows, &bags.runs, places, signs);
+            // What lets `Run::values` do without a test of its own. Places that are left from before passed it then.
+            let last = places
+                .iter()
+                .fold(H::Place::default(), |last, &place| last.max(place));
+            assert!(last <= bags.hash.last_place(), "a place past the last");
         }
     }
 }
