@@ -395,27 +395,30 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
                         self.find(lanes, &rows, run, next);
                     }
                     if run > 0 {
-                        let grad = grads.next().unwrap_or_default();
-                        match grad.first_chunk::<BLOCK>() {
-                            Some(grad) if BLOCK > 0 && bags.per_sample_weights.is_none() => self
-                                .add_whole::<false, _>(
-                                lanes,
-                                &rows,
-                                run - 1,
-                                found,
-                                grad,
-                                scale,
-                            ),
-                            Some(grad) if BLOCK > 0 => {
-                                self.add_whole::<true, _>(lanes, &rows, run - 1, found, grad, scale)
-                            }
-                            _ => self.add(lanes, &rows, run - 1, found, grad, scale),
-                        }
+                        let part = Part {
+                            rows: &rows,
+                            places: rows.run(run - 1),
+                            found,
+                            grad: grads.next().unwrap_or_default(),
+                            scale,
+                        };
+                        self.add(lanes, &part);
                     }
                 }
             }
         }
     }
+}
+
+/// What a block of columns of some rows adds.
+struct Part<'a, T: Element, H: Locate> {
+    rows: &'a Rows<'a, T, H>,
+    places: Run<'a, T, H>,
+    /// The rows that count.
+    found: &'a Found,
+    grad: &'a [T],
+    /// In mode mean, what multiplies them.
+    scale: Option<T::Acc>,
 }
 
 impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
@@ -436,82 +439,77 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
         }
     }
 
-    /// Adds `grad`, of block `run` of columns, to the slots of the rows that were found.
+    /// Adds a part to the slots of its rows.
+    #[inline(always)]
+    fn add<L: Lanes>(&mut self, lanes: L, part: &Part<T, H>) {
+        let bags = self.source.bags;
+        match part.grad.first_chunk::<BLOCK>() {
+            Some(grad) if BLOCK > 0 && bags.per_sample_weights.is_none() => {
+                self.add_whole::<false, _>(lanes, part, grad)
+            }
+            Some(grad) if BLOCK > 0 => self.add_whole::<true, _>(lanes, part, grad),
+            _ => self.add_any(lanes, part),
+        }
+    }
+
+    /// The same for a whole block of a length known beforehand. Not `WEIGHTED` says that rows have no weights.
     #[inline(always)]
     fn add_whole<const WEIGHTED: bool, L: Lanes>(
         &mut self,
         lanes: L,
-        rows: &Rows<T, H>,
-        run: usize,
-        found: &Found,
+        part: &Part<T, H>,
         grad: &[T; BLOCK],
-        scale: Option<T::Acc>,
     ) {
-        let (bags, places) = (self.source.bags, rows.run(run));
         let mut values = [T::Acc::ZERO; BLOCK];
         for (value, grad) in values.iter_mut().zip(grad) {
-            *value = scale.unwrap_or(T::Acc::ONE) * grad.widen();
+            *value = part.scale.unwrap_or(T::Acc::ONE) * grad.widen();
         }
         let last = self.slots.len().checked_sub(BLOCK);
-        for &row in found.rows() {
+        for &row in part.found.rows() {
             let row = usize::from(row);
-            let (slot, signs) = places.place(row, BLOCK);
+            let (slot, signs) = part.places.place(row, BLOCK);
             let start = slot.wrapping_sub(self.first_slot);
             if last.is_some_and(|last| start <= last) {
                 let scale = if WEIGHTED {
-                    bags.scale(rows, row)
+                    self.source.bags.scale(part.rows, row)
                 } else {
                     None
                 };
                 let slots = &mut self.slots[start..start + BLOCK];
                 combine::<Sum, _, _>(lanes, slots, &values, signs, scale);
             } else {
-                // At the edge of the slice, which a block of an affine hash may straddle.
-                self.add_row(rows, row, slot, signs, grad, scale);
+                self.add_edge(part, row, start, signs);
             }
         }
     }
 
     /// The same for a block of any length.
     #[inline(always)]
-    fn add<L: Lanes>(
-        &mut self,
-        lanes: L,
-        rows: &Rows<T, H>,
-        run: usize,
-        found: &Found,
-        grad: &[T],
-        scale: Option<T::Acc>,
-    ) {
+    fn add_any<L: Lanes>(&mut self, lanes: L, part: &Part<T, H>) {
         let bags = self.source.bags;
-        let (block, places) = (block_of::<BLOCK, H>(&bags.hash), rows.run(run));
-        for &row in found.rows() {
+        for &row in part.found.rows() {
             let row = usize::from(row);
-            let (slot, signs) = places.place(row, block);
+            let (slot, signs) = part.places.place(row, bags.hash.block());
             let start = slot.wrapping_sub(self.first_slot);
-            match self.slots.get_mut(start..start.wrapping_add(grad.len())) {
+            match self
+                .slots
+                .get_mut(start..start.wrapping_add(part.grad.len()))
+            {
                 Some(slots) => {
-                    let scale = scale.or_else(|| bags.scale(rows, row));
-                    combine::<Sum, _, _>(lanes, slots, grad, signs, scale);
+                    let scale = part.scale.or_else(|| bags.scale(part.rows, row));
+                    combine::<Sum, _, _>(lanes, slots, part.grad, signs, scale);
                 }
-                None => self.add_row(rows, row, slot, signs, grad, scale),
+                None => self.add_edge(part, row, start, signs),
             }
         }
     }
 
-    /// The same for one row, whose slots start at `slot`, as far as they are in the slice.
-    fn add_row(
-        &mut self,
-        rows: &Rows<T, H>,
-        row: usize,
-        slot: usize,
-        signs: u32,
-        grad: &[T],
-        mean_scale: Option<T::Acc>,
-    ) {
-        let start = slot.wrapping_sub(self.first_slot);
-        let scale = self.source.bags.scale(rows, row).or(mean_scale);
-        for (i, grad) in grad.iter().enumerate() {
+    /// The same for a row at the edge of the slice, which a block of an affine hash may straddle: for what is inside.
+    fn add_edge(&mut self, part: &Part<T, H>, row: usize, start: usize, signs: u32) {
+        let scale = part
+            .scale
+            .or_else(|| self.source.bags.scale(part.rows, row));
+        for (i, grad) in part.grad.iter().enumerate() {
             if let Some(sum) = self.slots.get_mut(start.wrapping_add(i)) {
                 let grad = scale.unwrap_or(T::Acc::ONE) * grad.widen();
                 *sum += grad.flip(signs, i);

@@ -247,13 +247,13 @@ mod x86 {
     }
 
     impl Avx2 {
-        /// Eight values, negated where a bit from bit `8 * EIGHTH` on is set.
+        /// Eight values, negated where a bit is set of the eight from bit `8 * EIGHT` on.
         #[inline(always)]
-        fn flipped<const EIGHTH: i32>(self, values: &[f32; 8], signs: u32) -> __m256 {
+        fn flipped<const EIGHT: i32>(self, values: &[f32; 8], signs: u32) -> __m256 {
             // SAFETY: an `Avx2` exists only where its features do; the array holds the eight values that are read.
             unsafe {
                 // Bit i to the top of lane i.
-                let last = 24 - 8 * EIGHTH;
+                let last = 24 - 8 * EIGHT;
                 let shifts = _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0);
                 let shifts = _mm256_add_epi32(shifts, _mm256_set1_epi32(last));
                 let tops = _mm256_sllv_epi32(_mm256_set1_epi32(signs as i32), shifts);
@@ -263,18 +263,18 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn add_eighth<const EIGHTH: i32>(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-            let value = self.flipped::<EIGHTH>(values, signs);
+        fn add_eight<const EIGHT: i32>(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
+            let value = self.flipped::<EIGHT>(values, signs);
             let sums = sums.as_mut_ptr();
             // SAFETY: an `Avx2` exists only where its features do; eight values lie at `sums`.
             unsafe { _mm256_storeu_ps(sums, _mm256_add_ps(_mm256_loadu_ps(sums), value)) };
         }
 
         #[inline(always)]
-        fn max_eighth<const EIGHTH: i32>(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-            let value = self.flipped::<EIGHTH>(values, signs);
+        fn max_eight<const EIGHT: i32>(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
+            let value = self.flipped::<EIGHT>(values, signs);
             let sums = sums.as_mut_ptr();
-            // SAFETY: as for `add_eighth`.
+            // SAFETY: as for `add_eight`.
             unsafe {
                 let sum = _mm256_loadu_ps(sums);
                 let larger = _mm256_cmp_ps::<_CMP_GT_OQ>(value, sum);
@@ -289,25 +289,25 @@ mod x86 {
         #[inline(always)]
         fn add(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
             let (sums, values) = (sums.as_chunks_mut().0, values.as_chunks().0);
-            self.add_eighth::<0>(&mut sums[0], &values[0], signs);
-            self.add_eighth::<1>(&mut sums[1], &values[1], signs);
+            self.add_eight::<0>(&mut sums[0], &values[0], signs);
+            self.add_eight::<1>(&mut sums[1], &values[1], signs);
         }
 
         #[inline(always)]
         fn max(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
             let (sums, values) = (sums.as_chunks_mut().0, values.as_chunks().0);
-            self.max_eighth::<0>(&mut sums[0], &values[0], signs);
-            self.max_eighth::<1>(&mut sums[1], &values[1], signs);
+            self.max_eight::<0>(&mut sums[0], &values[0], signs);
+            self.max_eight::<1>(&mut sums[1], &values[1], signs);
         }
 
         #[inline(always)]
         fn add_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-            self.add_eighth::<0>(sums, values, signs);
+            self.add_eight::<0>(sums, values, signs);
         }
 
         #[inline(always)]
         fn max_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-            self.max_eighth::<0>(sums, values, signs);
+            self.max_eight::<0>(sums, values, signs);
         }
 
         #[inline(always)]
@@ -321,7 +321,7 @@ mod x86 {
         ) {
             let value = self.flipped::<0>(values, signs);
             let (sums, rows) = (sums.as_mut_ptr(), rows.as_mut_ptr().cast());
-            // SAFETY: as for `add_eighth`, and eight numbers lie at `rows`.
+            // SAFETY: as for `add_eight`, and eight numbers lie at `rows`.
             unsafe {
                 let sum = _mm256_loadu_ps(sums);
                 let larger = _mm256_cmp_ps::<_CMP_GT_OQ>(value, sum);
@@ -403,6 +403,11 @@ mod tests {
                     operation(lanes, &mut sums, values.first_chunk().unwrap(), signs);
                     bits.extend(sums.map(bits_of));
                 }
+                let (mut of, mut best) = ([round; 8], *sums.first_chunk().unwrap());
+                let eight = values.first_chunk().unwrap();
+                lanes.max_half_of(&mut best, &mut of, eight, signs, !round);
+                bits.extend(of);
+                bits.extend(best.map(bits_of));
                 let halves =
                     std::array::from_fn(|i| f16::from_bits((round * 16) as u16 + i as u16));
                 bits.extend(lanes.widen(&halves).map(bits_of));
