@@ -77,7 +77,7 @@ __device__ __forceinline__ void load_row(const T *__restrict__ from, int n, bool
   }
 }
 
-// to[v] = x[v] for the first `n` values.
+// to[v] = x[v] for the first `n` values, which nobody here reads again: they shall not drive out rows that are.
 template <int V, typename T>
 __device__ __forceinline__ void store_row(T *to, int n, bool aligned, const Acc<T> (&x)[V]) {
   T values[V];
@@ -87,7 +87,7 @@ __device__ __forceinline__ void store_row(T *to, int n, bool aligned, const Acc<
     if constexpr (V > 1) {
       Raw<V, T> raw;
       memcpy(&raw, values, sizeof(raw));
-      *reinterpret_cast<Raw<V, T> *>(to) = raw;
+      __stcs(reinterpret_cast<Raw<V, T> *>(to), raw);
     }
   } else {
 #pragma unroll

@@ -218,6 +218,8 @@ struct Sharing {
     lanes: usize,
     /// `lanes` times the columns per thread.
     columns: usize,
+    /// Whether the kernel is one for plain bags.
+    is_plain: bool,
 }
 
 impl Sharing {
@@ -264,6 +266,7 @@ impl Sharing {
             suffix,
             lanes,
             columns: lanes * width,
+            is_plain: suffix.ends_with("_plain"),
         }
     }
 }
@@ -279,8 +282,10 @@ struct Groups {
 impl Groups {
     /// A group has several bags, so that what it sets up serves them all and the rows of one are fetched while the one before
     /// is summed; but only where all groups together still fill a large GPU more than twice. Measured on an H200.
-    fn new(lookup: &Lookup, pass: Pass, lanes: usize) -> Self {
+    fn new(lookup: &Lookup, pass: Pass, sharing: &Sharing) -> Self {
+        let lanes = sharing.lanes;
         let (threads, full) = match (pass, lookup.table.mode) {
+            (Pass::Forward, _) if sharing.is_plain => (FORWARD_THREADS, 1 << 20),
             (Pass::Forward, _) => (FORWARD_THREADS, 1 << 19),
             (Pass::GradWeight(_), Mode::Max) => (MAX_BACKWARD_THREADS, 1 << 20),
             _ => (BACKWARD_THREADS, 1 << 20),
@@ -344,7 +349,7 @@ fn launch<T: Element, R>(
     let aligned = is_aligned::<T>(operands.hashed_weight);
     let weighted = operands.per_sample_weights.is_some();
     let sharing = Sharing::new::<T>(lookup, pass, aligned, weighted);
-    let groups = Groups::new(lookup, pass, sharing.lanes);
+    let groups = Groups::new(lookup, pass, &sharing);
     let chunks = match pass {
         Pass::GradPerSampleWeights(_) => 1,
         _ => table.embedding_dim.div_ceil(sharing.columns),

@@ -11,8 +11,8 @@ use std::ops::Range;
 /// So many places and their signs stay in the nearest cache.
 const NEAR_PLACES: usize = 1 << 12;
 
-/// How many rows before it is used a block is fetched. A processor that looks far ahead finds most misses by itself and loses
-/// nothing by this; one that does not gains a quarter.
+/// How many rows before it is used a block is fetched. A processor that looks far ahead finds most misses by itself; one of
+/// 2021 gains a quarter.
 const AHEAD: usize = 6;
 
 /// The places of rows by position, for bags in the order of their positions; out of order is right too, only slower.
@@ -87,7 +87,8 @@ impl<T: Element, H: Locate> Run<'_, T, H> {
         debug_assert_eq!(BLOCK, self.bags.hash.block());
         let (slot, signs) = self.place(i, BLOCK);
         // SAFETY: `Places::hash` found every place to be one of the hash of these bags, or it is the first place, and
-        // `Bags::new` found the blocks of all places to lie in `hashed_weight`.
+        // `Bags::new` found the blocks of all places, of the length that `with_block` has as BLOCK, to lie in
+        // `hashed_weight`.
         let values = unsafe { self.bags.hashed_weight.get_unchecked(slot..slot + BLOCK) };
         match values.first_chunk() {
             Some(values) => (values, signs),
