@@ -504,11 +504,12 @@ impl<T: Element> Launch<'_, T> {
         self.push_inputs(&mut args);
         args.arg(&raised); // uint32_t *out_of_range
         args.arg(&self.params); // Bags bags
+        let bags = &self.lookup.bags;
         let threads = match self.first_rows {
-            // Four indices per thread, which are on their way at once.
-            None => self.lookup.bags.nnz.div_ceil(4),
+            // An offset per thread, and four indices, which are on their way at once.
+            None => bags.num_bags.max(bags.nnz.div_ceil(4)),
             // A warp per bag.
-            Some(_) => self.lookup.bags.num_bags * WARP,
+            Some(_) => bags.num_bags * WARP,
         };
         let config = strided(threads);
         // SAFETY: the arguments are those of hashed_embedding_bag_check in kernels/indices.cu, which strides over what there
