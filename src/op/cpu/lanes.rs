@@ -22,6 +22,7 @@ pub(super) trait Lanes: Copy {
     fn max_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32);
 
     /// `max_half` that keeps count: `rows[i] = row` where `sums[i]` is replaced.
+    #[inline(always)]
     fn max_half_of(
         self,
         sums: &mut [f32; 8],
@@ -29,7 +30,9 @@ pub(super) trait Lanes: Copy {
         values: &[f32; 8],
         signs: u32,
         row: u32,
-    );
+    ) {
+        raise_of(sums, rows, values, signs, row);
+    }
 
     /// f16 to f32.
     fn widen(self, values: &[f16; 16]) -> [f32; 16];
@@ -100,18 +103,6 @@ impl Lanes for Portable {
     #[inline(always)]
     fn max_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
         Self::max_all(sums, values, signs);
-    }
-
-    #[inline(always)]
-    fn max_half_of(
-        self,
-        sums: &mut [f32; 8],
-        rows: &mut [u32; 8],
-        values: &[f32; 8],
-        signs: u32,
-        row: u32,
-    ) {
-        raise_of(sums, rows, values, signs, row);
     }
 
     #[inline(always)]
