@@ -3,7 +3,7 @@
 //! `kernels/bags.cuh` is the twin of the reading side. The checks that name a position and a value stand here once: a
 //! kernel only tells that something is out of range, and these find what.
 
-use candle_core::{bail, Result};
+use candle_core::{bail, Error, Result};
 use std::collections::HashSet;
 use std::ops::Range;
 
@@ -260,51 +260,66 @@ pub(crate) fn check_offsets<O: Index>(offsets: &[O], nnz: usize) -> Result<()> {
     Ok(())
 }
 
-/// An error for the first index of any bag whose row is neither padding nor in its table. Offsets have passed
-/// [`check_offsets`]; indices in no bag are not looked at, nor ever looked up.
-pub(crate) fn check_rows<I: Index>(
-    indices: &[I],
-    ranges: impl Fn(usize) -> Range<usize>,
-    bags: &BagShape,
-    tables: &Tables,
-    padding_idx: Option<i64>,
-) -> Result<()> {
-    let first_bad = |range: Range<usize>, table: usize| {
-        let rows = 0..tables.num_embeddings(table) as i64;
-        // The sign bit is set by a row below 0 and by one past the last: no branches, so this becomes vectors.
-        let signs = indices[range.clone()].iter().fold(0, |signs, index| {
-            let row = index.as_i64();
-            signs | row | (rows.end - 1).wrapping_sub(row)
-        });
-        if signs >= 0 {
-            return None;
+/// An index whose row is neither padding nor in its table.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct BadRow {
+    position: usize,
+    table: usize,
+}
+
+impl BadRow {
+    /// The first of some bags. Offsets have passed [`check_offsets`]; indices in no bag are not looked at, nor ever looked up.
+    pub fn find<I: Index>(
+        indices: &[I],
+        ranges: impl Fn(usize) -> Range<usize>,
+        of: Range<usize>,
+        bags: &BagShape,
+        tables: &Tables,
+        padding_idx: Option<i64>,
+    ) -> Option<Self> {
+        let first_bad = |range: Range<usize>, table: usize| {
+            let rows = 0..tables.num_embeddings(table) as i64;
+            // The sign bit is set by a row below 0 and by one past the last: no branches, so this becomes vectors.
+            let signs = indices[range.clone()].iter().fold(0, |signs, index| {
+                let row = index.as_i64();
+                signs | row | (rows.end - 1).wrapping_sub(row)
+            });
+            if signs >= 0 {
+                return None;
+            }
+            let bad = indices[range.clone()].iter().position(|index| {
+                let row = index.as_i64();
+                !rows.contains(&row) && Some(row) != padding_idx
+            })?;
+            Some(Self {
+                position: range.start + bad,
+                table,
+            })
+        };
+        match (of.clone().next(), of.clone().next_back()) {
+            // All bags are one stretch of indices.
+            (Some(first), Some(last)) if bags.tables == 1 => {
+                first_bad(ranges(first).start..ranges(last).end, 0)
+            }
+            _ => of
+                .filter_map(|bag| first_bad(ranges(bag), bag % bags.tables))
+                .min(),
         }
-        let bad = indices[range.clone()].iter().position(|index| {
-            let row = index.as_i64();
-            !rows.contains(&row) && Some(row) != padding_idx
-        })?;
-        Some((range.start + bad, table))
-    };
-    let bad = match bags.num_bags {
-        0 => None,
-        // All bags are one stretch of indices.
-        n if bags.tables == 1 => first_bad(ranges(0).start..ranges(n - 1).end, 0),
-        n => (0..n)
-            .filter_map(|bag| first_bad(ranges(bag), bag % bags.tables))
-            .min(),
-    };
-    let Some((position, table)) = bad else {
-        return Ok(());
-    };
-    let of_table = match tables.names.get(table) {
-        Some(name) => format!(" of table {name}"),
-        None => String::new(),
-    };
-    bail!(
-        "{OP}: indices{of_table} must lie in 0..{}, got {} at position {position}",
-        tables.num_embeddings(table),
-        indices[position].as_i64(),
-    )
+    }
+
+    pub fn error<I: Index>(&self, indices: &[I], tables: &Tables) -> Error {
+        let of_table = match tables.names.get(self.table) {
+            Some(name) => format!(" of table {name}"),
+            None => String::new(),
+        };
+        Error::msg(format!(
+            "{OP}: indices{of_table} must lie in 0..{}, got {} at position {}",
+            tables.num_embeddings(self.table),
+            indices[self.position].as_i64(),
+            self.position,
+        ))
+        .bt()
+    }
 }
 
 #[cfg(test)]

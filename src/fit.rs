@@ -8,8 +8,8 @@ use crate::bags::Tables;
 use crate::hash::{AffineRows, Locate, Slots};
 use crate::layer::{new_len, HashedEmbeddingBag, HashedEmbeddingBagConfig};
 use crate::op::{check_dtype, WEIGHT_DTYPES};
+use crate::parallel;
 use candle_core::{bail, DType, Device, Result, Tensor};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// How many values of the table are read at once, and how many of these make a task.
@@ -116,11 +116,11 @@ impl<'a, H: Locate> Table<'a, H> {
         for part in self.parts() {
             let part = part?;
             self.check_finite(&part)?;
-            let tasks: Vec<_> = self.tasks(&part).collect();
+            let tasks = self.map_tasks(&part, |task| task);
             // Each thread adds to slots of its own, and to each of these in the order of rows.
-            let share = len.div_ceil(rayon::current_num_threads());
-            let shares = sums.par_chunks_mut(share).zip(counts.par_chunks_mut(share));
-            shares.enumerate().for_each(|(i, (sums, counts))| {
+            let share = len.div_ceil(parallel::num_threads());
+            let shares = sums.chunks_mut(share).zip(counts.chunks_mut(share));
+            parallel::for_each(shares.enumerate(), |(i, (sums, counts))| {
                 let start = i * share;
                 for task in &tasks {
                     self.for_each_block(task, |values, slot, signs| {
@@ -157,7 +157,7 @@ impl<'a, H: Locate> Table<'a, H> {
                 (lost, total)
             };
             // Collected first: the order of additions must not depend on the threads.
-            for (task_lost, task_total) in self.tasks(&part).map(squares).collect::<Vec<_>>() {
+            for (task_lost, task_total) in self.map_tasks(&part, squares) {
                 lost += task_lost;
                 total += task_total;
             }
@@ -188,14 +188,15 @@ impl<'a, H: Locate> Table<'a, H> {
         })
     }
 
-    /// Divides a part, the same way on every machine, and hashes its rows.
-    fn tasks<'b>(
-        &'b self,
+    /// Divides a part, the same way on every machine, hashes its rows, and has `work` done.
+    fn map_tasks<'b, R: Send>(
+        &self,
         part: &'b Part,
-    ) -> impl IndexedParallelIterator<Item = Task<'b, H::Place>> {
+        work: impl Fn(Task<'b, H::Place>) -> R + Sync,
+    ) -> Vec<R> {
         let rows = (TASK / self.embedding_dim).max(1);
-        let values = part.values.par_chunks(rows * self.embedding_dim);
-        values.enumerate().map(move |(i, values)| {
+        let values = part.values.chunks(rows * self.embedding_dim);
+        parallel::map(values.enumerate(), |(i, values)| {
             let first_row = part.rows.start + i * rows;
             let rows = first_row..first_row + values.len() / self.embedding_dim;
             let runs = self.runs.len();
@@ -208,12 +209,12 @@ impl<'a, H: Locate> Table<'a, H> {
                 let row = (self.first_row + row) as u64;
                 self.hash.locate(&[row], &self.runs, places, signs);
             }
-            Task {
+            work(Task {
                 first_row,
                 values,
                 places,
                 signs,
-            }
+            })
         })
     }
 

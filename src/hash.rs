@@ -699,85 +699,67 @@ impl AffineSlots {
 
 /// [`AffineSlots`] for the CPU: the rows of a table without a division per value.
 ///
-/// Write `m` for the modulus, `s` for `starts`, and split the sum of a row and a block into the row's share and the
-/// block's, each with its remainders known. `row + run` is congruent to `row mod m + run mod m` modulo `m`, less
-/// `2^64 mod m` where the sum wraps; that lies between `-m` and `2m`, so its remainder is at most one `m` away. The slot
-/// follows modulo `s` from the same parts: `row mod m mod s + run mod m mod s`, and one of five corrections, one for each
-/// combination of "wraps" and "one `m` away".
+/// Write `m` for the modulus, `s` for `starts`, and split the sum of a row and a block into the row's share and the block's,
+/// each with its remainders known. Where the sum wraps, `2^64` is missing from it: the block's share is known a second time,
+/// less `2^64 mod m`. So `row mod m + block mod m` is congruent to the sum modulo `m` and below `2m`, and its remainder is at
+/// most one `m` away. The slot follows modulo `s` in the same way: the row's share is known a second time, less `m mod s`.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AffineRows {
     slots: AffineSlots,
     /// `2^64 mod m`
-    wrapped: i64,
-    corrections: Corrections,
-    /// Whether `2m` and `3s` fit a signed word; else every value is divided.
+    wrapped: u64,
+    /// `m mod s`
+    down: u64,
+    /// Whether all of this fits signed words; else every value is divided.
     fits: bool,
 }
 
-/// What to add modulo `s`, by whether the sum wraps and where its remainder has to go.
-#[derive(Debug, Clone, Copy)]
-struct Corrections {
-    down: u64,
-    wraps: u64,
-    wraps_up: u64,
-    wraps_down: u64,
-}
-
-/// The share of one block of columns in an affine hash.
+/// The share of one block of columns in an affine hash, where the sum does not wrap and where it does.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AffineRun {
     /// `run * b mod 2^64`
     sum: u64,
-    /// `sum mod m`
+    plain: AffineShare,
+    wrapped: AffineShare,
+}
+
+/// A share modulo `m`, and that modulo `s`.
+#[derive(Debug, Clone, Copy)]
+struct AffineShare {
     rest: i64,
-    /// `rest mod s`
-    slot: u64,
+    slot: i64,
 }
 
 impl From<AffineSlots> for AffineRows {
     fn from(slots: AffineSlots) -> Self {
         let (m, s) = (slots.modulus.value, slots.starts.value);
-        let wrapped = ((1u128 << 64) % u128::from(m)) as u64;
-        // A multiple of s large enough to subtract from: all corrections are kept in 0..s.
-        let modulo = |up: u64, down: u64| {
-            let sum = u128::from(up % s) + u128::from(s - down % s);
-            (sum % u128::from(s)) as u64
-        };
-        let both = ((u128::from(wrapped % s) + u128::from(m % s)) % u128::from(s)) as u64;
         Self {
             slots,
-            wrapped: wrapped as i64,
-            corrections: Corrections {
-                down: modulo(0, m),
-                wraps: modulo(0, wrapped),
-                wraps_up: modulo(m, wrapped),
-                wraps_down: modulo(0, both),
-            },
-            fits: m <= 1 << 61 && s <= 1 << 61,
+            wrapped: ((1u128 << 64) % u128::from(m)) as u64,
+            down: m % s,
+            fits: m <= 1 << 62 && s <= 1 << 62,
         }
     }
 }
 
-impl AffineRows {
-    /// The slot of a row's share and a block's together.
+/// `x - y` modulo `n`, of two numbers below it.
+#[inline(always)]
+fn less(x: u64, y: u64, n: u64) -> u64 {
+    if x < y {
+        x.wrapping_sub(y).wrapping_add(n)
+    } else {
+        x - y
+    }
+}
+
+impl AffineSlots {
+    /// The share of a number below the modulus.
     #[inline(always)]
-    fn add(&self, row_sum: u64, row_rest: i64, row_slot: u64, run: &AffineRun) -> u64 {
-        let (modulus, starts) = (self.slots.modulus.value as i64, self.slots.starts.value);
-        let corrections = self.corrections;
-        let wraps = row_sum.wrapping_add(run.sum) < row_sum;
-        let rest = row_rest + run.rest - if wraps { self.wrapped } else { 0 };
-        let down = rest >= modulus;
-        let whole = if down { corrections.down } else { 0 };
-        let part = if down {
-            corrections.wraps_down
-        } else {
-            corrections.wraps
-        };
-        let part = if rest < 0 { corrections.wraps_up } else { part };
-        let sum = row_slot + run.slot + if wraps { part } else { whole };
-        // Below 3s: off come at most two s, each only where that leaves a number that is not negative.
-        let sum = sum.min(sum.wrapping_sub(starts));
-        sum.min(sum.wrapping_sub(starts))
+    fn share(&self, rest: u64) -> AffineShare {
+        AffineShare {
+            rest: rest as i64,
+            slot: self.starts.rem(rest) as i64,
+        }
     }
 }
 
@@ -794,11 +776,12 @@ impl Locate for AffineRows {
 
     fn run(&self, run: u64) -> AffineRun {
         let sum = run.wrapping_mul(self.slots.b);
-        let rest = self.slots.modulus.rem(sum);
+        let modulus = self.slots.modulus;
+        let rest = modulus.rem(sum);
         AffineRun {
             sum,
-            rest: rest as i64,
-            slot: self.slots.starts.rem(rest),
+            plain: self.slots.share(rest),
+            wrapped: self.slots.share(less(rest, self.wrapped, modulus.value)),
         }
     }
 
@@ -811,26 +794,38 @@ impl Locate for AffineRows {
             starts,
             ..
         } = self.slots;
-        // The rows' shares, each in a slice of its own, so that the loops below become vectors.
+        // The rows' shares, each in a slice of its own and as signed words, so that the loops below become vectors: the largest
+        // shares of a block with which a row does not wrap and stays below `m`, and its slot, and that slot less `m`.
         let n = rows.len();
-        let (mut sums, mut rests, mut slots) = ([0; MAX_ROWS], [0; MAX_ROWS], [0; MAX_ROWS]);
-        let (sums, rests, slots) = (&mut sums[..n], &mut rests[..n], &mut slots[..n]);
+        let mut shares = [[0; MAX_ROWS]; 4];
+        let [sums, rests, slots, slots_down] = &mut shares;
+        let (sums, rests) = (&mut sums[..n], &mut rests[..n]);
+        let (slots, slots_down) = (&mut slots[..n], &mut slots_down[..n]);
         for i in 0..n {
-            sums[i] = rows[i].wrapping_mul(a).wrapping_add(c);
-            let rest = modulus.rem(sums[i]);
-            rests[i] = rest as i64;
-            slots[i] = starts.rem(rest);
+            let sum = rows[i].wrapping_mul(a).wrapping_add(c);
+            let rest = modulus.rem(sum);
+            let slot = starts.rem(rest);
+            sums[i] = ordered(!sum);
+            rests[i] = (modulus.value - 1 - rest) as i64;
+            slots[i] = slot as i64;
+            slots_down[i] = less(slot, self.down, starts.value) as i64;
         }
         for (run, places) in runs.iter().zip(places.chunks_exact_mut(n)) {
-            let shares = sums.iter().zip(&*rests).zip(&*slots);
-            if self.fits {
-                for (place, ((&sum, &rest), &slot)) in places.iter_mut().zip(shares) {
-                    *place = self.add(sum, rest, slot, run);
-                }
-            } else {
-                for (place, sum) in places.iter_mut().zip(&*sums) {
+            if !self.fits {
+                for (place, row) in places.iter_mut().zip(rows) {
+                    let sum = row.wrapping_mul(a).wrapping_add(c);
                     *place = self.slots.plain(sum.wrapping_add(run.sum));
                 }
+                continue;
+            }
+            let AffineRun { plain, wrapped, .. } = *run;
+            let (run_sum, end) = (ordered(run.sum), starts.value as i64);
+            for i in 0..n {
+                let wraps = run_sum > sums[i];
+                let down = pick(wraps, wrapped.rest, plain.rest) > rests[i];
+                let slot = pick(down, slots_down[i], slots[i]);
+                let slot = slot + pick(wraps, wrapped.slot, plain.slot) - end;
+                places[i] = (slot + pick(slot < 0, end, 0)) as u64;
             }
         }
     }
@@ -844,6 +839,18 @@ impl Locate for AffineRows {
     fn last_place(&self) -> u64 {
         self.slots.starts.value - 1
     }
+}
+
+/// `if which { x } else { y }`, in a form that becomes vectors.
+#[inline(always)]
+const fn pick(which: bool, x: i64, y: i64) -> i64 {
+    y ^ ((x ^ y) & -(which as i64))
+}
+
+/// A signed word in the order of unsigned ones, which vector units of many machines do not compare.
+#[inline(always)]
+const fn ordered(x: u64) -> i64 {
+    (x ^ (1 << 63)) as i64
 }
 
 /// Division by a number that is known once and used often: one multiplication instead of a division.

@@ -53,6 +53,7 @@ mod hash;
 pub mod import;
 mod layer;
 mod op;
+mod parallel;
 
 pub use bags::{BoundsCheck, JaggedLayout};
 pub use checkpoint::Checkpoint;

@@ -19,8 +19,8 @@ use super::{
     MIN_VALUES_PER_THREAD,
 };
 use crate::hash::{Locate, MAX_ROWS};
+use crate::parallel;
 use candle_core::{CpuStorage, Result, WithDType};
-use rayon::prelude::*;
 use std::ops::Range;
 
 /// The most parts.
@@ -46,51 +46,36 @@ impl Pass for GradWeight<'_> {
             None => bags.gathered_values(),
         };
         let buffers = (values / (4 * len)).min(values / MIN_VALUES_PER_THREAD);
+        let threads = parallel::num_threads().min(1 + values / MIN_VALUES_PER_THREAD);
         let mut grad_weight;
         if buffers > 0 {
-            let mut parts = vec![vec![]; (1 + buffers).min(MAX_PARTS)];
-            let bags_per_part = num_bags.div_ceil(parts.len()).max(1);
-            parts
-                .par_iter_mut()
-                .with_max_len(1)
-                .enumerate()
-                .for_each(|(i, part)| {
-                    let start = (i * bags_per_part).min(num_bags);
-                    let end = (start + bags_per_part).min(num_bags);
-                    *part = vec![T::Acc::ZERO; len];
-                    source.add(start..end, 0, part);
-                });
+            let num_parts = (1 + buffers).min(MAX_PARTS);
+            let bags_per_part = num_bags.div_ceil(num_parts);
+            let mut parts = parallel::map(0..num_parts, |i| {
+                let mut part = vec![T::Acc::ZERO; len];
+                let start = (i * bags_per_part).min(num_bags);
+                let end = (start + bags_per_part).min(num_bags);
+                source.add(start..end, 0, &mut part);
+                part
+            });
             let buffers = parts.split_off(1);
             grad_weight = parts.swap_remove(0);
-            let chunk = len.div_ceil(rayon::current_num_threads()).max(1 << 12);
-            grad_weight
-                .par_chunks_mut(chunk)
-                .enumerate()
-                .for_each(|(i, sums)| {
-                    for part in &buffers {
-                        for (sum, &value) in sums.iter_mut().zip(&part[i * chunk..]) {
-                            *sum += value;
-                        }
+            let chunk = len.div_ceil(threads).max(1 << 12);
+            parallel::for_each(grad_weight.chunks_mut(chunk).enumerate(), |(i, sums)| {
+                for part in &buffers {
+                    for (sum, &value) in sums.iter_mut().zip(&part[i * chunk..]) {
+                        *sum += value;
                     }
-                });
+                }
+            });
         } else {
-            let threads = if values < 2 * MIN_VALUES_PER_THREAD {
-                1
-            } else {
-                rayon::current_num_threads()
-            };
             // Whole blocks, so that a block of a mix hash lies in one slice.
             let block = bags.hash.block();
             let owned = len.div_ceil(threads).div_ceil(block) * block;
             grad_weight = vec![T::Acc::ZERO; len];
-            if threads == 1 {
-                source.add(0..num_bags, 0, &mut grad_weight);
-            } else {
-                grad_weight
-                    .par_chunks_mut(owned)
-                    .enumerate()
-                    .for_each(|(i, slots)| source.add(0..num_bags, i * owned, slots));
-            }
+            parallel::for_each(grad_weight.chunks_mut(owned).enumerate(), |(i, slots)| {
+                source.add(0..num_bags, i * owned, slots)
+            });
         }
         Ok(T::Acc::to_cpu_storage_owned(grad_weight))
     }
@@ -169,7 +154,7 @@ struct Found {
 
 impl Default for Found {
     fn default() -> Self {
-        let rows = std::array::from_fn(|row| row as u8);
+        let rows = [0; MAX_ROWS];
         Self { rows, n: 0 }
     }
 }
@@ -187,11 +172,6 @@ impl Found {
         self.n = n;
     }
 
-    /// Notes the first `n` of all rows, where nothing else ever is.
-    fn note_all(&mut self, n: usize) {
-        self.n = n;
-    }
-
     fn rows(&self) -> &[u8] {
         &self.rows[..self.n]
     }
@@ -201,13 +181,13 @@ impl Found {
 fn winners<T: Element, H: Locate>(bags: &Bags<T, H>) -> Vec<Winner> {
     let (embedding_dim, task) = (bags.embedding_dim(), bags.bags_per_task());
     let mut winners = vec![Winner::NONE; bags.num_bags() * embedding_dim];
-    winners
-        .par_chunks_mut(task * embedding_dim)
-        .enumerate()
-        .for_each(|(i, winners)| {
+    parallel::for_each(
+        winners.chunks_mut(task * embedding_dim).enumerate(),
+        |(i, winners)| {
             let first = i * task;
             with_block!(bags.hash, BLOCK => dispatch(Win::<BLOCK, _, _> { bags, first, winners }));
-        });
+        },
+    );
     winners
 }
 
@@ -382,8 +362,19 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
             let scale = bags.mean_scale(bag);
             let mut positions = bags.range(bag);
             while let Some(rows) = places.take(&mut positions) {
+                let part = |run: usize| Part {
+                    rows: &rows,
+                    places: rows.run(run),
+                    grad: &grads[run * block..embedding_dim.min((run + 1) * block)],
+                    scale,
+                };
+                if self.slots.len() == bags.hashed_weight.len() {
+                    for run in 0..bags.runs.len() {
+                        self.add(lanes, &part(run), None);
+                    }
+                    continue;
+                }
                 // The slots of a block of columns are on their way while the block before is added.
-                let mut grads = grads.chunks(block);
                 for run in 0..=bags.runs.len() {
                     let [even, odd] = &mut founds;
                     let (next, found) = if run % 2 == 0 {
@@ -395,14 +386,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
                         self.find(lanes, &rows, run, next);
                     }
                     if run > 0 {
-                        let part = Part {
-                            rows: &rows,
-                            places: rows.run(run - 1),
-                            found,
-                            grad: grads.next().unwrap_or_default(),
-                            scale,
-                        };
-                        self.add(lanes, &part);
+                        self.add(lanes, &part(run - 1), Some(found));
                     }
                 }
             }
@@ -414,11 +398,20 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
 struct Part<'a, T: Element, H: Locate> {
     rows: &'a Rows<'a, T, H>,
     places: Run<'a, T, H>,
-    /// The rows that count.
-    found: &'a Found,
     grad: &'a [T],
     /// In mode mean, what multiplies them.
     scale: Option<T::Acc>,
+}
+
+impl<T: Element, H: Locate> Part<'_, T, H> {
+    #[inline(always)]
+    fn scaled<const BLOCK: usize>(&self, grad: &[T; BLOCK]) -> [T::Acc; BLOCK] {
+        let mut values = [T::Acc::ZERO; BLOCK];
+        for (value, grad) in values.iter_mut().zip(grad) {
+            *value = self.scale.unwrap_or(T::Acc::ONE) * grad.widen();
+        }
+        values
+    }
 }
 
 impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
@@ -427,10 +420,6 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
     fn find<L: Lanes>(&self, lanes: L, rows: &Rows<T, H>, run: usize, found: &mut Found) {
         let (hash, slots) = (&self.source.bags.hash, self.slots.as_ptr());
         let (block, run) = (block_of::<BLOCK, H>(hash), rows.run(run));
-        if self.slots.len() == self.source.bags.hashed_weight.len() {
-            run.fetch(lanes, slots, rows.len(), block);
-            return found.note_all(rows.len());
-        }
         let end = self.slots.len() + block - 1;
         let start = |row| run.place(row, block).0.wrapping_sub(self.first_slot);
         found.note((0..rows.len()).map(|row| start(row).wrapping_add(block - 1) < end));
@@ -439,42 +428,51 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
         }
     }
 
-    /// Adds a part to the slots of its rows.
+    /// Adds a part to the slots of those of its rows that were found; of all, where nothing was looked for.
     #[inline(always)]
-    fn add<L: Lanes>(&mut self, lanes: L, part: &Part<T, H>) {
+    fn add<L: Lanes>(&mut self, lanes: L, part: &Part<T, H>, found: Option<&Found>) {
         let bags = self.source.bags;
-        match part.grad.first_chunk::<BLOCK>() {
-            Some(grad) if BLOCK > 0 && bags.per_sample_weights.is_none() => {
-                self.add_whole::<false, _>(lanes, part, grad)
+        match (part.grad.first_chunk::<BLOCK>(), found) {
+            (Some(grad), None) if BLOCK > 0 && bags.per_sample_weights.is_none() => {
+                self.add_all(lanes, part, grad)
             }
-            Some(grad) if BLOCK > 0 => self.add_whole::<true, _>(lanes, part, grad),
-            _ => self.add_any(lanes, part),
+            (Some(grad), Some(found)) if BLOCK > 0 => self.add_found(lanes, part, found, grad),
+            _ => self.add_any(lanes, part, found),
         }
     }
 
-    /// The same for a whole block of a length known beforehand. Not `WEIGHTED` says that rows have no weights.
+    /// The same where all rows count and have no weights, for a whole block of a length known beforehand.
     #[inline(always)]
-    fn add_whole<const WEIGHTED: bool, L: Lanes>(
+    fn add_all<L: Lanes>(&mut self, lanes: L, part: &Part<T, H>, grad: &[T; BLOCK]) {
+        let values = part.scaled(grad);
+        for row in 0..part.rows.len() {
+            let (slot, signs) = part.places.place(row, BLOCK);
+            if BLOCK > 1 {
+                part.places
+                    .fetch_ahead(lanes, self.slots.as_ptr(), row, BLOCK);
+            }
+            let slots = &mut self.slots[slot..slot + BLOCK];
+            combine::<Sum, _, _>(lanes, slots, &values, signs, None);
+        }
+    }
+
+    /// The same for those rows that were found.
+    #[inline(always)]
+    fn add_found<L: Lanes>(
         &mut self,
         lanes: L,
         part: &Part<T, H>,
+        found: &Found,
         grad: &[T; BLOCK],
     ) {
-        let mut values = [T::Acc::ZERO; BLOCK];
-        for (value, grad) in values.iter_mut().zip(grad) {
-            *value = part.scale.unwrap_or(T::Acc::ONE) * grad.widen();
-        }
+        let values = part.scaled(grad);
         let last = self.slots.len().checked_sub(BLOCK);
-        for &row in part.found.rows() {
+        for &row in found.rows() {
             let row = usize::from(row);
             let (slot, signs) = part.places.place(row, BLOCK);
             let start = slot.wrapping_sub(self.first_slot);
             if last.is_some_and(|last| start <= last) {
-                let scale = if WEIGHTED {
-                    self.source.bags.scale(part.rows, row)
-                } else {
-                    None
-                };
+                let scale = self.source.bags.scale(part.rows, row);
                 let slots = &mut self.slots[start..start + BLOCK];
                 combine::<Sum, _, _>(lanes, slots, &values, signs, scale);
             } else {
@@ -485,10 +483,11 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
 
     /// The same for a block of any length.
     #[inline(always)]
-    fn add_any<L: Lanes>(&mut self, lanes: L, part: &Part<T, H>) {
+    fn add_any<L: Lanes>(&mut self, lanes: L, part: &Part<T, H>, found: Option<&Found>) {
         let bags = self.source.bags;
-        for &row in part.found.rows() {
-            let row = usize::from(row);
+        let n = found.map_or(part.rows.len(), |found| found.n);
+        for i in 0..n {
+            let row = found.map_or(i, |found| found.rows[i].into());
             let (slot, signs) = part.places.place(row, bags.hash.block());
             let start = slot.wrapping_sub(self.first_slot);
             match self
@@ -529,13 +528,10 @@ impl Pass for GradPerSampleWeights<'_> {
         let task = bags.bags_per_task();
         let tasks = bags.num_bags().div_ceil(task);
         // Each task has the gradients of its own bags, in order.
-        let gradients: Vec<Vec<T>> = (0..tasks)
-            .into_par_iter()
-            .map(|i| {
-                let of = i * task..((i + 1) * task).min(bags.num_bags());
-                with_block!(bags.hash, BLOCK => dispatch(Dot::<BLOCK, _, _> { bags, grad_output, of }))
-            })
-            .collect();
+        let gradients = parallel::map(0..tasks, |i| {
+            let of = i * task..((i + 1) * task).min(bags.num_bags());
+            with_block!(bags.hash, BLOCK => dispatch(Dot::<BLOCK, _, _> { bags, grad_output, of }))
+        });
         let mut grad_weights = vec![T::from_f64(0.0); bags.indices.len()];
         let positions = (0..bags.num_bags())
             .flat_map(|bag| bags.range(bag))

@@ -9,8 +9,8 @@ use super::{
     block_of, combine, with_block, Accumulator, Bags, Combine, Element, Max, Mode, Pass, Sum,
 };
 use crate::hash::Locate;
+use crate::parallel;
 use candle_core::{CpuStorage, Result};
-use rayon::prelude::*;
 use std::mem::MaybeUninit;
 
 /// output `(num_bags, embedding_dim)`
@@ -22,18 +22,20 @@ impl Pass for Forward {
         let len = bags.num_bags() * embedding_dim;
         let mut output = Vec::with_capacity(len);
         let values = &mut output.spare_capacity_mut()[..len];
-        let pool = |first: usize, output: &mut [MaybeUninit<T>]| {
-            with_block!(bags.hash, BLOCK => dispatch(Pool::<BLOCK, _, _> { bags, first, output }));
-        };
-        if task >= bags.num_bags() {
-            pool(0, values);
-        } else {
-            values
-                .par_chunks_mut(task * embedding_dim)
-                .enumerate()
-                .for_each(|(i, values)| pool(i * task, values));
+        let tasks = values.chunks_mut(task * embedding_dim).enumerate();
+        let bad_rows = parallel::map(tasks, |(i, output)| {
+            let of = i * task..i * task + output.len() / embedding_dim;
+            let first = of.start;
+            let bad_row = bags.first_bad_row(of);
+            if bad_row.is_none() {
+                with_block!(bags.hash, BLOCK => dispatch(Pool::<BLOCK, _, _> { bags, first, output }));
+            }
+            bad_row
+        });
+        if let Some(bad_row) = bad_rows.into_iter().flatten().min() {
+            return Err(bags.error(&bad_row));
         }
-        // SAFETY: each bag wrote its row, and the rows are all `len` values.
+        // SAFETY: no row being bad, each bag wrote its row, and the rows are all `len` values.
         unsafe { output.set_len(len) };
         Ok(T::to_cpu_storage_owned(output))
     }
@@ -153,7 +155,7 @@ fn pool_blocks<
         for (block, places) in blocks.iter_mut().zip(&runs) {
             let (values, signs) = places.values::<BLOCK>(i);
             if BLOCK > 1 {
-                places.fetch_ahead(lanes, i, BLOCK);
+                places.fetch_ahead(lanes, bags.hashed_weight.as_ptr(), i, BLOCK);
             }
             combine::<C, _, _>(lanes, block, values, signs, scale);
         }

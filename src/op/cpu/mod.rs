@@ -15,8 +15,9 @@ mod lanes;
 mod places;
 
 use super::{Backend, Lookup, Mode, Operands, View};
-use crate::bags::{check_offsets, check_rows, BagShape, BoundsCheck, Index};
+use crate::bags::{check_offsets, BadRow, BagShape, BoundsCheck, Index};
 use crate::hash::{AffineRows, Locate, Slots};
+use crate::parallel;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType};
 use element::{Accumulator, Element};
@@ -25,8 +26,8 @@ use lanes::Lanes;
 use places::Rows;
 use std::ops::Range;
 
-/// Fewer gathered values than this are not worth waking a second thread for.
-const MIN_VALUES_PER_THREAD: usize = 1 << 15;
+/// Fewer gathered values than this are not worth waking a second thread for: some twenty microseconds of work.
+const MIN_VALUES_PER_THREAD: usize = 1 << 17;
 
 /// So that a thread which comes late, or has heavier bags, leaves its share to others.
 const TASKS_PER_THREAD: usize = 8;
@@ -46,8 +47,9 @@ impl Backend for Cpu {
     }
 
     fn forward(lookup: &Lookup, operands: &Operands<CpuStorage>) -> Result<CpuStorage> {
+        // The indices are checked by the threads that look them up.
         if lookup.bounds_check == BoundsCheck::Error {
-            check_bounds(lookup, operands.indices, operands.offsets)?;
+            check_division(lookup, operands.offsets)?;
         }
         dispatch(forward::Forward, lookup, operands)
     }
@@ -92,20 +94,33 @@ fn slice<'a, T: WithDType>((storage, layout): View<'a, CpuStorage>) -> Result<&'
 }
 
 /// An error for the first offset or row that breaks the contract.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub(super) fn check_bounds(
     lookup: &Lookup,
     indices: View<CpuStorage>,
     offsets: Option<View<CpuStorage>>,
 ) -> Result<()> {
+    check_division(lookup, offsets)?;
     let Lookup { table, bags, .. } = lookup;
-    if let Some(offsets) = offsets {
-        with_slice!(Indices::new(offsets)?, offsets => check_offsets(offsets, bags.nnz))?;
-    }
     let offsets = offsets.map(Indices::new).transpose()?;
     let ranges = |bag| range(bags, offsets, bag);
+    let (tables, padding_idx) = (&table.tables, table.padding_idx);
     with_slice!(Indices::new(indices)?, rows => {
-        check_rows(rows, ranges, bags, &table.tables, table.padding_idx)
+        match BadRow::find(rows, ranges, 0..bags.num_bags, bags, tables, padding_idx) {
+            Some(bad) => Err(bad.error(rows, tables)),
+            None => Ok(()),
+        }
     })
+}
+
+/// An error for the first offset that breaks the contract.
+fn check_division(lookup: &Lookup, offsets: Option<View<CpuStorage>>) -> Result<()> {
+    match offsets {
+        Some(offsets) => {
+            with_slice!(Indices::new(offsets)?, offsets => check_offsets(offsets, lookup.bags.nnz))
+        }
+        None => Ok(()),
+    }
 }
 
 /// The indices of a bag, clamped whatever the offsets say.
@@ -246,7 +261,7 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
 
     /// How many bags make a task: a few tasks for each thread, of at least [`MIN_VALUES_PER_THREAD`].
     fn bags_per_task(&self) -> usize {
-        let most = match rayon::current_num_threads() {
+        let most = match parallel::num_threads() {
             1 => 1,
             threads => TASKS_PER_THREAD * threads,
         };
@@ -260,6 +275,22 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
             Some(ranges) => ranges[bag].clone(),
             None => self.lookup.bags.range::<i64>(bag, &[]),
         }
+    }
+
+    /// The first row of some bags that is out of range, where that is looked for.
+    fn first_bad_row(&self, of: Range<usize>) -> Option<BadRow> {
+        let Lookup { table, bags, .. } = self.lookup;
+        if self.lookup.bounds_check == BoundsCheck::Off {
+            return None;
+        }
+        let ranges = |bag| self.range(bag);
+        with_slice!(self.indices, indices => {
+            BadRow::find(indices, ranges, of, bags, &table.tables, table.padding_idx)
+        })
+    }
+
+    fn error(&self, bad: &BadRow) -> candle_core::Error {
+        with_slice!(self.indices, indices => bad.error(indices, &self.lookup.table.tables))
     }
 
     /// The rows of the virtual table at some positions, as they are hashed.

@@ -13,7 +13,7 @@ const NEAR_PLACES: usize = 1 << 12;
 
 /// How many rows before it is used a block is fetched. A processor that looks far ahead finds most misses by itself; one of
 /// 2021 gains a quarter.
-const AHEAD: usize = 6;
+const AHEAD: usize = 8;
 
 /// The places of rows by position, for bags in the order of their positions; out of order is right too, only slower.
 pub(super) struct Places<'a, T, H: Locate> {
@@ -96,11 +96,12 @@ impl<T: Element, H: Locate> Run<'_, T, H> {
         }
     }
 
-    /// Has the values of a row fetched that comes [`AHEAD`] after row `i`, or of any row.
+    /// Has what `slots`, a tensor like hashed_weight, holds for a row fetched that comes [`AHEAD`] after row `i`, or for any
+    /// row.
     #[inline(always)]
-    pub fn fetch_ahead<L: Lanes>(&self, lanes: L, i: usize, block: usize) {
+    pub fn fetch_ahead<A, L: Lanes>(&self, lanes: L, slots: *const A, i: usize, block: usize) {
         let slot = self.bags.hash.slot(self.places[i + AHEAD], block);
-        lanes.prefetch(self.bags.hashed_weight.as_ptr().wrapping_add(slot));
+        lanes.prefetch(slots.wrapping_add(slot));
     }
 
     /// Has what `slots`, a tensor like hashed_weight, holds for the first `rows` rows fetched.
@@ -119,9 +120,13 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
         let first = of.clone().next().map_or(0, |bag| bags.range(bag).start);
         let end = of.map(|bag| bags.range(bag).end).max().unwrap_or(0);
         let mut window = (NEAR_PLACES / runs).clamp(8, MAX_ROWS);
+        let bag_len = shape.nnz.div_ceil(shape.num_bags.max(1)).max(1);
         if shape.feature_stride() > 0 {
             // The next bag is not the next in memory: what a window holds beyond a bag is hashed in vain.
-            window = window.min(shape.nnz.div_ceil(shape.num_bags).max(1));
+            window = window.min(bag_len);
+        } else if bag_len < window {
+            // Whole bags, where all are of one length.
+            window -= window % bag_len;
         }
         // Little to look up needs little memory.
         window = window.min(end.saturating_sub(first).max(1));
