@@ -13,7 +13,7 @@
 //! For max, the winners are found first, bags divided among threads; there are as many of them as output values.
 
 use super::lanes::{dispatch, raise_of, Lanes, Task};
-use super::places::{Places, Rows, Run};
+use super::places::{Places, Rows, Run, ADD_AHEAD};
 use super::{
     block_of, combine, slice, with_block, Accumulator, Bags, Element, Mode, Pass, Sum, View,
     MIN_VALUES_PER_THREAD,
@@ -448,8 +448,8 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
         for row in 0..part.rows.len() {
             let (slot, signs) = part.places.place(row, BLOCK);
             if BLOCK > 1 {
-                part.places
-                    .fetch_ahead(lanes, self.slots.as_ptr(), row, BLOCK);
+                let slots = self.slots.as_ptr();
+                part.places.fetch_one(lanes, slots, row + ADD_AHEAD, BLOCK);
             }
             let slots = &mut self.slots[slot..slot + BLOCK];
             combine::<Sum, _, _>(lanes, slots, &values, signs, None);

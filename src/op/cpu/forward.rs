@@ -4,7 +4,7 @@
 //! indices. The sums of four blocks stay in registers while all rows of a bag go by.
 
 use super::lanes::{dispatch, Lanes, Task};
-use super::places::{Places, Rows};
+use super::places::{Places, Rows, READ_AHEAD};
 use super::{
     block_of, combine, with_block, Accumulator, Bags, Combine, Element, Max, Mode, Pass, Sum,
 };
@@ -155,7 +155,7 @@ fn pool_blocks<
         for (block, places) in blocks.iter_mut().zip(&runs) {
             let (values, signs) = places.values::<BLOCK>(i);
             if BLOCK > 1 {
-                places.fetch_ahead(lanes, bags.hashed_weight.as_ptr(), i, BLOCK);
+                places.fetch_one(lanes, bags.hashed_weight.as_ptr(), i + READ_AHEAD, BLOCK);
             }
             combine::<C, _, _>(lanes, block, values, signs, scale);
         }

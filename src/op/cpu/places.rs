@@ -11,9 +11,12 @@ use std::ops::Range;
 /// So many places and their signs stay in the nearest cache.
 const NEAR_PLACES: usize = 1 << 12;
 
-/// How many rows before it is used a block is fetched. A processor that looks far ahead finds most misses by itself; one of
+/// How many rows before it is read a block is fetched. A processor that looks far ahead finds most misses by itself; one of
 /// 2021 gains a quarter.
-const AHEAD: usize = 8;
+pub(super) const READ_AHEAD: usize = 6;
+
+/// The same for a block that is added to, which waits longer for what others have written.
+pub(super) const ADD_AHEAD: usize = 16;
 
 /// The places of rows by position, for bags in the order of their positions; out of order is right too, only slower.
 pub(super) struct Places<'a, T, H: Locate> {
@@ -45,7 +48,7 @@ pub(super) struct Rows<'a, T, H: Locate> {
 /// most [`MAX_ROWS`], need no test of an index, for which there would be no registers.
 pub(super) struct Run<'a, T, H: Locate> {
     bags: &'a Bags<'a, T, H>,
-    places: &'a [H::Place; MAX_ROWS + AHEAD],
+    places: &'a [H::Place; MAX_ROWS + ADD_AHEAD],
     signs: &'a [u32; MAX_ROWS],
 }
 
@@ -96,11 +99,10 @@ impl<T: Element, H: Locate> Run<'_, T, H> {
         }
     }
 
-    /// Has what `slots`, a tensor like hashed_weight, holds for a row fetched that comes [`AHEAD`] after row `i`, or for any
-    /// row.
+    /// Has what `slots`, a tensor like hashed_weight, holds for row `i` fetched; behind the last row, for any row.
     #[inline(always)]
-    pub fn fetch_ahead<A, L: Lanes>(&self, lanes: L, slots: *const A, i: usize, block: usize) {
-        let slot = self.bags.hash.slot(self.places[i + AHEAD], block);
+    pub fn fetch_one<A, L: Lanes>(&self, lanes: L, slots: *const A, i: usize, block: usize) {
+        let slot = self.bags.hash.slot(self.places[i], block);
         lanes.prefetch(slots.wrapping_add(slot));
     }
 
@@ -130,7 +132,7 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
         }
         // Little to look up needs little memory.
         window = window.min(end.saturating_sub(first).max(1));
-        let len = runs * window + MAX_ROWS + AHEAD;
+        let len = runs * window + MAX_ROWS + ADD_AHEAD;
         Self {
             bags,
             window,
