@@ -1,16 +1,14 @@
 //! The lookups on the CPU, in gathered values per second: `cargo bench`.
 //!
 //! Names read `forward/default sum f32 64`: pass, hash, mode, dtype, embedding_dim. benches/peers/torch_cpu.py looks up the
-//! same rows with torch and prints the ratios.
+//! same rows with torch and prints the ratios. `CANDLE_NUM_THREADS=1` measures one thread.
 //!
 //! Memory comes from mimalloc, which starts large tensors at a cache line, as torch's own allocator does: a block of 64 bytes
 //! then lies in one line and not in two.
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode};
-use criterion::{
-    criterion_group, criterion_main, BenchmarkId, Criterion, SamplingMode, Throughput,
-};
+use criterion::{criterion_group, criterion_main, Criterion, SamplingMode, Throughput};
 use std::time::Duration;
 
 #[global_allocator]
@@ -94,15 +92,6 @@ fn large(c: &mut Criterion) {
             b.iter(|| frozen.forward(&indices).unwrap())
         });
     }
-    for threads in [1, 2] {
-        let layer = &layers[0];
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-        let pool = pool.build().unwrap();
-        group.throughput(values(layer));
-        group.bench_function(BenchmarkId::new("threads", threads), |b| {
-            pool.install(|| b.iter(|| layer.bag.forward(&indices).unwrap()));
-        });
-    }
     group.finish();
 
     let mut group = c.benchmark_group("forward and backward");
@@ -120,16 +109,14 @@ fn large(c: &mut Criterion) {
     group.finish();
 }
 
-/// What a call costs when there is little to look up, on one thread.
+/// What a call costs when there is little to look up: too little to be divided among threads.
 fn small(c: &mut Criterion) {
     let layer = layer("default", Mode::Sum, DType::F32, 64).unwrap();
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1);
-    let pool = pool.build().unwrap();
     let mut group = c.benchmark_group("small");
     for num_bags in [1, 64] {
         let indices = indices(num_bags, 26).unwrap();
         group.bench_function(format!("{num_bags} x 26"), |b| {
-            pool.install(|| b.iter(|| layer.bag.forward(&indices).unwrap()));
+            b.iter(|| layer.bag.forward(&indices).unwrap())
         });
     }
     group.finish();

@@ -4,7 +4,7 @@ mod common;
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode};
-use common::{floats, integers, on_each_device, to_vec, Draws};
+use common::{floats, integers, on_each_device, same_on_any_number_of_threads, to_vec, Draws};
 
 /// Values in (-1, 1) that are no multiples of anything.
 fn reals(draws: &mut Draws, n: usize) -> Vec<f64> {
@@ -195,65 +195,62 @@ fn trains() -> Result<()> {
     })
 }
 
-/// More values than one thread takes: the same bits from pools of 1, 2 and 5 threads, and what a few bags at a time give. With
-/// few slots, where threads add into buffers of their own, and with many, where they own slices; for blocks that end with a
-/// slice, and for blocks that straddle two.
+/// More values than one thread takes: the same bits from 1, 2 and 5 threads, and what a few bags at a time give. With few
+/// slots, where threads add into buffers of their own, and with many, where they own slices; for blocks that end with a slice,
+/// and for blocks that straddle two.
 #[test]
 fn cpu_results_do_not_depend_on_the_number_of_threads() -> Result<()> {
-    let (device, mut draws) = (Device::Cpu, Draws::new(8));
-    let robe = [2_038_074_743, 634_329_019, 1_825_252_241, 871_205_356];
-    let hashes = [
-        Hash::default_for(32),
-        Hash::original(),
-        Hash::robe(&robe, 8)?,
-        Hash::affine(871_205_356, 3_333, 7, u64::MAX, 3)?,
-    ];
-    let (num_bags, bag_len) = (20, 120);
-    let rows: Vec<i64> = (0..num_bags * bag_len)
-        .map(|_| draws.below(5_000) as i64)
-        .collect();
-    let indices = integers(&rows, DType::U32, &device)?.reshape((num_bags, bag_len))?;
-    for (len, embedding_dim) in [(1_600, 32), (40_000, 32), (40_000, 33)] {
-        let weight = Var::from_tensor(&floats(&reals(&mut draws, len), DType::F32, &device)?)?;
-        for hash in hashes {
-            for mode in [Mode::Sum, Mode::Mean, Mode::Max] {
-                let config = HashedEmbeddingBagConfig {
-                    mode,
-                    hash: Some(hash),
-                    ..Default::default()
-                };
-                let tensor = weight.as_tensor().clone();
-                let bag = HashedEmbeddingBag::new(tensor, 5_000, embedding_dim, config)?;
-                let run = |indices: &Tensor| -> Result<(Vec<f64>, Vec<f64>)> {
-                    let out = bag.forward(indices)?;
-                    let grads = out.sqr()?.sum_all()?.backward()?;
-                    Ok((to_vec(&out)?, to_vec(grads.get(&weight).unwrap())?))
-                };
-                let with = |threads: usize| {
-                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
-                    pool.build().unwrap().install(|| run(&indices))
-                };
-                let want = with(1)?;
-                for threads in [2, 5] {
-                    let same = with(threads)? == want;
-                    assert!(same, "{hash:?} {mode:?} {len} with {threads} threads");
-                }
-                // Five bags are too little to divide.
-                let mut grad_weight = vec![0.0; len];
-                for i in (0..num_bags).step_by(5) {
-                    let (out, grad) = run(&indices.narrow(0, i, 5)?)?;
-                    assert_eq!(out, want.0[i * embedding_dim..(i + 5) * embedding_dim]);
-                    grad_weight
-                        .iter_mut()
-                        .zip(grad)
-                        .for_each(|(sum, x)| *sum += x);
-                }
-                for (slot, (got, want)) in grad_weight.iter().zip(&want.1).enumerate() {
-                    let close = (got - want).abs() <= 1e-3 * want.abs().max(1.0);
-                    assert!(close, "{hash:?} {mode:?} {len} slot {slot}: {got}, {want}");
+    let test = "cpu_results_do_not_depend_on_the_number_of_threads";
+    same_on_any_number_of_threads(test, |report| {
+        let (device, mut draws) = (Device::Cpu, Draws::new(8));
+        let robe = [2_038_074_743, 634_329_019, 1_825_252_241, 871_205_356];
+        let hashes = [
+            Hash::default_for(32),
+            Hash::original(),
+            Hash::robe(&robe, 8)?,
+            Hash::affine(871_205_356, 3_333, 7, u64::MAX, 3)?,
+        ];
+        let (num_bags, bag_len, step) = (4_100, 2, 820);
+        let rows: Vec<i64> = (0..num_bags * bag_len)
+            .map(|_| draws.below(5_000) as i64)
+            .collect();
+        let indices = integers(&rows, DType::U32, &device)?.reshape((num_bags, bag_len))?;
+        for (len, embedding_dim) in [(1_600, 32), (70_000, 32), (70_000, 33)] {
+            let weight = Var::from_tensor(&floats(&reals(&mut draws, len), DType::F32, &device)?)?;
+            for hash in hashes {
+                for mode in [Mode::Sum, Mode::Mean, Mode::Max] {
+                    let config = HashedEmbeddingBagConfig {
+                        mode,
+                        hash: Some(hash),
+                        ..Default::default()
+                    };
+                    let tensor = weight.as_tensor().clone();
+                    let bag = HashedEmbeddingBag::new(tensor, 5_000, embedding_dim, config)?;
+                    let run = |indices: &Tensor| -> Result<(Vec<f64>, Vec<f64>)> {
+                        let out = bag.forward(indices)?;
+                        let grads = out.sqr()?.sum_all()?.backward()?;
+                        Ok((to_vec(&out)?, to_vec(grads.get(&weight).unwrap())?))
+                    };
+                    let want = run(&indices)?;
+                    report(&want.0);
+                    report(&want.1);
+                    // So many bags are too little to divide.
+                    let mut grad_weight = vec![0.0; len];
+                    for i in (0..num_bags).step_by(step) {
+                        let (out, grad) = run(&indices.narrow(0, i, step)?)?;
+                        assert_eq!(out, want.0[i * embedding_dim..(i + step) * embedding_dim]);
+                        grad_weight
+                            .iter_mut()
+                            .zip(grad)
+                            .for_each(|(sum, x)| *sum += x);
+                    }
+                    for (slot, (got, want)) in grad_weight.iter().zip(&want.1).enumerate() {
+                        let close = (got - want).abs() <= 1e-3 * want.abs().max(1.0);
+                        assert!(close, "{hash:?} {mode:?} {len} slot {slot}: {got}, {want}");
+                    }
                 }
             }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }

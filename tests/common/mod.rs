@@ -8,6 +8,8 @@ use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
     Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode,
 };
+use std::hash::{DefaultHasher, Hash as _, Hasher};
+use std::process::Command;
 
 /// Runs a test body on the CPU and, where there is one, on the first CUDA device.
 pub fn on_each_device(body: impl Fn(&Device) -> Result<()>) -> Result<()> {
@@ -31,6 +33,47 @@ pub fn cuda() -> Option<Device> {
             None
         }
     }
+}
+
+/// Runs `body` in processes of 1, 2 and 5 threads, which must `report` the same bits. `test` is the name of the test that calls
+/// this, whose process is started again: the number of candle's threads is that of a process.
+pub fn same_on_any_number_of_threads(
+    test: &str,
+    body: impl FnOnce(&mut dyn FnMut(&[f64])) -> Result<()>,
+) -> Result<()> {
+    const THREADS: &str = "CANDLE_NUM_THREADS";
+    const AGAIN: &str = "CANDLE_HASHED_EMBEDDING_BAG_AGAIN";
+    if std::env::var_os(AGAIN).is_some() {
+        let threads = candle_core::utils::barrier_pool().n_workers() + 1;
+        let wanted = std::env::var(THREADS).map_err(candle_core::Error::wrap)?;
+        assert_eq!(threads.to_string(), wanted);
+        let mut bits = DefaultHasher::new();
+        body(&mut |values| {
+            for value in values {
+                value.to_bits().hash(&mut bits);
+            }
+        })?;
+        println!("\n{AGAIN} {:016x}", bits.finish());
+        return Ok(());
+    }
+    let run = |threads: usize| -> Result<String> {
+        let output = Command::new(std::env::current_exe()?)
+            .args([test, "--exact", "--nocapture"])
+            .env(THREADS, threads.to_string())
+            .env(AGAIN, "")
+            .output()?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let bits = text.lines().find_map(|line| line.strip_prefix(AGAIN));
+        match bits {
+            Some(bits) if output.status.success() => Ok(bits.to_string()),
+            _ => panic!("{threads} threads: {output:?}"),
+        }
+    };
+    let want = run(1)?;
+    for threads in [2, 5] {
+        assert_eq!(run(threads)?, want, "{threads} threads");
+    }
+    Ok(())
 }
 
 /// A small deterministic generator (an LCG, nothing like the hash under test).

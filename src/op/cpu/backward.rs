@@ -154,8 +154,10 @@ struct Found {
 
 impl Default for Found {
     fn default() -> Self {
-        let rows = [0; MAX_ROWS];
-        Self { rows, n: 0 }
+        Self {
+            rows: [0; MAX_ROWS],
+            n: 0,
+        }
     }
 }
 
@@ -369,6 +371,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Task for Add<'_, BLOCK, T, H> {
                     scale,
                 };
                 if self.slots.len() == bags.hashed_weight.len() {
+                    // Every row has its slots here.
                     for run in 0..bags.runs.len() {
                         self.add(lanes, &part(run), None);
                     }

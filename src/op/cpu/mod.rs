@@ -26,8 +26,8 @@ use lanes::Lanes;
 use places::Rows;
 use std::ops::Range;
 
-/// Fewer gathered values than this are not worth waking a second thread for: some twenty microseconds of work.
-const MIN_VALUES_PER_THREAD: usize = 1 << 17;
+/// Fewer gathered values than this are not worth waking a second thread for: some ten microseconds of work.
+const MIN_VALUES_PER_THREAD: usize = 1 << 16;
 
 /// So that a thread which comes late, or has heavier bags, leaves its share to others.
 const TASKS_PER_THREAD: usize = 8;
