@@ -118,7 +118,7 @@ impl<'a, H: Locate> Table<'a, H> {
             self.check_finite(&part)?;
             let tasks = self.map_tasks(&part, |task| task);
             // Each thread adds to slots of its own, and to each of these in the order of rows.
-            let share = len.div_ceil(parallel::num_threads());
+            let share = len.div_ceil(parallel::num_threads(tasks.len()));
             let shares = sums.chunks_mut(share).zip(counts.chunks_mut(share));
             parallel::for_each(shares.enumerate(), |(i, (sums, counts))| {
                 let start = i * share;

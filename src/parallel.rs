@@ -6,9 +6,13 @@
 use candle_core::utils::barrier_pool;
 use std::sync::Mutex;
 
-/// How many threads there are, the caller's among them.
-pub(crate) fn num_threads() -> usize {
-    barrier_pool().n_workers() + 1
+/// How many threads there are, the caller's among them, where up to `most` are of use.
+pub(crate) fn num_threads(most: usize) -> usize {
+    match most {
+        // The first to ask starts them.
+        0 | 1 => 1,
+        most => most.min(barrier_pool().n_workers() + 1),
+    }
 }
 
 /// What `work` makes of each item, in order. Threads take items as they come, so that one which is late leaves its share to

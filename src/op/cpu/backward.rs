@@ -46,7 +46,7 @@ impl Pass for GradWeight<'_> {
             None => bags.gathered_values(),
         };
         let buffers = (values / (4 * len)).min(values / MIN_VALUES_PER_THREAD);
-        let threads = parallel::num_threads().min(1 + values / MIN_VALUES_PER_THREAD);
+        let threads = parallel::num_threads(values / MIN_VALUES_PER_THREAD);
         let mut grad_weight;
         if buffers > 0 {
             let num_parts = (1 + buffers).min(MAX_PARTS);

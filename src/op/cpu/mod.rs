@@ -261,11 +261,11 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
 
     /// How many bags make a task: a few tasks for each thread, of at least [`MIN_VALUES_PER_THREAD`].
     fn bags_per_task(&self) -> usize {
-        let most = match parallel::num_threads() {
+        let most = self.gathered_values() / MIN_VALUES_PER_THREAD;
+        let tasks = match parallel::num_threads(most) {
             1 => 1,
-            threads => TASKS_PER_THREAD * threads,
+            threads => most.min(TASKS_PER_THREAD * threads),
         };
-        let tasks = (self.gathered_values() / MIN_VALUES_PER_THREAD).clamp(1, most);
         self.num_bags().div_ceil(tasks).max(1)
     }
 
