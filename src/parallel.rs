@@ -2,8 +2,12 @@
 //!
 //! A second pool would compete with it: candle's threads go on looking for work for a while after each of its operations, and
 //! would keep the processors that the other pool's threads wait for. `CANDLE_NUM_THREADS` says how many threads there are.
+//!
+//! The pool works for one caller at a time, and the others wait. So a caller does all of its work itself when there are as
+//! many callers as threads: no processor would be idle, and the threads of a pool would take them from other callers.
 
 use candle_core::utils::barrier_pool;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 
 /// How many threads there are, the caller's among them, where up to `most` are of use.
@@ -12,6 +16,28 @@ pub(crate) fn num_threads(most: usize) -> usize {
         // The first to ask starts them.
         0 | 1 => 1,
         most => most.min(barrier_pool().n_workers() + 1),
+    }
+}
+
+/// How many calls are at work, or wait for the pool.
+static CALLERS: AtomicUsize = AtomicUsize::new(0);
+
+/// One of them, for as long as it lives.
+struct Caller {
+    /// Which of them it was when it came, from 1 on.
+    number: usize,
+}
+
+impl Caller {
+    fn new() -> Self {
+        let before = CALLERS.fetch_add(1, Ordering::Relaxed);
+        Self { number: before + 1 }
+    }
+}
+
+impl Drop for Caller {
+    fn drop(&mut self) {
+        CALLERS.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -26,8 +52,9 @@ pub(crate) fn map<I: Send, R: Send>(
         Taken,
         Done(R),
     }
+    let caller = Caller::new();
     let tasks: Vec<_> = items.map(|item| Mutex::new(Task::Open(item))).collect();
-    if tasks.len() > 1 {
+    if caller.number < num_threads(tasks.len()) {
         barrier_pool().execute_chunked(tasks.len(), |range| {
             for task in &tasks[range] {
                 // Each task is locked by one thread, once.

@@ -13,7 +13,7 @@ const THREADS: usize = 16;
 const ROUNDS: usize = 4;
 /// Enough indices and bags that each lookup is itself divided among threads.
 const BAGS: usize = 512;
-const BAG_LEN: usize = 12;
+const BAG_LEN: usize = 32;
 const DIM: usize = 16;
 const ROWS: usize = 10_000;
 
