@@ -54,7 +54,7 @@ pub(crate) fn map<I: Send, R: Send>(
     }
     let caller = Caller::new();
     let tasks: Vec<_> = items.map(|item| Mutex::new(Task::Open(item))).collect();
-    if caller.number < num_threads(tasks.len()) {
+    if tasks.len() > 1 && caller.number < num_threads(usize::MAX) {
         barrier_pool().execute_chunked(tasks.len(), |range| {
             for task in &tasks[range] {
                 // Each task is locked by one thread, once.
