@@ -207,6 +207,14 @@ impl BagShape {
         })
     }
 
+    /// The length of each bag, where all are of one by definition.
+    pub fn bag_len(&self) -> Option<usize> {
+        match self.division {
+            Division::Fixed(bag_len) => Some(bag_len),
+            Division::Offsets { .. } => None,
+        }
+    }
+
     /// For jagged bags in feature-major order, how many there are of each table; 0 for any other.
     pub fn feature_stride(&self) -> usize {
         match self.division {
@@ -260,7 +268,7 @@ pub(crate) fn check_offsets<O: Index>(offsets: &[O], nnz: usize) -> Result<()> {
     Ok(())
 }
 
-/// An index whose row is neither padding nor in its table.
+/// An index whose row is neither padding nor in its table; ordered by position.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct BadRow {
     position: usize,

@@ -8,7 +8,7 @@ use crate::bags::Tables;
 use crate::hash::{AffineRows, Locate, Slots};
 use crate::layer::{new_len, HashedEmbeddingBag, HashedEmbeddingBagConfig};
 use crate::op::{check_dtype, WEIGHT_DTYPES};
-use crate::parallel;
+use crate::parallel::Team;
 use candle_core::{bail, DType, Device, Result, Tensor};
 use std::ops::Range;
 
@@ -118,9 +118,10 @@ impl<'a, H: Locate> Table<'a, H> {
             self.check_finite(&part)?;
             let tasks = self.map_tasks(&part, |task| task);
             // Each thread adds to slots of its own, and to each of these in the order of rows.
-            let share = len.div_ceil(parallel::num_threads(tasks.len()));
+            let team = Team::new(tasks.len());
+            let share = len.div_ceil(team.threads());
             let shares = sums.chunks_mut(share).zip(counts.chunks_mut(share));
-            parallel::for_each(shares.enumerate(), |(i, (sums, counts))| {
+            team.for_each(shares.enumerate(), |(i, (sums, counts))| {
                 let start = i * share;
                 for task in &tasks {
                     self.for_each_block(task, |values, slot, signs| {
@@ -196,7 +197,7 @@ impl<'a, H: Locate> Table<'a, H> {
     ) -> Vec<R> {
         let rows = (TASK / self.embedding_dim).max(1);
         let values = part.values.chunks(rows * self.embedding_dim);
-        parallel::map(values.enumerate(), |(i, values)| {
+        Team::new(values.len()).map(values.enumerate(), |(i, values)| {
             let first_row = part.rows.start + i * rows;
             let rows = first_row..first_row + values.len() / self.embedding_dim;
             let runs = self.runs.len();

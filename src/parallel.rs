@@ -1,81 +1,87 @@
 //! Work divided among the threads of candle's own pool.
 //!
 //! A second pool would compete with it: candle's threads go on looking for work for a while after each of its operations, and
-//! would keep the processors that the other pool's threads wait for. `CANDLE_NUM_THREADS` says how many threads there are.
+//! would keep the processors that the other pool's threads wait for.
 //!
-//! The pool works for one caller at a time, and the others wait. So a caller does all of its work itself when there are as
-//! many callers as threads: no processor would be idle, and the threads of a pool would take them from other callers.
+//! The pool works for one caller at a time, all of its threads wake for that, and all must have run before it ends. So a call
+//! is divided only where it is worth waking them, and where there are fewer callers than threads: more would leave no processor
+//! idle, and take those away that the pool waits for. What is given to the pool must not panic, which would poison it for the
+//! whole process, nor call candle, which would wait for itself.
 
 use candle_core::utils::barrier_pool;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 
-/// How many threads there are, the caller's among them, where up to `most` are of use.
-pub(crate) fn num_threads(most: usize) -> usize {
-    match most {
-        // The first to ask starts them.
-        0 | 1 => 1,
-        most => most.min(barrier_pool().n_workers() + 1),
-    }
-}
-
-/// How many calls are at work, or wait for the pool.
+/// How many calls are at work that might be divided.
 static CALLERS: AtomicUsize = AtomicUsize::new(0);
 
-/// One of them, for as long as it lives.
-struct Caller {
-    /// Which of them it was when it came, from 1 on.
-    number: usize,
+/// The threads of one call.
+pub(crate) struct Team {
+    threads: usize,
+    is_counted: bool,
 }
 
-impl Caller {
-    fn new() -> Self {
-        let before = CALLERS.fetch_add(1, Ordering::Relaxed);
-        Self { number: before + 1 }
+impl Team {
+    /// For work of up to `shares` shares, each of which is worth a thread.
+    pub fn new(shares: usize) -> Self {
+        if shares <= 1 {
+            return Self {
+                threads: 1,
+                is_counted: false,
+            };
+        }
+        let all = barrier_pool().n_workers() + 1;
+        let others = CALLERS.fetch_add(1, Ordering::Relaxed);
+        let is_divided = others + 1 < all && shares >= all / 4;
+        Self {
+            threads: if is_divided { shares.min(all) } else { 1 },
+            is_counted: true,
+        }
     }
-}
 
-impl Drop for Caller {
-    fn drop(&mut self) {
-        CALLERS.fetch_sub(1, Ordering::Relaxed);
+    /// How many threads there are, the caller's among them.
+    pub fn threads(&self) -> usize {
+        self.threads
     }
-}
 
-/// What `work` makes of each item, in order. Threads take items as they come, so that one which is late leaves its share to
-/// others; one item wakes nobody.
-pub(crate) fn map<I: Send, R: Send>(
-    items: impl Iterator<Item = I>,
-    work: impl Fn(I) -> R + Sync,
-) -> Vec<R> {
-    enum Task<I, R> {
-        Open(I),
-        Taken,
-        Done(R),
-    }
-    let caller = Caller::new();
-    let tasks: Vec<_> = items.map(|item| Mutex::new(Task::Open(item))).collect();
-    if tasks.len() > 1 && caller.number < num_threads(usize::MAX) {
+    /// What `work` makes of each item, in order. Threads take items as they come, so that one which is late leaves its share
+    /// to others.
+    pub fn map<I: Send, R: Send>(
+        &self,
+        items: impl Iterator<Item = I>,
+        work: impl Fn(I) -> R + Sync,
+    ) -> Vec<R> {
+        if self.threads == 1 {
+            return items.map(work).collect();
+        }
+        // Each is locked by one thread, once.
+        let tasks: Vec<_> = items.map(|item| Mutex::new((Some(item), None))).collect();
         barrier_pool().execute_chunked(tasks.len(), |range| {
             for task in &tasks[range] {
-                // Each task is locked by one thread, once.
-                let Ok(mut task) = task.lock() else { continue };
-                if let Task::Open(item) = std::mem::replace(&mut *task, Task::Taken) {
-                    *task = Task::Done(work(item));
+                if let Ok(mut task) = task.lock() {
+                    task.1 = task.0.take().map(&work);
                 }
             }
         });
+        let results = tasks.into_iter().map(|task| match task.into_inner() {
+            Ok((_, Some(result))) => result,
+            _ => unreachable!("the pool does all tasks, or passes a panic on"),
+        });
+        results.collect()
     }
-    let results = tasks.into_iter().map(|task| match task.into_inner() {
-        Ok(Task::Done(result)) => result,
-        Ok(Task::Open(item)) => work(item),
-        Ok(Task::Taken) | Err(_) => unreachable!("the pool passes a panic on"),
-    });
-    results.collect()
+
+    /// Does `work` for each item, as [`map`](Self::map) does.
+    pub fn for_each<I: Send>(&self, items: impl Iterator<Item = I>, work: impl Fn(I) + Sync) {
+        self.map(items, work);
+    }
 }
 
-/// Does `work` for each item, as [`map`] does.
-pub(crate) fn for_each<I: Send>(items: impl Iterator<Item = I>, work: impl Fn(I) + Sync) {
-    map(items, work);
+impl Drop for Team {
+    fn drop(&mut self) {
+        if self.is_counted {
+            CALLERS.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
 }
 
 #[cfg(test)]
@@ -84,14 +90,38 @@ mod tests {
 
     #[test]
     fn results_are_in_order_whatever_the_number_of_items() {
-        for n in [0, 1, 2, 3, 100, 10_000] {
+        for (shares, n) in [
+            (0, 0),
+            (9, 0),
+            (1, 9),
+            (9, 1),
+            (2, 2),
+            (99, 100),
+            (7, 10_000),
+        ] {
+            let team = Team::new(shares);
+            assert!((1..=shares.max(1)).contains(&team.threads()));
             let want: Vec<_> = (0..n).map(|i| i * i).collect();
-            assert_eq!(map(0..n, |i| i * i), want);
+            assert_eq!(team.map(0..n, |i| i * i), want);
         }
-        let mut values = [0; 1_000];
-        for_each(values.chunks_mut(7).enumerate(), |(i, values)| {
-            values.fill(i);
+    }
+
+    #[test]
+    fn many_callers_each_get_what_is_theirs() {
+        std::thread::scope(|scope| {
+            for caller in 0..8 {
+                scope.spawn(move || {
+                    for round in 0..100 {
+                        let mut values = [0; 1_000];
+                        let team = Team::new(64);
+                        team.for_each(values.chunks_mut(7).enumerate(), |(i, values)| {
+                            values.fill(i + caller + round);
+                        });
+                        let is_theirs = |(i, &value)| value == i / 7 + caller + round;
+                        assert!(values.iter().enumerate().all(is_theirs));
+                    }
+                });
+            }
         });
-        assert!(values.iter().enumerate().all(|(i, &value)| value == i / 7));
     }
 }

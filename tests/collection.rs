@@ -343,6 +343,48 @@ fn errors_name_the_table() -> Result<()> {
     })
 }
 
+/// Of rows that different tasks of the CPU find out of range, the error names the first by position. In feature-major order
+/// that is not the first of the first task.
+#[test]
+fn the_first_bad_row_is_named_whoever_finds_it() -> Result<()> {
+    let (tables, batch, bag_len, dim) = ([("a", 100), ("b", 100)], 1_024, 4, 32);
+    on_each_device(|device| {
+        let weight = Tensor::zeros(6_400, DType::F32, device)?;
+        let collection =
+            HashedEmbeddingBagCollection::new(weight, tables, dim, Default::default())?;
+        let of_table = batch * bag_len;
+        let offsets: Vec<i64> = (0..tables.len() * batch)
+            .map(|bag| (bag * bag_len) as i64)
+            .collect();
+        let offsets = integers(&offsets, DType::I64, device)?;
+        let error = |bad: &[usize]| -> Result<String> {
+            let mut rows = vec![1; tables.len() * of_table];
+            bad.iter().for_each(|&position| rows[position] = 100);
+            let rows = integers(&rows, DType::I64, device)?;
+            let layout = JaggedLayout::FeatureMajor;
+            Ok(message(collection.forward_jagged(&rows, &offsets, layout)))
+        };
+        for (bad, want) in [
+            (
+                [of_table, of_table - 1],
+                "table a must lie in 0..100, got 100 at position 4095",
+            ),
+            (
+                [of_table + 1, of_table + 9],
+                "table b must lie in 0..100, got 100 at position 4097",
+            ),
+            (
+                [2, 3_000],
+                "table a must lie in 0..100, got 100 at position 2",
+            ),
+        ] {
+            let got = error(&bad)?;
+            assert!(got.ends_with(want), "{got}");
+        }
+        Ok(())
+    })
+}
+
 #[test]
 fn constructing_refuses_what_is_no_collection() -> Result<()> {
     let vars = VarMap::new();

@@ -195,7 +195,7 @@ fn trains() -> Result<()> {
     })
 }
 
-/// More values than one thread takes: the same bits from 1, 2 and 5 threads, and what a few bags at a time give. With few
+/// More values than one thread takes: the same bits from 1, 2 and 3 threads, and what a few bags at a time give. With few
 /// slots, where threads add into buffers of their own, and with many, where they own slices; for blocks that end with a slice,
 /// and for blocks that straddle two.
 #[test]

@@ -11,7 +11,7 @@ use common::{floats, integers, on_each_device, to_vec, Draws};
 
 const THREADS: usize = 16;
 const ROUNDS: usize = 4;
-/// Enough indices and bags that each lookup is itself divided among threads.
+/// Enough indices and bags that each lookup is itself divided among threads, where some are left.
 const BAGS: usize = 512;
 const BAG_LEN: usize = 32;
 const DIM: usize = 16;

@@ -7,8 +7,8 @@
 //!   other into a buffer of its own, and the buffers are added in order. There are so few parts that the buffers together
 //!   hold at most a quarter as many values as are added.
 //! * *Slices*, else: each thread owns a slice of grad_weight, goes over all rows and adds what falls into its slice. All go
-//!   in the same order, so a slot gets its values in that order however the slices lie. Every thread hashes every row, and
-//!   no memory is needed beside grad_weight.
+//!   in the same order, so a slot gets its values in that order however the slices lie. Every row is hashed for every slice,
+//!   and no memory is needed beside grad_weight.
 //!
 //! For max, the winners are found first, bags divided among threads; there are as many of them as output values.
 
@@ -19,7 +19,7 @@ use super::{
     MIN_VALUES_PER_THREAD,
 };
 use crate::hash::{Locate, MAX_ROWS};
-use crate::parallel;
+use crate::parallel::Team;
 use candle_core::{CpuStorage, Result, WithDType};
 use std::ops::Range;
 
@@ -46,12 +46,12 @@ impl Pass for GradWeight<'_> {
             None => bags.gathered_values(),
         };
         let buffers = (values / (4 * len)).min(values / MIN_VALUES_PER_THREAD);
-        let threads = parallel::num_threads(values / MIN_VALUES_PER_THREAD);
+        let team = Team::new(values / MIN_VALUES_PER_THREAD);
         let mut grad_weight;
         if buffers > 0 {
             let num_parts = (1 + buffers).min(MAX_PARTS);
             let bags_per_part = num_bags.div_ceil(num_parts);
-            let mut parts = parallel::map(0..num_parts, |i| {
+            let mut parts = team.map(0..num_parts, |i| {
                 let mut part = vec![T::Acc::ZERO; len];
                 let start = (i * bags_per_part).min(num_bags);
                 let end = (start + bags_per_part).min(num_bags);
@@ -60,8 +60,8 @@ impl Pass for GradWeight<'_> {
             });
             let buffers = parts.split_off(1);
             grad_weight = parts.swap_remove(0);
-            let chunk = len.div_ceil(threads).max(1 << 12);
-            parallel::for_each(grad_weight.chunks_mut(chunk).enumerate(), |(i, sums)| {
+            let chunk = len.div_ceil(team.threads()).max(1 << 12);
+            team.for_each(grad_weight.chunks_mut(chunk).enumerate(), |(i, sums)| {
                 for part in &buffers {
                     for (sum, &value) in sums.iter_mut().zip(&part[i * chunk..]) {
                         *sum += value;
@@ -71,9 +71,9 @@ impl Pass for GradWeight<'_> {
         } else {
             // Whole blocks, so that a block of a mix hash lies in one slice.
             let block = bags.hash.block();
-            let owned = len.div_ceil(threads).div_ceil(block) * block;
+            let owned = len.div_ceil(team.threads()).div_ceil(block) * block;
             grad_weight = vec![T::Acc::ZERO; len];
-            parallel::for_each(grad_weight.chunks_mut(owned).enumerate(), |(i, slots)| {
+            team.for_each(grad_weight.chunks_mut(owned).enumerate(), |(i, slots)| {
                 source.add(0..num_bags, i * owned, slots)
             });
         }
@@ -181,9 +181,10 @@ impl Found {
 
 /// The winners of each column of each bag.
 fn winners<T: Element, H: Locate>(bags: &Bags<T, H>) -> Vec<Winner> {
-    let (embedding_dim, task) = (bags.embedding_dim(), bags.bags_per_task());
+    let team = bags.team();
+    let (embedding_dim, task) = (bags.embedding_dim(), bags.bags_per_task(&team));
     let mut winners = vec![Winner::NONE; bags.num_bags() * embedding_dim];
-    parallel::for_each(
+    team.for_each(
         winners.chunks_mut(task * embedding_dim).enumerate(),
         |(i, winners)| {
             let first = i * task;
@@ -437,16 +438,23 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
         let bags = self.source.bags;
         match (part.grad.first_chunk::<BLOCK>(), found) {
             (Some(grad), None) if BLOCK > 0 && bags.per_sample_weights.is_none() => {
-                self.add_all(lanes, part, grad)
+                self.add_all::<false, _>(lanes, part, grad)
             }
+            (Some(grad), None) if BLOCK > 0 => self.add_all::<true, _>(lanes, part, grad),
             (Some(grad), Some(found)) if BLOCK > 0 => self.add_found(lanes, part, found, grad),
             _ => self.add_any(lanes, part, found),
         }
     }
 
-    /// The same where all rows count and have no weights, for a whole block of a length known beforehand.
+    /// The same where all rows count, for a whole block of a length known beforehand. Not `WEIGHTED` says that rows have no
+    /// weights.
     #[inline(always)]
-    fn add_all<L: Lanes>(&mut self, lanes: L, part: &Part<T, H>, grad: &[T; BLOCK]) {
+    fn add_all<const WEIGHTED: bool, L: Lanes>(
+        &mut self,
+        lanes: L,
+        part: &Part<T, H>,
+        grad: &[T; BLOCK],
+    ) {
         let values = part.scaled(grad);
         for row in 0..part.rows.len() {
             let (slot, signs) = part.places.place(row, BLOCK);
@@ -454,8 +462,13 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
                 let slots = self.slots.as_ptr();
                 part.places.fetch_one(lanes, slots, row + ADD_AHEAD, BLOCK);
             }
+            let scale = if WEIGHTED {
+                self.source.bags.scale(part.rows, row)
+            } else {
+                None
+            };
             let slots = &mut self.slots[slot..slot + BLOCK];
-            combine::<Sum, _, _>(lanes, slots, &values, signs, None);
+            combine::<Sum, _, _>(lanes, slots, &values, signs, scale);
         }
     }
 
@@ -484,7 +497,7 @@ impl<const BLOCK: usize, T: Element, H: Locate> Add<'_, BLOCK, T, H> {
         }
     }
 
-    /// The same for a block of any length.
+    /// The same for a block of any length: one that has no loop of its own, or the last of a row, which is cut off.
     #[inline(always)]
     fn add_any<L: Lanes>(&mut self, lanes: L, part: &Part<T, H>, found: Option<&Found>) {
         let bags = self.source.bags;
@@ -528,10 +541,11 @@ pub(super) struct GradPerSampleWeights<'a> {
 impl Pass for GradPerSampleWeights<'_> {
     fn run<T: Element, H: Locate>(self, bags: &Bags<T, H>) -> Result<CpuStorage> {
         let grad_output = slice::<T>(self.grad_output)?;
-        let task = bags.bags_per_task();
+        let team = bags.team();
+        let task = bags.bags_per_task(&team);
         let tasks = bags.num_bags().div_ceil(task);
         // Each task has the gradients of its own bags, in order.
-        let gradients = parallel::map(0..tasks, |i| {
+        let gradients = team.map(0..tasks, |i| {
             let of = i * task..((i + 1) * task).min(bags.num_bags());
             with_block!(bags.hash, BLOCK => dispatch(Dot::<BLOCK, _, _> { bags, grad_output, of }))
         });

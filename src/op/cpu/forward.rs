@@ -1,7 +1,7 @@
 //! `out[bag, column] = pool over rows of the bag of sign * hashed_weight[slot]`
 //!
-//! Bags are divided among threads in tasks of consecutive bags; each bag is pooled by one thread, in the order of its
-//! indices. The sums of four blocks stay in registers while all rows of a bag go by.
+//! Bags are divided among threads in tasks of consecutive bags, each of which looks for rows out of range before it pools;
+//! each bag is pooled by one thread, in the order of its indices. The sums of four blocks stay in registers while all rows of a bag go by.
 
 use super::lanes::{dispatch, Lanes, Task};
 use super::places::{Places, Rows, READ_AHEAD};
@@ -9,7 +9,6 @@ use super::{
     block_of, combine, with_block, Accumulator, Bags, Combine, Element, Max, Mode, Pass, Sum,
 };
 use crate::hash::Locate;
-use crate::parallel;
 use candle_core::{CpuStorage, Result};
 use std::mem::MaybeUninit;
 
@@ -18,12 +17,13 @@ pub(super) struct Forward;
 
 impl Pass for Forward {
     fn run<T: Element, H: Locate>(self, bags: &Bags<T, H>) -> Result<CpuStorage> {
-        let (embedding_dim, task) = (bags.embedding_dim(), bags.bags_per_task());
+        let team = bags.team();
+        let (embedding_dim, task) = (bags.embedding_dim(), bags.bags_per_task(&team));
         let len = bags.num_bags() * embedding_dim;
         let mut output = Vec::with_capacity(len);
         let values = &mut output.spare_capacity_mut()[..len];
         let tasks = values.chunks_mut(task * embedding_dim).enumerate();
-        let bad_rows = parallel::map(tasks, |(i, output)| {
+        let bad_rows = team.map(tasks, |(i, output)| {
             let of = i * task..i * task + output.len() / embedding_dim;
             let first = of.start;
             let bad_row = bags.first_bad_row(of);

@@ -17,7 +17,7 @@ mod places;
 use super::{Backend, Lookup, Mode, Operands, View};
 use crate::bags::{check_offsets, BadRow, BagShape, BoundsCheck, Index};
 use crate::hash::{AffineRows, Locate, Slots};
-use crate::parallel;
+use crate::parallel::Team;
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType};
 use element::{Accumulator, Element};
@@ -26,7 +26,8 @@ use lanes::Lanes;
 use places::Rows;
 use std::ops::Range;
 
-/// Fewer gathered values than this are not worth waking a second thread for: some ten microseconds of work.
+/// Fewer gathered values than this are not worth a second thread: some ten microseconds of work where blocks are of 16, and a
+/// hundred where every value has a hash.
 const MIN_VALUES_PER_THREAD: usize = 1 << 16;
 
 /// So that a thread which comes late, or has heavier bags, leaves its share to others.
@@ -93,8 +94,8 @@ fn slice<'a, T: WithDType>((storage, layout): View<'a, CpuStorage>) -> Result<&'
     }
 }
 
-/// An error for the first offset or row that breaks the contract.
-#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+/// An error for the first offset or row that breaks the contract; for CUDA, where a kernel only tells that there is one.
+#[cfg(feature = "cuda")]
 pub(super) fn check_bounds(
     lookup: &Lookup,
     indices: View<CpuStorage>,
@@ -259,12 +260,19 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
         self.indices.len().saturating_mul(self.embedding_dim())
     }
 
+    /// The threads to gather all values with.
+    fn team(&self) -> Team {
+        Team::new(self.gathered_values() / MIN_VALUES_PER_THREAD)
+    }
+
     /// How many bags make a task: a few tasks for each thread, of at least [`MIN_VALUES_PER_THREAD`].
-    fn bags_per_task(&self) -> usize {
-        let most = self.gathered_values() / MIN_VALUES_PER_THREAD;
-        let tasks = match parallel::num_threads(most) {
+    fn bags_per_task(&self, team: &Team) -> usize {
+        let tasks = match team.threads() {
             1 => 1,
-            threads => most.min(TASKS_PER_THREAD * threads),
+            threads => {
+                let most = self.gathered_values() / MIN_VALUES_PER_THREAD;
+                most.min(TASKS_PER_THREAD * threads)
+            }
         };
         self.num_bags().div_ceil(tasks).max(1)
     }

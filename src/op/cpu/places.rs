@@ -122,13 +122,14 @@ impl<'a, T: Element, H: Locate> Places<'a, T, H> {
         let first = of.clone().next().map_or(0, |bag| bags.range(bag).start);
         let end = of.map(|bag| bags.range(bag).end).max().unwrap_or(0);
         let mut window = (NEAR_PLACES / runs).clamp(8, MAX_ROWS);
-        let bag_len = shape.nnz.div_ceil(shape.num_bags.max(1)).max(1);
-        if shape.feature_stride() > 0 {
+        match shape.bag_len() {
+            // Whole bags.
+            Some(bag_len) if (1..window).contains(&bag_len) => window -= window % bag_len,
             // The next bag is not the next in memory: what a window holds beyond a bag is hashed in vain.
-            window = window.min(bag_len);
-        } else if bag_len < window {
-            // Whole bags, where all are of one length.
-            window -= window % bag_len;
+            None if shape.feature_stride() > 0 => {
+                window = window.min(shape.nnz.div_ceil(shape.num_bags).max(1));
+            }
+            _ => {}
         }
         // Little to look up needs little memory.
         window = window.min(end.saturating_sub(first).max(1));
