@@ -7,7 +7,6 @@
 //! at a time and stops before any of that. What candle makes of the finished object indexes argument lists of any length;
 //! it is read here instead, into [`View`]s. No code of the file is run: a class is a name.
 
-use super::{named, Source};
 use candle_core::pickle::{Object, Stack};
 use candle_core::{bail, DType, Device, Error, Result, Tensor};
 use std::collections::{BTreeMap, HashMap};
@@ -127,16 +126,16 @@ fn read(zip: &mut Zip, name: &str) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-impl Source for Archive {
-    fn entries(&self) -> BTreeMap<String, String> {
+impl Archive {
+    pub(super) fn entries(&self) -> BTreeMap<String, String> {
         let tensors = self.tensors.iter();
         tensors
             .map(|(key, tensor)| (key.clone(), format!("{tensor:?}")))
             .collect()
     }
 
-    fn load(&self, key: &str, device: &Device) -> Result<Tensor> {
-        let load = || match self.tensors.get(key) {
+    pub(super) fn load(&self, key: &str, device: &Device) -> Result<Tensor> {
+        match self.tensors.get(key) {
             Some(Ok(view)) => {
                 let bytes = {
                     let mut zip = self.zip.lock().unwrap_or_else(|e| e.into_inner());
@@ -146,8 +145,7 @@ impl Source for Archive {
             }
             Some(Err(Unread(function))) => bail!("a tensor made by {function}, which is not read"),
             None => bail!("missing"),
-        };
-        load().map_err(|e| named(key, e))
+        }
     }
 }
 
