@@ -56,6 +56,7 @@ mod op;
 mod parallel;
 
 pub use bags::{BoundsCheck, JaggedLayout};
+pub use checkpoint::file::TensorInfo;
 pub use checkpoint::Checkpoint;
 pub use collection::{hashed_embedding_bag_collection, HashedEmbeddingBagCollection};
 pub use hash::{Affine, Hash, Mix, Overflow};

@@ -3,12 +3,52 @@
 //! Errors name the tensor; the callers say which operation failed, and on which file.
 
 use candle_core::safetensors::Load;
-use candle_core::{bail, Device, Error, Result, Tensor};
+use candle_core::{bail, DType, Device, Error, Result, Tensor};
 use memmap2::Mmap;
 use safetensors::tensor::{Metadata, TensorView};
-use safetensors::SafeTensors;
+use safetensors::{Dtype, SafeTensors};
 use std::fs::File;
 use std::path::Path;
+
+/// The description of a tensor in a file: everything but its values.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TensorInfo {
+    /// The dtype in the file, in candle's spelling: `f32`, `i64`; also those that candle lacks: `bool`, `i8`, `c64`.
+    pub dtype: String,
+    /// The dimensions.
+    pub shape: Vec<usize>,
+    /// The dtype that the tensor has once it is read, mostly the same; `None` where candle has none for its values, so that
+    /// reading it is an error.
+    pub candle_dtype: Option<DType>,
+}
+
+impl TensorInfo {
+    pub(crate) fn new(dtype: Dtype, shape: &[usize]) -> Self {
+        Self {
+            dtype: dtype_name(dtype),
+            shape: shape.to_vec(),
+            candle_dtype: match dtype {
+                Dtype::U16 => Some(DType::U32), // candle widens it
+                dtype => DType::try_from(dtype).ok(),
+            },
+        }
+    }
+
+    /// Of a dtype that neither candle nor safetensors has.
+    pub(crate) fn unknown(dtype: &str, shape: &[usize]) -> Self {
+        Self {
+            dtype: dtype.to_string(),
+            shape: shape.to_vec(),
+            candle_dtype: None,
+        }
+    }
+}
+
+/// The name of a dtype in candle's spelling.
+fn dtype_name(dtype: Dtype) -> String {
+    dtype.to_string().to_lowercase().replace('_', "")
+}
 
 /// The name of the tensor `name` under the path `prefix`, as `VarBuilder::pp` and PyTorch's modules join them.
 pub(crate) fn join(prefix: &str, name: &str) -> String {
@@ -17,6 +57,14 @@ pub(crate) fn join(prefix: &str, name: &str) -> String {
     } else {
         format!("{prefix}.{name}")
     }
+}
+
+/// Maps a file into memory.
+pub(crate) fn map(path: &Path) -> Result<Mmap> {
+    let file = File::open(path)?;
+    // SAFETY: a map is sound as long as nobody truncates or rewrites the file under it. `replace` renames a new file over
+    // the old one, which leaves the old one's pages alone; the types that hold a map ask the same of everybody else.
+    Ok(unsafe { Mmap::map(&file)? })
 }
 
 /// A safetensors file mapped into memory, and where in it each tensor lies.
@@ -28,11 +76,7 @@ pub(crate) struct MappedFile {
 }
 
 impl MappedFile {
-    pub(crate) fn open(path: &Path) -> Result<Self> {
-        let file = File::open(path)?;
-        // SAFETY: a map is sound as long as nobody truncates or rewrites the file under it. `replace` renames a new file
-        // over the old one, which leaves the old one's pages alone; the public types ask the same of everybody else.
-        let map = unsafe { Mmap::map(&file)? };
+    pub(crate) fn new(map: Mmap) -> Result<Self> {
         let (header_len, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|e| Error::msg(format!("no safetensors file: {e}")))?;
         Ok(Self {
@@ -46,18 +90,47 @@ impl MappedFile {
         &self.metadata
     }
 
+    pub(crate) fn info(&self, name: &str) -> Result<TensorInfo> {
+        match self.metadata.info(name) {
+            Some(info) => Ok(TensorInfo::new(info.dtype, &info.shape)),
+            None => Err(missing(name)),
+        }
+    }
+
     pub(crate) fn load(&self, name: &str, device: &Device) -> Result<Tensor> {
         let Some(info) = self.metadata.info(name) else {
-            return Err(Error::CannotFindTensor {
-                path: name.to_string(),
-            }
-            .bt());
+            return Err(missing(name));
         };
         check_shape(name, &info.shape)?;
         let (start, end) = info.data_offsets;
         let data = &self.map[self.data_start + start..self.data_start + end];
-        TensorView::new(info.dtype, info.shape.clone(), data)?.load(device)
+        tensor(info.dtype, &info.shape, data, device)
     }
+}
+
+fn missing(name: &str) -> Error {
+    Error::CannotFindTensor {
+        path: name.to_string(),
+    }
+    .bt()
+}
+
+/// A tensor from its values in row-major order.
+pub(crate) fn tensor(
+    dtype: Dtype,
+    shape: &[usize],
+    values: &[u8],
+    device: &Device,
+) -> Result<Tensor> {
+    if TensorInfo::new(dtype, shape).candle_dtype.is_none() {
+        bail!("{}", no_dtype(&dtype_name(dtype)));
+    }
+    TensorView::new(dtype, shape.to_vec(), values)?.load(device)
+}
+
+/// What is said of a tensor of this dtype when it is asked for.
+pub(crate) fn no_dtype(name: &str) -> String {
+    format!("candle has no dtype for {name}; convert the tensor before saving it")
 }
 
 /// Refuses a shape whose strides overflow, which a dimension of zero can hide from the element count.

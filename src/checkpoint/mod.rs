@@ -56,7 +56,7 @@ use crate::op::WEIGHT_DTYPES;
 use candle_core::{bail, DType, Device, Error, Result, Shape, Tensor};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder};
-use file::{check_shape, join, MappedFile};
+use file::{check_shape, join, MappedFile, TensorInfo};
 use spec::{Description, METADATA_KEY};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -191,7 +191,7 @@ impl Checkpoint {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let open = || {
-            let file = MappedFile::open(path)?;
+            let file = MappedFile::new(file::map(path)?).map_err(named)?;
             let description = describe(&file).map_err(named)?;
             Ok(Self {
                 file: Arc::new(file),
@@ -277,6 +277,14 @@ impl Checkpoint {
         let mut names = self.file.metadata().offset_keys();
         names.sort_unstable();
         names.into_iter()
+    }
+
+    /// The dtype and the shape of a tensor. Reads nothing of its values.
+    ///
+    /// # Errors
+    /// No such tensor.
+    pub fn tensor_info(&self, name: &str) -> Result<TensorInfo> {
+        self.file.info(name).map_err(named)
     }
 
     /// A tensor as it is stored, such as one of integers.

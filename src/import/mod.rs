@@ -31,18 +31,19 @@
 //! # }
 //! ```
 
+mod pickle;
 mod pth;
 mod robe;
 mod source;
 
-use crate::checkpoint::file::join;
+use crate::checkpoint::file::{join, TensorInfo};
 use crate::hash::Hash;
 use crate::layer::{
     HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagConfig, HASHED_WEIGHT, INNER_BAG,
 };
 use candle_core::{bail, Device, Error, Result, Tensor};
 use source::Source;
-use std::collections::BTreeMap;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// A PyTorch state dict in a file: `torch.save(module.state_dict(), path)`, or the same as safetensors.
@@ -61,14 +62,20 @@ use std::path::Path;
 ///
 /// # Files
 /// A `.pth` is a pickle, and in Python, opening one can run its code. Nothing is run here, and a broken or hostile file is
-/// an error, not a panic or the end of the memory. Read are archives of PyTorch 1.6 and later in pickle protocol 2, the
-/// default, with tensors of f32, f64, f16, bf16, i64, i32, i16 and u8 in any strides. A safetensors file is mapped: it must
-/// not be changed in place meanwhile.
+/// an error, not a panic or the end of the memory. Archives of PyTorch 1.6 and later are read, in pickle protocol 2 (the
+/// default) to 5, with tensors in any strides and of every dtype that candle has. What else a file holds, objects of any
+/// class among it, is passed over; a subclass of dict is a dict.
+///
+/// The file is mapped: it must not be changed in place while this is alive. Only what is asked for is read.
+///
+/// # Wrappers
+/// DistributedDataParallel puts `module.` before all keys of a model, torch.compile `_orig_mod.`. They are part of the
+/// prefix here: a layer `user` of such a model is `module.user`. Without them, the error names the key that is there.
 #[derive(Debug)]
 pub struct StateDict {
     source: Source,
-    /// What nothing has taken yet, and where it lies in the file: two entries of one place share their memory.
-    entries: BTreeMap<String, String>,
+    /// The keys of what nothing has taken yet.
+    entries: BTreeSet<String>,
 }
 
 /// The entries of one module: those directly under a prefix.
@@ -103,8 +110,12 @@ impl StateDict {
     /// Opens a state dict within what a training script saved: that of `torch.save({"epoch": 3, "state_dict": …}, path)`
     /// is under `state_dict`.
     ///
+    /// Dots lead further down, by the keys of dicts and the positions in lists: `state_dict.generator`, `models.0`. A key
+    /// that has a dot itself is found, too.
+    ///
     /// # Errors
-    /// Those of [`open`](Self::open), and nothing under that key. A safetensors file holds nothing nested.
+    /// Those of [`open`](Self::open), and nothing under that key; the message names the keys of the state dicts that there
+    /// are. A safetensors file holds nothing nested.
     pub fn open_nested(path: impl AsRef<Path>, key: &str) -> Result<Self> {
         Self::open_file(path.as_ref(), Some(key))
     }
@@ -112,20 +123,29 @@ impl StateDict {
     fn open_file(path: &Path, key: Option<&str>) -> Result<Self> {
         let source = Source::open(path, key).map_err(|e| e.with_path(path))?;
         Ok(Self {
-            entries: source.entries(),
+            entries: source.keys(),
             source,
         })
     }
 
     /// The names of the entries that nothing has taken, in order.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
-        self.entries.keys().map(String::as_str)
+        self.entries.iter().map(String::as_str)
+    }
+
+    /// The dtype and the shape of an entry. Reads nothing of its values.
+    ///
+    /// # Errors
+    /// No such entry, or a tensor that is not an array of values in memory, such as a sparse one.
+    pub fn tensor_info(&self, key: &str) -> Result<TensorInfo> {
+        self.find(key, |key| self.source.info(key))
     }
 
     /// Takes one entry as it is stored, such as a weight of a layer that is not hashed.
     ///
     /// # Errors
-    /// No such entry, or a dtype that candle does not have.
+    /// No such entry, a dtype that candle does not have ([`tensor_info`](Self::tensor_info) tells before), or a tensor that
+    /// is not an array of values in memory, such as a sparse one.
     pub fn take(&mut self, key: &str, device: &Device) -> Result<Tensor> {
         let tensor = self.load(key, device)?;
         self.entries.remove(key);
@@ -201,18 +221,45 @@ impl StateDict {
     }
 
     fn load(&self, key: &str, device: &Device) -> Result<Tensor> {
-        if !self.entries.contains_key(key) {
-            return Err(self.missing(key));
-        }
-        (self.source.load(key, device)).map_err(|e| named(key, e))
+        self.find(key, |key| self.source.load(key, device))
     }
 
-    fn missing(&self, key: &str) -> Error {
-        let mut keys: Vec<_> = self.keys().take(8).collect();
-        if self.entries.len() > keys.len() {
-            keys.push("…");
+    fn find<T>(&self, key: &str, read: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+        if !self.entries.contains(key) {
+            return Err(self.missing(key));
         }
-        Error::msg(format!("import: {key} is missing from {}", keys.join(", "))).bt()
+        read(key).map_err(|e| named(key, e))
+    }
+
+    /// The error that there is no such entry. Where one has the same name under a longer prefix, it says so.
+    fn missing(&self, key: &str) -> Error {
+        let longer = |other: &&str| (other.strip_suffix(key)).is_some_and(|p| p.ends_with('.'));
+        let same = |other: &&str| without_wrappers(other).eq(without_wrappers(key));
+        let similar: Vec<_> = self
+            .keys()
+            .filter(|other| longer(other) || same(other))
+            .take(MAX_NAMED)
+            .collect();
+        let message = if similar.is_empty() {
+            let mut keys: Vec<_> = self.keys().take(MAX_NAMED).collect();
+            if self.entries.len() > keys.len() {
+                keys.push("…");
+            }
+            format!("import: {key} is missing from {}", keys.join(", "))
+        } else {
+            let prefixes: Vec<_> = (similar.iter())
+                .filter_map(|other| other.strip_suffix(key))
+                .collect();
+            let advice = match prefixes.is_empty() {
+                true => String::new(),
+                false => format!("; begin the prefix with {}", prefixes.join(" or ")),
+            };
+            format!(
+                "import: {key} is missing, but there is {}{advice}",
+                similar.join(" and ")
+            )
+        };
+        Error::msg(message).bt()
     }
 
     fn remove(&mut self, keys: impl Iterator<Item = String>) {
@@ -220,6 +267,23 @@ impl StateDict {
             self.entries.remove(&key);
         }
     }
+}
+
+/// How many keys a message names.
+const MAX_NAMED: usize = 8;
+
+/// The modules that PyTorch puts around another: DataParallel and DistributedDataParallel, torch.compile, FSDP, and
+/// activation checkpointing.
+const WRAPPERS: [&str; 4] = [
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+];
+
+/// The parts of a key that are not names of wrappers.
+fn without_wrappers(key: &str) -> impl Iterator<Item = &str> {
+    key.split('.').filter(|part| !WRAPPERS.contains(part))
 }
 
 /// The configuration with the hash of the module.

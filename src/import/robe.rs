@@ -130,7 +130,7 @@ impl StateDict {
             }
             self.check_helpers(module, &numbers, embedding_dim, uma_chunk_size)?;
         }
-        let top = Some(join(prefix, HASHED_WEIGHT)).filter(|key| self.entries.contains_key(key));
+        let top = Some(join(prefix, HASHED_WEIGHT)).filter(|key| self.entries.contains(key));
         let names = modules
             .iter()
             .flat_map(Module::parameters)
@@ -146,7 +146,7 @@ impl StateDict {
         let helpers = HELPERS.map(|(name, _)| name);
         let is_cpu = helpers
             .iter()
-            .any(|name| self.entries.contains_key(&join(prefix, name)));
+            .any(|name| self.entries.contains(&join(prefix, name)));
         if is_cpu {
             self.module(prefix, &[&[WEIGHT, RANDOM_NUMBERS][..], &helpers].concat())
         } else {
@@ -236,7 +236,7 @@ impl StateDict {
             return Err(self.missing(name));
         };
         let tensor = self.load(&first, &Device::Cpu)?;
-        for key in keys.filter(|key| self.entries.get(key) != self.entries.get(&first)) {
+        for key in keys.filter(|key| !self.source.is_same(key, &first)) {
             let other = self.load(&key, &Device::Cpu)?;
             let same = other.dims() == tensor.dims()
                 && other.dtype() == tensor.dtype()
