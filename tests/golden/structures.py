@@ -84,7 +84,7 @@ def objects():
         "phase": Phase.TRAIN,
         "countdown": Countdown(),
         "date": datetime.datetime(2026, 1, 2, 3, 4, 5),
-        "rng": np.random.RandomState(1),
+        "rng": np.random.default_rng(1),
         "scores": np.arange(3.0),
         "large": 2**100,
         "negative": -(2**40),
