@@ -255,6 +255,128 @@ fn saving_replaces_the_file_whole() -> Result<()> {
     Ok(())
 }
 
+/// A link stays and the file behind it is replaced, where the link leads to one, and where it does not yet.
+#[cfg(unix)]
+#[test]
+fn saving_follows_symbolic_links() -> Result<()> {
+    use std::os::unix::fs::symlink;
+    let (folder, device) = (Folder::new(), Device::Cpu);
+    std::fs::create_dir(folder.file("models"))?;
+    let save = |path: &Path, value: f32| {
+        let layer =
+            HashedEmbeddingBag::new(Tensor::full(value, 16, &device)?, 10, 4, Default::default())?;
+        checkpoint::save(path, [], [("a", &layer)])
+    };
+    let first = |path: &Path| -> Result<f32> {
+        let weight = Checkpoint::open(path)?.tensor("a.hashed_weight", &device)?;
+        weight.get(0)?.to_scalar()
+    };
+    // Relative links, of which one leads to the other.
+    let (link, next, real) = (
+        folder.file("current"),
+        folder.file("models/latest"),
+        folder.file("models/2"),
+    );
+    symlink("models/latest", &link)?;
+    symlink("2", &next)?;
+    for value in [1.0, 2.0] {
+        save(&link, value)?;
+        assert!(link.is_symlink() && next.is_symlink() && !real.is_symlink());
+        assert_eq!((first(&real)?, first(&link)?), (value, value));
+    }
+    assert_eq!(std::fs::read_dir(folder.file("models"))?.count(), 2);
+
+    let (a, b) = (folder.file("a"), folder.file("b"));
+    symlink("a", &b)?;
+    symlink("b", &a)?;
+    assert!(message(save(&a, 1.0)).contains("too many levels of symbolic links"));
+    Ok(())
+}
+
+#[cfg(unix)]
+#[test]
+fn saving_keeps_the_mode_of_the_file_it_replaces() -> Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    let (folder, device) = (Folder::new(), Device::Cpu);
+    let path = folder.file("model.safetensors");
+    let layer = HashedEmbeddingBag::new(
+        Tensor::zeros(16, DType::F32, &device)?,
+        10,
+        4,
+        Default::default(),
+    )?;
+    let save = |path: &Path| checkpoint::save(path, [], [("a", &layer)]);
+    save(&path)?;
+    for mode in [0o600, 0o640, 0o664] {
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(mode))?;
+        save(&path)?;
+        assert_eq!(path.metadata()?.permissions().mode() & 0o7777, mode);
+    }
+    Ok(())
+}
+
+/// What is not a regular file is not replaced: a rename would put a file in its place.
+#[cfg(unix)]
+#[test]
+fn saving_refuses_what_is_not_a_regular_file() -> Result<()> {
+    let (folder, device) = (Folder::new(), Device::Cpu);
+    let layer = HashedEmbeddingBag::new(
+        Tensor::zeros(16, DType::F32, &device)?,
+        10,
+        4,
+        Default::default(),
+    )?;
+    let socket = folder.file("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket)?;
+    let directory = folder.file("folder");
+    std::fs::create_dir(&directory)?;
+    for path in [&socket, &directory] {
+        let got = message(checkpoint::save(path, [], [("a", &layer)]));
+        assert!(got.contains("not a regular file"), "{got}");
+        assert!(got.contains(path.to_str().unwrap()), "{got}");
+    }
+    assert_eq!(std::fs::read_dir(folder.0.path())?.count(), 2);
+    Ok(())
+}
+
+/// The dtype and the shape of every tensor, also of those that candle cannot read.
+#[test]
+fn tensors_are_described_without_being_read() -> Result<()> {
+    let (folder, device) = (Folder::new(), Device::Cpu);
+    let path = folder.file("model.safetensors");
+    let layer = HashedEmbeddingBag::new(
+        Tensor::zeros(16, DType::BF16, &device)?,
+        10,
+        4,
+        Default::default(),
+    )?;
+    let ids = Tensor::zeros((2, 3), DType::I64, &device)?;
+    checkpoint::save(&path, [("ids".to_string(), ids)], [("a", &layer)])?;
+    let opened = Checkpoint::open(&path)?;
+    let listed: Vec<_> = opened
+        .tensor_names()
+        .map(|name| opened.tensor_info(&name).map(|info| (name, info)))
+        .collect::<Result<_>>()?;
+    let [(weight, weight_info), (ids, ids_info)] = &listed[..] else {
+        panic!("{listed:?}");
+    };
+    assert_eq!((weight.as_str(), ids.as_str()), ("a.hashed_weight", "ids"));
+    assert_eq!(
+        (weight_info.dtype.as_str(), &weight_info.shape[..]),
+        ("bf16", &[16][..])
+    );
+    assert_eq!(weight_info.candle_dtype, Some(DType::BF16));
+    assert_eq!(
+        (ids_info.dtype.as_str(), &ids_info.shape[..]),
+        ("i64", &[2, 3][..])
+    );
+    assert_eq!(
+        message(opened.tensor_info("b")),
+        "checkpoint: cannot find tensor b"
+    );
+    Ok(())
+}
+
 /// Writes a file with this description and one 1-D tensor.
 fn file_with(path: &Path, description: &str, tensor: &str, dtype: DType, shape: &[usize]) {
     let tensor = (tensor, Tensor::zeros(shape, dtype, &Device::Cpu).unwrap());

@@ -8,7 +8,8 @@ use memmap2::Mmap;
 use safetensors::tensor::{Metadata, TensorView};
 use safetensors::{Dtype, SafeTensors};
 use std::fs::File;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 
 /// The description of a tensor in a file: everything but its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -142,28 +143,56 @@ pub(crate) fn check_shape(name: &str, shape: &[usize]) -> Result<()> {
     }
 }
 
-/// Has a file written beside `path`, syncs it and renames it over `path`.
+/// Replaces the file at `path` as a whole, or creates it: `write` writes a file beside it, which is synced and renamed over
+/// it. Symbolic links are followed, and the mode of the file that is replaced is kept.
 pub(crate) fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let path = follow_links(path)?;
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
+    let replaced = match path.metadata() {
+        Ok(metadata) => Some(metadata),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        Err(e) => return Err(e.into()),
+    };
+    if replaced.as_ref().is_some_and(|old| !old.is_file()) {
+        // A rename would put a file in the place of a device or a pipe.
+        return Err(io::Error::other("not a regular file").into());
+    }
     let mut temporary = tempfile::Builder::new();
     temporary.prefix(".checkpoint-");
     // As any new file: a server under another user must be able to read it.
     #[cfg(unix)]
     temporary.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
     let temporary = temporary.tempfile_in(folder)?;
-    let permissions = temporary.as_file().metadata()?.permissions();
+    let permissions = match replaced {
+        Some(old) => old.permissions(),
+        None => temporary.as_file().metadata()?.permissions(),
+    };
     let temporary = temporary.into_temp_path();
     write(&temporary)?;
-    // safetensors puts a file of its own in that place, for its owner alone and unsynced.
+    // safetensors puts a file of its own in that place, readable by its owner alone and not synced.
     let written = File::options().write(true).open(&temporary)?;
     written.set_permissions(permissions)?;
     written.sync_all()?;
-    temporary.persist(path).map_err(|e| e.error)?;
+    temporary.persist(&path).map_err(|e| e.error)?;
     // The rename itself lasts once the folder is synced.
     #[cfg(unix)]
     File::open(folder)?.sync_all()?;
     Ok(())
+}
+
+/// The path of the file that a path leads to, which need not exist.
+fn follow_links(path: &Path) -> Result<PathBuf> {
+    let mut path = path.to_path_buf();
+    // As many as Linux follows.
+    for _ in 0..40 {
+        match path.read_link() {
+            Ok(link) => path = path.parent().unwrap_or(Path::new("")).join(link),
+            // Not a link, or nothing is there.
+            Err(_) => return Ok(path),
+        }
+    }
+    Err(io::Error::other("too many levels of symbolic links").into())
 }

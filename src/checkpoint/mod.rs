@@ -104,10 +104,14 @@ fn weight_name(name: &str) -> String {
 /// both layers and collections, each goes [`into`](Into::into) a [`Layer`].
 ///
 /// The file appears whole or not at all: it is written beside `path`, synced, and renamed over it, and the folder is synced.
-/// Where only that last step fails, the error is told though the new file is in place.
+/// Where only that last step fails, the error is reported though the new file is in place.
+///
+/// A symbolic link at `path` is followed: the file that it leads to is replaced, and the link stays. On Unix a file that is
+/// replaced keeps its mode, though not its owner or access control lists, which belong to the process that saves.
 ///
 /// # Errors
-/// A name given twice with different tensors, a dtype without a safetensors form in candle, or what the file system says.
+/// A name given twice with different tensors, a dtype without a safetensors form in candle, something at `path` that is not
+/// a regular file, or what the file system reports.
 pub fn save<'a, N: Into<String>, L: Into<Layer<'a>>>(
     path: impl AsRef<Path>,
     tensors: impl IntoIterator<Item = (String, Tensor)>,
