@@ -924,8 +924,10 @@ fn pickles_that_ask_too_much() {
     ] {
         asks(pickle.to_vec(), said);
     }
-    asks(b")".repeat(10_000_001), "holds more than 10000000 values");
-    asks(b"(".repeat(1_000_000), "ends early");
+    asks(b")".repeat((1 << 24) + 1), "uses more than 16777216 values");
+    let uses = [&b"N"[..], &b"2".repeat(1 << 24)].concat();
+    asks(uses, "uses more than 16777216 values");
+    asks(b"(".repeat((1 << 24) + 1), "uses more than 16777216 values");
     // A tuple in a tuple in a tuple, a list in a list in a list, a dict in a dict in a dict.
     let no_state_dict = "where a state dict should be";
     asks(

@@ -9,7 +9,7 @@
 //! | use an object in many places, or within itself | values stand in one list and refer to each other by number: using one again copies four bytes |
 //! | nest without end | reading and dropping do not recurse |
 //! | state lengths that are not there | text and bytes are parts of the pickle and are never allocated |
-//! | make objects out of single bytes | at most [`MAX_VALUES`] |
+//! | make objects out of single bytes | at most [`MAX_PUSHES`] times something is put on the stack |
 //!
 //! Protocols 2 to 5 are read, as Python 3 writes them; registered extensions and out-of-band buffers are refused.
 
@@ -17,7 +17,7 @@ use candle_core::{bail, Result};
 use std::collections::HashMap;
 
 /// The number of a value in its pickle.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Id(u32);
 
 impl Id {
@@ -33,7 +33,8 @@ pub(super) enum Value<'a> {
     Str(&'a str),
     /// Module and name of a class or function, both [`Str`](Self::Str).
     Global(Id, Id),
-    Tuple(Vec<Id>),
+    /// First and end of its items in [`Pickle::items`].
+    Tuple(u32, u32),
     List(Vec<Id>),
     Dict(Vec<(Id, Id)>),
     /// What a call of a class or function returned, and the entries that were set on it afterwards.
@@ -48,13 +49,16 @@ pub(super) enum Value<'a> {
     Other,
 }
 
-/// A limit for pickles of many tiny objects, which take some sixty bytes each. PyTorch writes about a dozen per tensor.
-const MAX_VALUES: usize = 10_000_000;
+/// A limit for pickles of many tiny objects: a value and its uses take some forty bytes each time. PyTorch writes about
+/// twenty per tensor.
+const MAX_PUSHES: usize = 1 << 24;
 
 /// A pickle, read.
 #[derive(Debug)]
 pub(super) struct Pickle<'a> {
     values: Vec<Value<'a>>,
+    /// The items of all tuples.
+    items: Vec<Id>,
     root: Id,
 }
 
@@ -64,6 +68,8 @@ impl<'a> Pickle<'a> {
         Machine {
             input: bytes,
             values: vec![],
+            items: vec![],
+            pushes: 0,
             stack: vec![],
             marks: vec![],
             memo: HashMap::new(),
@@ -86,7 +92,7 @@ impl<'a> Pickle<'a> {
 
     /// Whether a value may hold others.
     pub(super) fn is_container(&self, id: Id) -> bool {
-        let is_sequence = matches!(self.get(id), Value::Tuple(_) | Value::List(_));
+        let is_sequence = matches!(self.get(id), Value::Tuple(..) | Value::List(_));
         is_sequence || self.dict(id).is_some()
     }
 
@@ -106,7 +112,7 @@ impl<'a> Pickle<'a> {
 
     pub(super) fn tuple(&self, id: Id) -> Option<&[Id]> {
         match self.get(id) {
-            Value::Tuple(items) => Some(items),
+            &Value::Tuple(first, end) => Some(&self.items[first as usize..end as usize]),
             _ => None,
         }
     }
@@ -150,6 +156,9 @@ struct Machine<'a> {
     /// What has not been read.
     input: &'a [u8],
     values: Vec<Value<'a>>,
+    items: Vec<Id>,
+    /// How many times something was put on the stack.
+    pushes: usize,
     stack: Vec<Id>,
     /// The heights of the stack at which marks were set.
     marks: Vec<usize>,
@@ -170,16 +179,23 @@ impl<'a> Machine<'a> {
                     let root = self.pop()?;
                     return Ok(Pickle {
                         values: self.values,
+                        items: self.items,
                         root,
                     });
                 }
 
                 // The stack.
-                b'(' => self.marks.push(self.stack.len()),
+                b'(' => {
+                    self.count()?;
+                    self.marks.push(self.stack.len());
+                }
                 b'0' if self.marks.last() == Some(&self.stack.len()) => drop(self.marks.pop()),
                 b'0' => drop(self.pop()?),
                 b'1' => drop(self.pop_to_mark()?),
-                b'2' => self.stack.push(self.top()?),
+                b'2' => {
+                    let top = self.top()?;
+                    self.push_again(top)?;
+                }
 
                 // The memo.
                 b'q' => {
@@ -254,13 +270,13 @@ impl<'a> Machine<'a> {
                 }
 
                 // Tuples.
-                b')' => self.push(Value::Tuple(vec![]))?,
+                b')' => self.tuple(0)?,
                 0x85 => self.tuple(1)?,
                 0x86 => self.tuple(2)?,
                 0x87 => self.tuple(3)?,
                 b't' => {
-                    let items = self.pop_to_mark()?;
-                    self.push(Value::Tuple(items))?;
+                    let bottom = self.pop_mark()?;
+                    self.tuple(self.stack.len() - bottom)?;
                 }
 
                 // Lists; what is appended to another object, such as a deque, is passed over.
@@ -374,11 +390,21 @@ impl<'a> Machine<'a> {
     // ---- stack and memo ----
 
     fn push(&mut self, value: Value<'a>) -> Result<()> {
-        if self.values.len() == MAX_VALUES {
-            bail!("the pickle holds more than {MAX_VALUES} values");
-        }
-        self.stack.push(Id(self.values.len() as u32));
         self.values.push(value);
+        self.push_again(Id(self.values.len() as u32 - 1))
+    }
+
+    fn push_again(&mut self, id: Id) -> Result<()> {
+        self.count()?;
+        self.stack.push(id);
+        Ok(())
+    }
+
+    fn count(&mut self) -> Result<()> {
+        self.pushes += 1;
+        if self.pushes > MAX_PUSHES {
+            bail!("the pickle uses more than {MAX_PUSHES} values");
+        }
         Ok(())
     }
 
@@ -397,12 +423,17 @@ impl<'a> Machine<'a> {
         Ok(top)
     }
 
-    /// All values above the last mark, which is removed.
-    fn pop_to_mark(&mut self) -> Result<Vec<Id>> {
+    /// Removes the last mark: the height of the stack where it was set, above which are the values that belong to it.
+    fn pop_mark(&mut self) -> Result<usize> {
         match self.marks.pop() {
-            Some(bottom) => Ok(self.stack.split_off(bottom)),
+            Some(bottom) => Ok(bottom),
             None => bail!("the pickle takes values up to a mark that is not there"),
         }
+    }
+
+    fn pop_to_mark(&mut self) -> Result<Vec<Id>> {
+        let bottom = self.pop_mark()?;
+        Ok(self.stack.split_off(bottom))
     }
 
     fn remember(&mut self, slot: u32) -> Result<()> {
@@ -413,10 +444,9 @@ impl<'a> Machine<'a> {
 
     fn recall(&mut self, slot: u32) -> Result<()> {
         match self.memo.get(&slot) {
-            Some(&id) => self.stack.push(id),
+            Some(&id) => self.push_again(id),
             None => bail!("the pickle recalls an object {slot} that it has not stored"),
         }
-        Ok(())
     }
 
     // ---- values ----
@@ -449,12 +479,14 @@ impl<'a> Machine<'a> {
 
     /// A tuple of the topmost values.
     fn tuple(&mut self, len: usize) -> Result<()> {
-        let mut items = vec![];
-        for _ in 0..len {
-            items.push(self.pop()?);
-        }
-        items.reverse();
-        self.push(Value::Tuple(items))
+        let bottom = self.marks.last().copied().unwrap_or(0);
+        let Some(first) = (self.stack.len().checked_sub(len)).filter(|&first| first >= bottom)
+        else {
+            bail!("the pickle takes a value that is not there");
+        };
+        let items = self.items.len() as u32;
+        self.items.extend(self.stack.drain(first..));
+        self.push(Value::Tuple(items, self.items.len() as u32))
     }
 
     fn global(&mut self) -> Result<()> {

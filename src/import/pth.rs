@@ -41,8 +41,8 @@ struct View {
     dtype: std::result::Result<Dtype, String>,
     /// In elements, as the strides.
     offset: usize,
-    dims: Vec<usize>,
-    strides: Vec<usize>,
+    dims: Arc<[usize]>,
+    strides: Arc<[usize]>,
 }
 
 impl Archive {
@@ -208,8 +208,8 @@ fn children<'a: 'p, 'p>(
     id: Id,
 ) -> impl Iterator<Item = (Cow<'a, str>, Id)> + 'p {
     let items: &[Id] = match pickle.get(id) {
-        Value::List(items) | Value::Tuple(items) => items,
-        _ => &[],
+        Value::List(items) => items,
+        _ => pickle.tuple(id).unwrap_or_default(),
     };
     let items = items.iter().enumerate();
     let items = items.map(|(i, &item)| (Cow::Owned(i.to_string()), item));
@@ -260,8 +260,8 @@ const MAX_NAME: usize = 200;
 fn state_dicts(pickle: &Pickle, id: Id, key: &str) -> Vec<String> {
     let mut seen = vec![false; pickle.len()];
     let mut found = vec![];
-    // Each with the number of the one that holds it, and its position there.
-    let mut visited = vec![(id, None)];
+    // Each with the number here of the one that holds it, and its position in that one.
+    let mut visited: Vec<(Id, Option<(u32, u32)>)> = vec![(id, None)];
     let mut at = 0;
     while at < visited.len() && found.len() < MAX_NAMED {
         let (id, _) = visited[at];
@@ -269,13 +269,10 @@ fn state_dicts(pickle: &Pickle, id: Id, key: &str) -> Vec<String> {
         if is_dict && children(pickle, id).any(|(_, child)| tensor_call(pickle, child).is_some()) {
             let (mut names, mut here) = (vec![], at);
             while let Some((holder, position)) = visited[here].1 {
-                let (holder_id, _) = visited[holder];
-                names.extend(
-                    children(pickle, holder_id)
-                        .nth(position)
-                        .map(|(name, _)| name),
-                );
-                here = holder;
+                here = holder as usize;
+                let (holder, _) = visited[here];
+                let child = children(pickle, holder).nth(position as usize);
+                names.extend(child.map(|(name, _)| name));
             }
             names.extend(Some(Cow::Borrowed(key)).filter(|key| !key.is_empty()));
             names.reverse();
@@ -286,7 +283,7 @@ fn state_dicts(pickle: &Pickle, id: Id, key: &str) -> Vec<String> {
             for (position, (_, child)) in children(pickle, id).enumerate() {
                 if pickle.is_container(child) && !std::mem::replace(&mut seen[child.index()], true)
                 {
-                    visited.push((child, Some((at, position))));
+                    visited.push((child, Some((at as u32, position as u32))));
                 }
             }
         }
@@ -303,9 +300,9 @@ fn tensors<'a>(pickle: &Pickle<'a>, id: Id) -> Result<(BTreeMap<String, Entry>, 
             describe(pickle, id)
         );
     }
-    let (mut tensors, mut storages) = (BTreeMap::new(), Storages::default());
+    let (mut tensors, mut shared) = (BTreeMap::new(), Shared::default());
     for (name, value) in children(pickle, id) {
-        let Some(entry) = entry(pickle, value, &mut storages) else {
+        let Some(entry) = entry(pickle, value, &mut shared) else {
             continue;
         };
         if tensors.contains_key(&*name) {
@@ -313,7 +310,7 @@ fn tensors<'a>(pickle: &Pickle<'a>, id: Id) -> Result<(BTreeMap<String, Entry>, 
         }
         tensors.insert(name.into_owned(), entry);
     }
-    Ok((tensors, storages.keys))
+    Ok((tensors, shared.storages))
 }
 
 /// What a value is, for a message.
@@ -323,7 +320,7 @@ fn describe(pickle: &Pickle, id: Id) -> String {
     }
     match pickle.get(id) {
         Value::List(_) => "a list".to_string(),
-        Value::Tuple(_) => "a tuple".to_string(),
+        Value::Tuple(..) => "a tuple".to_string(),
         Value::Str(_) => "text".to_string(),
         Value::Int(_) => "a number".to_string(),
         Value::Call { callable, .. } => match pickle.global(*callable) {
@@ -341,19 +338,35 @@ fn shortened(name: &str) -> String {
     name.chars().take(64).collect()
 }
 
-/// The storages that tensors lie in, numbered.
+/// What tensors have in common, held once.
 #[derive(Default)]
-struct Storages<'a> {
-    keys: Vec<&'a str>,
+struct Shared<'a> {
+    /// The keys of the storages, and the number of each.
+    storages: Vec<&'a str>,
     numbers: HashMap<&'a str, usize>,
+    /// Shapes and strides by the tuple that they are in the pickle.
+    shapes: HashMap<Id, Arc<[usize]>>,
 }
 
-impl<'a> Storages<'a> {
-    fn number(&mut self, key: &'a str) -> usize {
+impl<'a> Shared<'a> {
+    fn storage(&mut self, key: &'a str) -> usize {
         *self.numbers.entry(key).or_insert_with(|| {
-            self.keys.push(key);
-            self.keys.len() - 1
+            self.storages.push(key);
+            self.storages.len() - 1
         })
+    }
+
+    fn shape(&mut self, pickle: &Pickle, id: Id) -> Option<Arc<[usize]>> {
+        if let Some(shape) = self.shapes.get(&id) {
+            return Some(shape.clone());
+        }
+        // PyTorch's own tensors have at most 64 dimensions.
+        let items = pickle.tuple(id).filter(|items| items.len() <= 64)?;
+        let shape: Arc<[usize]> = (items.iter())
+            .map(|&item| integer(pickle, item))
+            .collect::<Option<_>>()?;
+        self.shapes.insert(id, shape.clone());
+        Some(shape)
     }
 }
 
@@ -391,7 +404,7 @@ fn tensor_call<'a, 'p>(pickle: &'p Pickle<'a>, id: Id) -> Option<(&'a str, &'p [
 }
 
 /// The tensor that a value is, or why it is not read. `None`: no tensor.
-fn entry<'a>(pickle: &Pickle<'a>, id: Id, storages: &mut Storages<'a>) -> Option<Entry> {
+fn entry<'a>(pickle: &Pickle<'a>, id: Id, shared: &mut Shared<'a>) -> Option<Entry> {
     let (function, args) = tensor_call(pickle, id)?;
     let attributes = match function {
         "_rebuild_tensor" => None,
@@ -417,7 +430,7 @@ fn entry<'a>(pickle: &Pickle<'a>, id: Id, storages: &mut Storages<'a>) -> Option
         "_rebuild_tensor_v3" => args.get(6).copied(),
         _ => None,
     };
-    let view = view(pickle, args, dtype, storages);
+    let view = view(pickle, args, dtype, shared);
     Some(view.ok_or_else(|| "not of the form that torch.save writes".to_string()))
 }
 
@@ -427,7 +440,7 @@ fn view<'a>(
     pickle: &Pickle<'a>,
     args: &[Id],
     dtype: Option<Id>,
-    storages: &mut Storages<'a>,
+    shared: &mut Shared<'a>,
 ) -> Option<View> {
     let &[storage, offset, dims, strides, ..] = args else {
         return None;
@@ -444,24 +457,18 @@ fn view<'a>(
         Some(dtype) => pickle.global(dtype)?.1,
     };
     let key = pickle.str(key).filter(|key| key.len() <= 64)?;
-    let (dims, strides) = (integers(pickle, dims)?, integers(pickle, strides)?);
+    let (dims, strides) = (shared.shape(pickle, dims)?, shared.shape(pickle, strides)?);
     (dims.len() == strides.len()).then_some(View {
         dtype: dtype_of(dtype),
         offset: integer(pickle, offset)?,
         dims,
         strides,
-        storage: storages.number(key),
+        storage: shared.storage(key),
     })
 }
 
 fn integer(pickle: &Pickle, id: Id) -> Option<usize> {
     usize::try_from(pickle.int(id)?).ok()
-}
-
-/// A size or a stride; PyTorch's own have at most 64 dimensions.
-fn integers(pickle: &Pickle, id: Id) -> Option<Vec<usize>> {
-    let items = pickle.tuple(id).filter(|items| items.len() <= 64)?;
-    items.iter().map(|&item| integer(pickle, item)).collect()
 }
 
 /// The dtype of a storage class without its `Storage`, or of a `torch.dtype`.
@@ -509,7 +516,7 @@ impl View {
             .clone()
             .try_fold(1usize, |count, dim| count.checked_mul(dim));
         let last = dims
-            .zip(&self.strides)
+            .zip(self.strides.iter())
             .try_fold(self.offset, |last, (dim, &stride)| {
                 last.checked_add((dim - 1).checked_mul(stride)?)
             });
@@ -533,11 +540,11 @@ impl View {
         for _ in 0..count {
             let steps = index
                 .iter()
-                .zip(&self.strides)
+                .zip(self.strides.iter())
                 .map(|(i, stride)| i * stride);
             let at = (self.offset + steps.sum::<usize>()) * width;
             gathered.extend_from_slice(&storage[at..at + width]);
-            for (i, &dim) in index.iter_mut().zip(&self.dims).rev() {
+            for (i, &dim) in index.iter_mut().zip(self.dims.iter()).rev() {
                 *i += 1;
                 if *i < dim {
                     break;
@@ -553,7 +560,7 @@ impl View {
         let mut expected = 1;
         self.dims
             .iter()
-            .zip(&self.strides)
+            .zip(self.strides.iter())
             .rev()
             .all(|(&dim, &stride)| {
                 let fits = dim == 1 || stride == expected;
