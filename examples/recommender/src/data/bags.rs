@@ -4,7 +4,7 @@
 //! single occupation (a bag of one) and the list of movies a user has seen.
 
 /// `offsets` always starts at 0, never decreases and ends at `indices.len()`.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Hash)]
 pub struct Bags {
     indices: Vec<u32>,
     offsets: Vec<u32>,

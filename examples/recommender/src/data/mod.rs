@@ -11,8 +11,11 @@ mod bags;
 mod criteo;
 mod ratings;
 
+use std::hash::{Hash, Hasher};
+
 use anyhow::Result;
 use rand::rngs::StdRng;
+use twox_hash::XxHash64;
 
 pub use bags::Bags;
 pub use criteo::{write_generated, Clicks};
@@ -90,6 +93,18 @@ impl Data {
         match self {
             Self::Ratings(ratings) => ratings,
             Self::Clicks(clicks) => clicks,
+        }
+    }
+
+    /// A hash of all examples: what is known of a data set is not true of another at the same path.
+    pub fn fingerprint(&self) -> u64 {
+        match self {
+            Self::Ratings(ratings) => {
+                let mut hasher = XxHash64::with_seed(0);
+                (&ratings.catalog, &ratings.rows).hash(&mut hasher);
+                hasher.finish()
+            }
+            Self::Clicks(clicks) => clicks.fingerprint(),
         }
     }
 

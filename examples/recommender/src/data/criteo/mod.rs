@@ -12,25 +12,26 @@
 //! Nothing of the file is kept but the counts of a first pass, so its size does not matter.
 
 mod generated;
+mod gzip;
 mod reader;
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::fs::{self, File};
+use std::hash::{Hash, Hasher};
+use std::io::{BufReader, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use anyhow::{ensure, Context, Result};
-use flate2::bufread::MultiGzDecoder;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
+use twox_hash::XxHash64;
+
+use self::gzip::{is_gzip, Members};
 use self::reader::{Click, Reader, CATEGORIES, NUMBERS};
 use super::{Bags, Batch, Batches, Examples, Part, Schema};
 
 pub use generated::write as write_generated;
-
-/// The first bytes of a gzip file. No click log begins like this.
-const GZIP: [u8; 2] = [0x1f, 0x8b];
 
 /// The number of clicks that are shuffled among each other, to the next whole batch.
 const WINDOW: usize = 1 << 16;
@@ -41,6 +42,7 @@ pub struct Clicks {
     rows_per_field: u32,
     skip_malformed: bool,
     counts: Counts,
+    fingerprint: u64,
 }
 
 /// What a pass over a click log finds.
@@ -56,19 +58,31 @@ impl Clicks {
     /// Reads the file once, so that its parts are known and a malformed line is found before the training.
     ///
     /// # Errors
-    /// What the file system or gzip says, a malformed line unless they are skipped, and no examples at all.
+    /// What the file system or gzip says, a pipe, a malformed line unless they are skipped, and no examples at all.
     pub fn open(path: &Path, rows_per_field: u32, skip_malformed: bool) -> Result<Self> {
         let mut clicks = Self {
             path: path.to_owned(),
             rows_per_field,
             skip_malformed,
             counts: Counts::default(),
+            fingerprint: 0,
         };
+        let name = || path.display().to_string();
+        // A pipe would be empty, or hang, when it is read again.
+        ensure!(
+            fs::metadata(path).with_context(name)?.is_file(),
+            "{}: a click log is read several times, so it must be a regular file",
+            path.display()
+        );
         let (mut reader, mut counts) = (clicks.reader()?, Counts::default());
+        let mut hasher = XxHash64::with_seed(0);
         for click in reader.by_ref() {
+            let click = click?;
             counts.examples += 1;
-            counts.clicked += u64::from(click?.clicked);
+            counts.clicked += u64::from(click.clicked);
+            click.hash(&mut hasher);
         }
+        clicks.fingerprint = hasher.finish();
         counts.malformed = reader.skipped();
         ensure!(
             counts.examples > 0,
@@ -100,13 +114,17 @@ impl Clicks {
         self.counts
     }
 
+    /// A hash of all clicks, as a model sees them.
+    pub fn fingerprint(&self) -> u64 {
+        self.fingerprint
+    }
+
     fn reader(&self) -> Result<Reader<Box<dyn Read>>> {
         let name = self.path.display().to_string();
         let open = || {
             let mut file = BufReader::new(File::open(&self.path)?);
-            let compressed = file.fill_buf()?.starts_with(&GZIP);
-            Ok::<_, std::io::Error>(if compressed {
-                Box::new(MultiGzDecoder::new(file)) as Box<dyn Read>
+            Ok::<_, std::io::Error>(if is_gzip(&mut file)? {
+                Box::new(Members::new(file)) as Box<dyn Read>
             } else {
                 Box::new(file)
             })
@@ -143,7 +161,8 @@ impl Examples for Clicks {
         mut shuffle: Option<&'a mut StdRng>,
     ) -> Result<Batches<'a>> {
         let mut clicks = self.reader()?.skip(self.range(part).start as usize);
-        let (mut left, window) = (self.len(part), WINDOW.next_multiple_of(batch_size));
+        let window = WINDOW.checked_next_multiple_of(batch_size);
+        let (mut left, window) = (self.len(part), window.unwrap_or(usize::MAX));
         let windows = std::iter::from_fn(move || {
             let wanted = left.min(window);
             left -= wanted;
@@ -255,7 +274,7 @@ mod tests {
         generated::write(&text, 500, 1)?;
         generated::write(&gzip, 500, 1)?;
         let bytes = fs::read(&gzip)?;
-        assert_eq!(bytes[..2], GZIP);
+        assert_ne!(bytes, fs::read(&text)?);
         let read = |path: &Path| clicks(&Clicks::open(path, 1000, false)?, Part::Train, None);
         assert_eq!(read(&gzip)?, read(&text)?);
 
@@ -267,6 +286,54 @@ mod tests {
         fs::write(&gzip, &bytes[..bytes.len() / 2])?;
         let error = Clicks::open(&gzip, 1000, true).err().context("no error")?;
         assert!(error.to_string().ends_with("log.gz"), "{error:#}");
+        Ok(())
+    }
+
+    #[test]
+    fn the_fingerprint_is_that_of_the_clicks() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let (log, other) = (dir.path().join("log"), dir.path().join("other.gz"));
+        generated::write(&log, 50, 1)?;
+        generated::write(&other, 50, 1)?;
+        let of =
+            |path: &Path| Ok::<_, anyhow::Error>(Clicks::open(path, 1000, false)?.fingerprint());
+        let first = of(&log)?;
+        assert_eq!(of(&other)?, first, "compression does not matter");
+        generated::write(&log, 50, 2)?;
+        assert_ne!(of(&log)?, first);
+        Ok(())
+    }
+
+    #[test]
+    fn what_cannot_be_read_twice_is_refused() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        for (path, said) in [
+            (dir.path().to_owned(), "must be a regular file"),
+            (dir.path().join("none"), "No such file"),
+        ] {
+            let error = format!(
+                "{:#}",
+                Clicks::open(&path, 1000, false).err().context("no error")?
+            );
+            assert!(
+                error.starts_with(&path.display().to_string()) && error.contains(said),
+                "{error}"
+            );
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn batches_may_be_larger_than_the_file() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("log");
+        generated::write(&path, 50, 1)?;
+        let log = Clicks::open(&path, 1000, false)?;
+        for batch_size in [WINDOW + 1, usize::MAX] {
+            let mut batches = log.batches(Part::Train, batch_size, None)?;
+            assert_eq!(batches.next().context("a batch")??.1.len(), 40);
+            assert!(batches.next().is_none());
+        }
         Ok(())
     }
 

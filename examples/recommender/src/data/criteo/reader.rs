@@ -1,5 +1,6 @@
 //! The lines of a click log, whatever is in them: a line fits the format, or it is an error that says where it does not.
 
+use std::hash::{Hash, Hasher};
 use std::io::Read;
 
 use anyhow::{anyhow, Context, Error, Result};
@@ -98,6 +99,12 @@ impl<R: Read> Iterator for Reader<R> {
         let click = self.read().transpose();
         self.ended = !matches!(click, Some(Ok(_)));
         click
+    }
+}
+
+impl Hash for Click {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (self.clicked, self.numbers.map(f32::to_bits), self.rows).hash(state);
     }
 }
 
@@ -262,6 +269,16 @@ mod tests {
         let mut reader = Reader::new(text.as_bytes(), "log".to_owned(), 1000, true);
         let clicks = reader.by_ref().collect::<Result<Vec<_>>>()?;
         assert_eq!((clicks.len(), reader.skipped()), (2, 2));
+        Ok(())
+    }
+
+    #[test]
+    fn a_byte_order_mark_and_blank_lines_are_passed_over() -> Result<()> {
+        let text = line(1, "7");
+        assert_eq!(
+            read(format!("\u{feff}{text}\n\n").as_bytes())?,
+            read(text.as_bytes())?
+        );
         Ok(())
     }
 

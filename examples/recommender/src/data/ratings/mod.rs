@@ -52,9 +52,11 @@ pub struct Ratings {
     pub rows: Vec<Rating>,
     /// The probability each label was drawn with, where the data is generated.
     pub probabilities: Option<Vec<f64>>,
+    /// The features that no row has a value of, or none often enough to be learnt from: they get no table.
+    pub left_out: Vec<&'static str>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Hash)]
 pub struct Rating {
     pub user: u32,
     pub movie: u32,
@@ -62,7 +64,7 @@ pub struct Rating {
 }
 
 /// Users and movies as the model knows them.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Hash)]
 pub struct Catalog {
     /// Who rated, or might have.
     pub users: Entities,
@@ -73,7 +75,7 @@ pub struct Catalog {
 }
 
 /// One side of a rating: all users, or all movies.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Hash)]
 pub struct Entities {
     /// The published ids, ascending; the position of an id is its row. Rows are dense, so the size of the table that
     /// hashing replaces is the number of distinct ids and not the largest id.
@@ -83,7 +85,7 @@ pub struct Entities {
 }
 
 /// A feature with a vocabulary, and the bag of its values that each row of an [`Entities`] has.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Hash)]
 pub struct Feature {
     /// Of the feature, and of its embedding table.
     pub name: &'static str,
@@ -214,6 +216,18 @@ impl Catalog {
 }
 
 impl Entities {
+    /// Users or movies with the features that have values; the names of the others are added to `left_out`.
+    fn new(
+        ids: Vec<i64>,
+        features: impl IntoIterator<Item = Feature>,
+        left_out: &mut Vec<&'static str>,
+    ) -> Self {
+        let is_there = |feature: &Feature| !feature.vocabulary.is_empty();
+        let (features, empty): (_, Vec<_>) = features.into_iter().partition(is_there);
+        left_out.extend(empty.iter().map(|feature| feature.name));
+        Self { ids, features }
+    }
+
     /// The row of a published id.
     pub fn row(&self, id: i64) -> Option<u32> {
         self.ids.binary_search(&id).ok().map(|row| row as u32)
@@ -247,6 +261,7 @@ impl Entities {
 
 impl Feature {
     /// Builds vocabulary and bags from the values of every row, and drops values that fewer than `min_count` rows have.
+    /// An empty value is one that is missing.
     fn new<V: AsRef<str>>(name: &'static str, rows: &[Vec<V>], min_count: usize) -> Self {
         let mut counts: HashMap<&str, usize> = HashMap::new();
         rows.iter()
@@ -254,7 +269,7 @@ impl Feature {
             .for_each(|value| *counts.entry(value.as_ref()).or_default() += 1);
         let mut vocabulary: Vec<&str> = counts
             .into_iter()
-            .filter(|&(_, count)| count >= min_count)
+            .filter(|&(value, count)| !value.is_empty() && count >= min_count)
             .map(|(value, _)| value)
             .collect();
         vocabulary.sort_unstable();

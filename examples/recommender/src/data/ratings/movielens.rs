@@ -43,14 +43,15 @@ pub fn read(dir: &Path) -> Result<Ratings> {
     };
     let rated = read_ratings(&layout.file(dir, "ratings"), users.as_ref(), &movies)?;
 
+    let mut left_out = Vec::new();
     let users = match users {
-        Some(users) => user_entities(&users),
+        Some(users) => user_entities(&users, &mut left_out),
         None => Entities {
             ids: distinct(rated.iter().map(|r| r.user)),
             features: Vec::new(),
         },
     };
-    let movies = movie_entities(&movies);
+    let movies = movie_entities(&movies, &mut left_out);
     let row = |entities: &Entities, id| {
         entities
             .row(id)
@@ -75,6 +76,7 @@ pub fn read(dir: &Path) -> Result<Ratings> {
         catalog,
         rows: ratings,
         probabilities: None,
+        left_out,
     })
 }
 
@@ -180,7 +182,10 @@ fn read_ratings(
     Ok(ratings)
 }
 
-fn user_entities(users: &BTreeMap<i64, Demographics>) -> Entities {
+fn user_entities(
+    users: &BTreeMap<i64, Demographics>,
+    left_out: &mut Vec<&'static str>,
+) -> Entities {
     let feature = |(column, name): (usize, _)| {
         let values: Vec<Vec<&str>> = users
             .values()
@@ -188,26 +193,23 @@ fn user_entities(users: &BTreeMap<i64, Demographics>) -> Entities {
             .collect();
         Feature::new(name, &values, 1)
     };
-    Entities {
-        ids: users.keys().copied().collect(),
-        features: USER_FEATURES.into_iter().enumerate().map(feature).collect(),
-    }
+    let ids = users.keys().copied().collect();
+    let features = USER_FEATURES.into_iter().enumerate().map(feature);
+    Entities::new(ids, features, left_out)
 }
 
-fn movie_entities(movies: &BTreeMap<i64, Movie>) -> Entities {
+fn movie_entities(movies: &BTreeMap<i64, Movie>, left_out: &mut Vec<&'static str>) -> Entities {
     let genres: Vec<_> = movies.values().map(|movie| movie.genres.clone()).collect();
     let words: Vec<_> = movies
         .values()
         .map(|movie| title_words(&movie.title))
         .collect();
-    let features = vec![
+    let features = [
         Feature::new("genres", &genres, 1),
         Feature::new("words", &words, MIN_WORD_COUNT),
     ];
-    Entities {
-        ids: movies.keys().copied().collect(),
-        features,
-    }
+    let ids = movies.keys().copied().collect();
+    Entities::new(ids, features, left_out)
 }
 
 fn distinct(ids: impl Iterator<Item = i64>) -> Vec<i64> {
@@ -219,6 +221,7 @@ fn distinct(ids: impl Iterator<Item = i64>) -> Vec<i64> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::records::BYTE_ORDER_MARK;
     use super::*;
     use std::fs;
 
@@ -287,6 +290,63 @@ mod tests {
         assert_eq!(data.catalog.users.features.len(), 4);
         assert_eq!(data.catalog.users.describe("gender", 1), "F");
         assert_eq!(data.catalog.users.describe("zip", 0), "551");
+        Ok(())
+    }
+
+    #[test]
+    fn blank_lines_and_a_byte_order_mark_are_passed_over() -> Result<()> {
+        let marked = |text: &[u8]| [BYTE_ORDER_MARK, text].concat();
+        let utf_8 = "7::Café (1995)::Drama|Comedy\n3::Café Lost (1996)::Drama\n".as_bytes();
+        let plain = read_files(&[("movies.dat", utf_8), ("ratings.dat", DAT_RATINGS)])?;
+        let blank = [DAT_RATINGS, b"\r\n\n"].concat();
+        let (movies, ratings) = (marked(utf_8), marked(&blank));
+        let data = read_files(&[("movies.dat", &movies), ("ratings.dat", &ratings)])?;
+        assert_eq!(
+            (data.catalog, data.rows),
+            (plain.catalog, plain.rows.clone())
+        );
+        // Of latin-1 text too.
+        let (movies, ratings) = (marked(DAT_MOVIES), marked(DAT_RATINGS));
+        let data = read_files(&[("movies.dat", &movies), ("ratings.dat", &ratings)])?;
+        assert_eq!(data.rows, plain.rows);
+
+        let (movies, ratings) = (
+            format!("\u{feff}{CSV_MOVIES}\n\n"),
+            format!("\u{feff}{CSV_RATINGS}\n"),
+        );
+        assert_eq!(
+            csv(&movies, &ratings)?.rows,
+            csv(CSV_MOVIES, CSV_RATINGS)?.rows
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn values_that_are_missing_are_none() -> Result<()> {
+        let movies = "movieId,title,genres\n7,Lost (1995),\n3,Lost Sea (1995),Drama||War\n";
+        let data = csv(movies, CSV_RATINGS)?;
+        let genres = &data.catalog.movies.features[0];
+        assert_eq!(genres.vocabulary, ["Drama", "War"]);
+        assert_eq!(data.catalog.movies.describe("genres", 1), "");
+        assert!(data.left_out.is_empty());
+        Ok(())
+    }
+
+    #[test]
+    fn features_without_values_are_left_out() -> Result<()> {
+        let no_word_twice = "movieId,title,genres\n7,Alien,Drama\n3,Brazil,War\n";
+        let no_genres = "movieId,title,genres\n7,Lost,(no genres listed)\n3,Lost Sea,\n";
+        for (movies, left, out) in [
+            (no_word_twice, "genres", "words"),
+            (no_genres, "words", "genres"),
+        ] {
+            let data = csv(movies, CSV_RATINGS)?;
+            let features = &data.catalog.movies.features;
+            assert_eq!(features.iter().map(|f| f.name).collect::<Vec<_>>(), [left]);
+            assert_eq!(data.left_out, [out]);
+            let tables = data.catalog.schema().tables;
+            assert!(tables.iter().all(|&(_, rows)| rows > 0), "{tables:?}");
+        }
         Ok(())
     }
 

@@ -7,6 +7,9 @@ use std::str::FromStr;
 
 use anyhow::{anyhow, bail, ensure, Context, Error, Result};
 
+/// What some editors put before UTF-8; the csv reader passes over it by itself.
+pub const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
 #[derive(Clone, Copy)]
 pub enum Layout {
     Csv,
@@ -97,11 +100,14 @@ impl File {
             Layout::Dat => {
                 let bytes =
                     fs::read(&self.path).with_context(|| self.path.display().to_string())?;
+                let bytes = bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes);
                 // 1M is latin-1, whose bytes are the first 256 characters of Unicode, and 10M is UTF-8. Titles with latin-1
                 // accents are not valid UTF-8.
                 let latin_1 = |_| Cow::Owned(bytes.iter().copied().map(char::from).collect());
-                let text = str::from_utf8(&bytes).map_or_else(latin_1, Cow::Borrowed);
-                for (line, text) in (1..).zip(text.lines()) {
+                let text = str::from_utf8(bytes).map_or_else(latin_1, Cow::Borrowed);
+                // Blank lines are passed over, as in the other layout.
+                let lines = (1..).zip(text.lines());
+                for (line, text) in lines.filter(|(_, text)| !text.trim().is_empty()) {
                     visit(line, text.split("::").collect())?;
                 }
             }
