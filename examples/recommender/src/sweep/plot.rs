@@ -1,4 +1,4 @@
-//! The picture: test AUC against the bytes of the embedding tables, a line per hash.
+//! The picture: quality against the bytes of the embedding tables, a line per hash.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{anyhow, Result};
 use plotters::prelude::*;
 
-use super::Point;
+use super::{range, Measure, Point};
 
 const SIZE: (u32, u32) = (800, 500);
 const FONT: &str = "sans-serif";
@@ -21,18 +21,15 @@ const COLOURS: [RGBColor; 6] = [
     RGBColor(86, 180, 233),
 ];
 
-pub fn draw(path: &Path, points: &[Point]) -> Result<()> {
-    try_draw(path, points).map_err(|error| anyhow!("{error}"))
+pub fn draw(path: &Path, points: &[Point], measure: Measure) -> Result<()> {
+    try_draw(path, points, measure).map_err(|error| anyhow!("{error}"))
 }
 
-fn try_draw(path: &Path, points: &[Point]) -> Result<(), Box<dyn Error>> {
-    let aucs = || points.iter().flat_map(|point| point.aucs.iter().copied());
-    let (low, high) = (aucs().fold(1.0, f64::min), aucs().fold(0.0, f64::max));
+fn try_draw(path: &Path, points: &[Point], measure: Measure) -> Result<(), Box<dyn Error>> {
+    let (low, high) = range(points.iter().flat_map(|p| p.scores.iter().copied()));
     let margin = 0.1 * (high - low) + 1e-4;
-    let sizes: Vec<f64> = points.iter().map(bytes).collect();
-    let smallest = sizes.iter().copied().fold(f64::MAX, f64::min);
-    let largest = sizes.iter().copied().fold(0.0, f64::max);
-    let mut ticks = sizes;
+    let (smallest, largest) = range(points.iter().map(bytes));
+    let mut ticks: Vec<f64> = points.iter().map(bytes).collect();
     ticks.sort_by(f64::total_cmp);
     ticks.dedup_by(|a, b| *a < 1.1 * *b);
 
@@ -54,9 +51,9 @@ fn try_draw(path: &Path, points: &[Point]) -> Result<(), Box<dyn Error>> {
         .bold_line_style(BLACK.mix(0.1))
         .label_style((FONT, 14))
         .x_desc("bytes of the embedding tables")
-        .y_desc("test AUC")
+        .y_desc(measure.to_string())
         .x_label_formatter(&|bytes| indicatif::HumanCount(*bytes as u64).to_string())
-        .y_label_formatter(&|auc| format!("{auc:.3}"))
+        .y_label_formatter(&|score| format!("{score:.3}"))
         .draw()?;
 
     for plain in points.iter().filter(|point| !point.is_hashed()) {
@@ -96,7 +93,7 @@ fn try_draw(path: &Path, points: &[Point]) -> Result<(), Box<dyn Error>> {
 
 /// A circle per seed.
 fn circles(point: &Point, colour: RGBColor) -> impl Iterator<Item = Circle<(f64, f64), i32>> {
-    let at: Vec<_> = point.aucs.iter().map(|&auc| (bytes(point), auc)).collect();
+    let at: Vec<_> = point.scores.iter().map(|&y| (bytes(point), y)).collect();
     at.into_iter()
         .map(move |at| Circle::new(at, 3, colour.mix(0.6).filled()))
 }
