@@ -160,7 +160,7 @@ impl Embeddings {
 impl EmbeddingConfig {
     /// Which tables, of that many rows each, are plain, and the compression of the others together.
     fn share_out(&self, rows: &[usize]) -> Result<(Vec<bool>, f64)> {
-        let values = |rows: &[usize]| (rows.iter().sum::<usize>() * self.embedding_dim) as f64;
+        let values = |rows: &[usize]| rows.iter().sum::<usize>() as f64 * self.embedding_dim as f64;
         let small: Vec<usize> = rows.iter().copied().filter(|&n| n < SMALL).collect();
         let (all, small) = (values(rows), values(&small));
         let budget = all * self.compression;

@@ -1,6 +1,6 @@
 //! How good the scores are: the area under the ROC curve, and the logloss.
 
-use anyhow::Result;
+use anyhow::{ensure, Result};
 
 use crate::data::{Batch, Catalog, Examples, Part, Truth};
 use crate::model::Dlrm;
@@ -11,8 +11,9 @@ const CHUNK: usize = 8192;
 #[derive(Clone, Copy, Debug, PartialEq)]
 /// How good some scores are.
 pub struct Metrics {
-    /// The share of pairs of a positive and a negative example that the scores put in the right order.
-    pub auc: f64,
+    /// The share of pairs of a positive and a negative example that the scores put in the right order; none where all
+    /// labels are equal.
+    pub auc: Option<f64>,
     /// The mean of `-ln` of the probability that was given to the label that is right.
     pub logloss: f64,
 }
@@ -43,7 +44,7 @@ fn logits_of(model: &Dlrm, batch: &Batch) -> Result<Vec<f64>> {
 }
 
 impl Metrics {
-    /// From logits; the AUC counts a tie as half and is NaN where all labels are equal.
+    /// From logits; the AUC counts a tie as half.
     pub fn of(logits: &[f64], labels: &[bool]) -> Self {
         let losses = logits
             .iter()
@@ -53,6 +54,25 @@ impl Metrics {
             auc: auc(logits, labels),
             logloss: losses.sum::<f64>() / logits.len() as f64,
         }
+    }
+
+    /// Whether these are better than `other`, of the same examples: by AUC or, where there is none, by logloss.
+    pub fn is_better(&self, other: &Self) -> bool {
+        match (self.auc, other.auc) {
+            (Some(auc), Some(other)) => auc > other,
+            _ => self.logloss < other.logloss,
+        }
+    }
+
+    /// # Errors
+    /// Scores that are not finite.
+    pub fn ensure_finite(self) -> Result<Self> {
+        ensure!(
+            self.logloss.is_finite(),
+            "the logloss is {}: the model's training has diverged",
+            self.logloss
+        );
+        Ok(self)
     }
 
     /// Of the best model there can be.
@@ -66,8 +86,8 @@ impl Metrics {
     }
 }
 
-/// The share of pairs of a positive and a negative example that the logits put in the right order; a tie is half a pair.
-fn auc(logits: &[f64], labels: &[bool]) -> f64 {
+/// See [`Metrics::auc`].
+fn auc(logits: &[f64], labels: &[bool]) -> Option<f64> {
     let mut examples: Vec<(f64, bool)> =
         logits.iter().copied().zip(labels.iter().copied()).collect();
     examples.sort_unstable_by(|a, b| a.0.total_cmp(&b.0));
@@ -79,7 +99,8 @@ fn auc(logits: &[f64], labels: &[bool]) -> f64 {
         positives += positive;
         negatives += negative;
     }
-    right / (positives * negatives)
+    let pairs = positives * negatives;
+    (pairs > 0.0).then(|| right / pairs)
 }
 
 /// `ln(1 + e^x)`, without overflow.
@@ -103,9 +124,26 @@ mod tests {
             &[2.0, 1.0, 1.0, 0.0, -1.0],
             &[true, true, false, false, false],
         );
-        assert!((metrics.auc - 5.5 / 6.0).abs() < 1e-12);
-        assert_eq!(Metrics::of(&[0.5; 4], &[true, false, true, false]).auc, 0.5);
-        assert!(Metrics::of(&[1.0, 2.0], &[true, true]).auc.is_nan());
+        assert_eq!(metrics.auc, Some(5.5 / 6.0));
+        let all_ties = Metrics::of(&[0.5; 4], &[true, false, true, false]);
+        assert_eq!(all_ties.auc, Some(0.5));
+    }
+
+    #[test]
+    fn one_class_is_judged_by_logloss() {
+        let of = |logit| Metrics::of(&[logit, 2.0], &[true, true]);
+        assert_eq!(of(1.0).auc, None);
+        assert_eq!(Metrics::of(&[], &[]).auc, None);
+        assert!(of(1.5).is_better(&of(1.0)) && !of(1.0).is_better(&of(1.5)));
+    }
+
+    #[test]
+    fn scores_that_are_not_finite_are_an_error() {
+        for logits in [[f64::NAN, 0.0], [f64::INFINITY, f64::INFINITY]] {
+            let metrics = Metrics::of(&logits, &[true, false]);
+            assert!(metrics.ensure_finite().is_err(), "{metrics:?}");
+        }
+        assert!(Metrics::of(&[1.0], &[true]).ensure_finite().is_ok());
     }
 
     #[test]

@@ -30,8 +30,16 @@ struct Seeded {
 
 impl Seeded {
     fn draw(&self, shape: &Shape, init: Init) -> Result<Vec<f32>> {
+        let n = shape.elem_count();
+        let mut values = Vec::new();
+        if values.try_reserve_exact(n).is_err() {
+            candle_core::bail!("there is no memory for {n} parameters");
+        }
         let (normal, center, spread) = match init {
-            Init::Const(value) => return Ok(vec![value as f32; shape.elem_count()]),
+            Init::Const(value) => {
+                values.resize(n, value as f32);
+                return Ok(values);
+            }
             Init::Randn { mean, stdev } => (true, mean, stdev),
             Init::Uniform { lo, up } => (false, (lo + up) / 2.0, (up - lo) / 2.0),
             Init::Kaiming {
@@ -48,15 +56,15 @@ impl Seeded {
         };
         let (center, spread) = (center as f32, spread as f32);
         let rng = &mut *self.rng.lock().unwrap_or_else(PoisonError::into_inner);
-        let n = shape.elem_count();
-        Ok(if normal {
+        if normal {
             let distribution = Normal::new(center, spread).map_err(candle_core::Error::wrap)?;
-            rng.sample_iter(distribution).take(n).collect()
+            values.extend(rng.sample_iter(distribution).take(n));
         } else {
             let distribution = Uniform::new_inclusive(center - spread, center + spread)
                 .map_err(candle_core::Error::wrap)?;
-            rng.sample_iter(distribution).take(n).collect()
-        })
+            values.extend(rng.sample_iter(distribution).take(n));
+        }
+        Ok(values)
     }
 }
 
@@ -104,6 +112,16 @@ mod tests {
         assert_eq!(draw(1, init)?, draw(1, init)?);
         assert_ne!(draw(1, init)?, draw(2, init)?);
         Ok(())
+    }
+
+    #[test]
+    fn more_parameters_than_memory_are_an_error() {
+        let vb = seeded(&VarMap::new(), 1, &Device::Cpu);
+        let error = vb.get(1 << 60, "weight").unwrap_err().to_string();
+        assert!(
+            error.contains("no memory for 1152921504606846976"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -19,6 +19,7 @@
 //! | [`recommend`] | the best unseen movies |
 //! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
 //! | [`report`] | what is printed |
+//! | [`output`] | standard output whose reader may leave, files that may not be writable |
 
 #![warn(missing_docs)]
 
@@ -30,6 +31,7 @@ pub mod model;
 // Its doc comments are the help texts of the command line.
 #[allow(missing_docs)]
 pub mod options;
+pub mod output;
 pub mod recommend;
 pub mod report;
 pub mod saved;

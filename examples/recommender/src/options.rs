@@ -1,7 +1,7 @@
 //! The command line.
 
 use std::fmt;
-use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
+use std::num::{NonZeroU16, NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -92,7 +92,7 @@ pub struct Recommend {
     #[command(flatten)]
     pub common: Common,
     /// Id of the user, as in the ratings.
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", allow_negative_numbers = true)]
     pub user: i64,
 }
 
@@ -124,8 +124,8 @@ pub struct Sweep {
 pub struct Generate {
     /// The file to write, compressed if its name ends in .gz.
     pub file: PathBuf,
-    #[arg(long, default_value_t = 100_000)]
-    pub lines: u64,
+    #[arg(long, default_value = "100000")]
+    pub lines: NonZeroU64,
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
 }
@@ -144,7 +144,7 @@ pub struct Reading {
 #[derive(Args)]
 struct Fit {
     #[arg(long, default_value = "16")]
-    embedding_dim: NonZeroUsize,
+    embedding_dim: NonZeroU16,
     /// Of a click log, the rows of each category's table; categories are hashed into them [default: 100000].
     #[arg(long, value_name = "ROWS", requires = "format")]
     rows_per_field: Option<NonZeroU32>,
@@ -281,7 +281,7 @@ impl DeviceKind {
 
 impl Fit {
     fn embedding_config(&self, compression: f64, hash: HashChoice) -> Result<EmbeddingConfig> {
-        let embedding_dim = self.embedding_dim.get();
+        let embedding_dim = usize::from(self.embedding_dim.get());
         let hash = match hash {
             HashChoice::Default => Ok(Hash::default_for(embedding_dim)),
             HashChoice::Balanced { block } => Hash::balanced(0, block, true),

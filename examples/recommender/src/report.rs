@@ -10,7 +10,8 @@ use crate::data::{Catalog, Clicks, Data, Examples, Ratings, Source, Truth};
 use crate::evaluate::Metrics;
 use crate::model::Dlrm;
 use crate::recommend::Recommendation;
-use crate::sweep::Point;
+use crate::say;
+use crate::sweep::{Measure, Point};
 
 /// What is about to be trained, on what.
 pub fn introduction(data: &Data, model: &Dlrm) {
@@ -18,7 +19,7 @@ pub fn introduction(data: &Data, model: &Dlrm) {
         Data::Ratings(ratings) => ratings_introduction(ratings),
         Data::Clicks(clicks) => clicks_introduction(clicks),
     }
-    println!("  parameters   {}\n", parameters(model));
+    say!("  parameters   {}\n", parameters(model));
 }
 
 fn ratings_introduction(ratings: &Ratings) {
@@ -36,29 +37,33 @@ fn ratings_introduction(ratings: &Ratings) {
         .into_iter()
         .map(|(name, n)| format!("{name} {}", grouped(n)))
         .collect();
-    println!("Will this user like this movie? A DLRM with hashed embedding tables.\n");
-    println!("  ratings      {source}");
-    println!(
+    say!("Will this user like this movie? A DLRM with hashed embedding tables.\n");
+    say!("  ratings      {source}");
+    say!(
         "               {} by {} users of {} movies, {:.0} % liked",
         grouped(ratings.rows.len()),
         grouped(catalog.users.ids.len()),
         grouped(catalog.movies.ids.len()),
         100.0 * liked as f64 / ratings.rows.len() as f64
     );
-    println!("  table rows   {}", rows.join(", "));
+    say!("  table rows   {}", rows.join(", "));
+    if !ratings.left_out.is_empty() {
+        let names = ratings.left_out.join(", ");
+        say!("  left out     {names}: no value occurs often enough to be learnt from");
+    }
 }
 
 fn clicks_introduction(clicks: &Clicks) {
     let (counts, tables) = (clicks.counts(), clicks.schema().tables);
-    println!("Will this be clicked? A DLRM with hashed embedding tables.\n");
-    println!("  clicks       Criteo, {}", clicks.path().display());
-    println!(
+    say!("Will this be clicked? A DLRM with hashed embedding tables.\n");
+    say!("  clicks       Criteo, {}", clicks.path().display());
+    say!(
         "               {} examples, {:.0} % clicked, {} malformed lines skipped",
         grouped(counts.examples as usize),
         100.0 * counts.clicked as f64 / counts.examples as f64,
         grouped(counts.malformed as usize)
     );
-    println!(
+    say!(
         "  table rows   {} for each of {} categories",
         grouped(tables[0].1),
         tables.len()
@@ -77,10 +82,12 @@ impl Default for Summary {
 impl Summary {
     /// How good the scores of a part are.
     pub fn metrics(self, part: &str, metrics: Metrics) -> Self {
-        self.fact(
-            part,
-            format!("AUC {:.4}   logloss {:.4}", metrics.auc, metrics.logloss),
-        )
+        let logloss = format!("logloss {:.4}", metrics.logloss);
+        let value = match metrics.auc {
+            Some(auc) => format!("AUC {auc:.4}   {logloss}"),
+            None => format!("{logloss}   no AUC: all labels are equal"),
+        };
+        self.fact(part, value)
     }
 
     /// What the true probabilities score on the test part. No model can expect to do better.
@@ -116,7 +123,7 @@ impl Summary {
 
     /// Prints the table.
     pub fn print(self) {
-        println!("\n{}", self.0);
+        say!("\n{}", self.0);
     }
 }
 
@@ -132,7 +139,7 @@ pub fn recommendations(
         .map(|f| format!("{} {}", f.name, catalog.users.describe(f.name, user)))
         .collect();
     let id = catalog.users.ids[user as usize];
-    println!(
+    say!(
         "User {id} has rated {} movies. {}",
         catalog.seen.bag(user as usize).len(),
         traits.join(", ")
@@ -151,11 +158,11 @@ pub fn recommendations(
             format!("{:.1} %", 100.0 * movie.probability),
         ]);
     }
-    println!("\n{table}");
+    say!("\n{table}");
 }
 
-/// Quality against size, and how each hash does against `baseline`, if that takes part.
-pub fn sweep(points: &[Point], baseline: &str) {
+/// Quality, by `measure`, against size, and how each hash does against `baseline`, if that takes part.
+pub fn sweep(points: &[Point], measure: Measure, baseline: &str) {
     let at = |hash: &str, compression| {
         let mut points = points.iter();
         points.find(|point| point.hash == hash && point.compression == compression)
@@ -165,18 +172,16 @@ pub fn sweep(points: &[Point], baseline: &str) {
         (point.hash != baseline.hash).then(|| point.mean() - baseline.mean())
     };
     let mut table = table();
-    let against_baseline = format!("against {baseline}");
     table.set_header([
         "compression",
         "hash",
         "parameters",
-        "test AUC, mean",
+        &format!("{measure}, mean"),
         "lowest, highest",
-        &against_baseline,
+        &format!("against {baseline}"),
     ]);
     for point in points {
-        let lowest = point.aucs.iter().copied().fold(f64::MAX, f64::min);
-        let highest = point.aucs.iter().copied().fold(f64::MIN, f64::max);
+        let (lowest, highest) = point.range();
         table.add_row([
             fraction(point.compression),
             point.hash.clone(),
@@ -186,7 +191,10 @@ pub fn sweep(points: &[Point], baseline: &str) {
             against(point).map_or(String::new(), |difference| format!("{difference:+.4}")),
         ]);
     }
-    println!("\n{table}");
+    say!("\n{table}");
+    if measure == Measure::Logloss {
+        say!("All labels of the test part are equal, so there is no AUC; less logloss is better.");
+    }
 
     let mut hashes: Vec<&str> = points.iter().map(|point| point.hash.as_str()).collect();
     hashes.sort_unstable();
@@ -196,14 +204,15 @@ pub fn sweep(points: &[Point], baseline: &str) {
         let compared: Vec<_> = of_hash
             .filter_map(|point| Some((fraction(point.compression), against(point)?)))
             .collect();
-        let (ahead, behind): (Vec<_>, Vec<_>) = compared.iter().partition(|(_, d)| *d > 0.0);
+        let is_ahead = |(_, difference): &&(String, f64)| measure.is_better(*difference);
+        let (ahead, behind): (Vec<_>, Vec<_>) = compared.iter().partition(is_ahead);
         for (word, those) in [("ahead of", ahead), ("not ahead of", behind)] {
             let those: Vec<_> = those
                 .iter()
                 .map(|(c, d)| format!("{c} ({d:+.4})"))
                 .collect();
             if !those.is_empty() {
-                println!("{hash} is {word} {baseline} at {}", those.join(", "));
+                say!("{hash} is {word} {baseline} at {}", those.join(", "));
             }
         }
     }

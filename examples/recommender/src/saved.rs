@@ -10,7 +10,7 @@
 //! | tensor | dtype | |
 //! |---|---|---|
 //! | `user_ids`, `movie_ids` | i64 | the published id of each row |
-//! | `<feature>.vocabulary` | u8 | the values, joined by newlines |
+//! | `<feature>.vocabulary` | u8 | the values, joined by newlines; a newline in a value is `\n`, a backslash `\\` |
 //! | `<feature>.indices`, `<feature>.offsets` | u32 | the bag of values of each user or movie |
 //! | `seen.indices`, `seen.offsets` | u32 | the movies that each user has rated |
 //! | `generator_seed` | i64 | only if trained on generated data: its seed |
@@ -205,11 +205,40 @@ fn put_entities(tensors: &mut Tensors, name: &str, entities: &Entities) -> Resul
         put(
             tensors,
             format!("{}.vocabulary", feature.name),
-            feature.vocabulary.join("\n").as_bytes(),
+            join(&feature.vocabulary).as_bytes(),
         )?;
         put_bags(tensors, feature.name, &feature.bags)?;
     }
     Ok(())
+}
+
+/// Values as one text, which [`split`] takes apart, whatever is in them.
+fn join(values: &[String]) -> String {
+    let escaped = values
+        .iter()
+        .map(|value| value.replace('\\', "\\\\").replace('\n', "\\n"));
+    escaped.collect::<Vec<_>>().join("\n")
+}
+
+fn split(text: &str) -> Vec<String> {
+    text.split('\n').map(unescape).collect()
+}
+
+fn unescape(value: &str) -> String {
+    let (mut plain, mut rest) = (String::new(), value.chars().peekable());
+    while let Some(c) = rest.next() {
+        let meant = match (c, rest.peek()) {
+            ('\\', Some('\\')) => Some('\\'),
+            ('\\', Some('n')) => Some('\n'),
+            // A backslash before anything else: files written before there were escapes have it.
+            _ => None,
+        };
+        if meant.is_some() {
+            rest.next();
+        }
+        plain.push(meant.unwrap_or(c));
+    }
+    plain
 }
 
 fn put_bags(tensors: &mut Tensors, name: &str, bags: &Bags) -> Result<()> {
@@ -238,7 +267,7 @@ fn entities(checkpoint: &Checkpoint, name: &str, features: &[&'static str]) -> R
         .map(|&name| {
             let vocabulary = String::from_utf8(get(checkpoint, &format!("{name}.vocabulary"))?)
                 .with_context(|| format!("tensor {name}.vocabulary"))?;
-            let vocabulary: Vec<String> = vocabulary.split('\n').map(str::to_owned).collect();
+            let vocabulary = split(&vocabulary);
             let bags = get_bags(checkpoint, name, ids.len(), vocabulary.len())?;
             Ok(Feature {
                 name,
@@ -347,6 +376,33 @@ mod tests {
         let best = train::train(&model, &vars, examples, settings)?;
         assert!(best.valid.logloss < before.logloss);
         Ok((model, vars))
+    }
+
+    #[test]
+    fn any_names_come_back() {
+        for values in [
+            &["Drama", "War"][..],
+            &[
+                "Drama\nComedy",
+                "\n",
+                "\\n",
+                "\\",
+                "\\\n\\",
+                "C:\\new",
+                "ends\\",
+            ],
+            &["", "a"],
+            &[""],
+        ] {
+            assert_eq!(
+                split(&join(
+                    &values.iter().map(|v| v.to_string()).collect::<Vec<_>>()
+                )),
+                values
+            );
+        }
+        // As files of before there were escapes have them.
+        assert_eq!(split("a\\b\nc\\"), ["a\\b", "c\\"]);
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt::Write;
 use std::time::Instant;
 
-use anyhow::{anyhow, ensure, Result};
+use anyhow::{anyhow, bail, ensure, Result};
 use candle_core::{backprop::GradStore, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
 use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
@@ -14,6 +14,7 @@ use rand::SeedableRng;
 use crate::data::{Examples, Part};
 use crate::evaluate::{evaluate, Metrics};
 use crate::model::Dlrm;
+use crate::say;
 
 /// The embedding tables learn this much faster than the MLP: a row is updated by few of the examples.
 const TABLE_SPEED: f64 = 3.0;
@@ -36,7 +37,7 @@ pub struct Settings {
     pub seed: u64,
 }
 
-/// What the best epoch reached on the validation part.
+/// What training reached: its best epoch, by the validation part.
 pub struct Best {
     /// Its number, from 1.
     pub epoch: usize,
@@ -44,9 +45,33 @@ pub struct Best {
     pub valid: Metrics,
     /// That the whole training took.
     pub seconds: f64,
+    /// The epoch in which the loss left the finite numbers, which ended the training.
+    pub diverged: Option<usize>,
+}
+
+impl Best {
+    /// # Errors
+    /// That the training diverged, and which epoch is kept.
+    pub fn ensure_converged(&self) -> Result<()> {
+        match self.diverged {
+            None => Ok(()),
+            Some(epoch) => bail!(
+                "{}; the model is that of epoch {}",
+                divergence(epoch),
+                self.epoch
+            ),
+        }
+    }
+}
+
+fn divergence(epoch: usize) -> String {
+    format!("training diverged in epoch {epoch}: the loss is no finite number, and a lower --lr may help")
 }
 
 /// Trains `model`, whose variables are `vars`, and leaves it as it was after its best epoch.
+///
+/// # Errors
+/// Too few examples, what is wrong with reading them, and a divergence before the first epoch has ended.
 pub fn train(
     model: &Dlrm,
     vars: &VarMap,
@@ -60,13 +85,15 @@ pub fn train(
         parts.iter().sum::<usize>()
     );
     let len = parts[0];
-    let steps = settings.epochs * len.div_ceil(settings.batch_size);
+    let steps_per_epoch = len.div_ceil(settings.batch_size);
+    let steps = settings.epochs.saturating_mul(steps_per_epoch);
     let mut optimizer = Optimizers::new(vars, settings, steps)?;
     let mut rng = StdRng::seed_from_u64(settings.seed);
     let start = Instant::now();
     let mut best: Option<(Best, HashMap<String, Tensor>)> = None;
+    let mut diverged = None;
 
-    for epoch in 1..=settings.epochs {
+    'epochs: for epoch in 1..=settings.epochs {
         let progress = progress_bar(len)?;
         let mut losses = 0.0;
         let epoch_start = Instant::now();
@@ -76,38 +103,55 @@ pub fn train(
             let targets = Tensor::new(targets, model.device())?;
             let loss = cross_entropy(&model.forward(&batch)?, &targets)?;
             optimizer.step(&loss.backward()?)?;
-            losses += f64::from(loss.to_scalar::<f32>()?) * labels.len() as f64;
+            let loss = f64::from(loss.to_scalar::<f32>()?);
+            if !loss.is_finite() {
+                progress.finish_and_clear();
+                diverged = Some(epoch);
+                break 'epochs;
+            }
+            losses += loss * labels.len() as f64;
             progress.inc(labels.len() as u64);
             progress.set_message(format!("{:.4}", losses / progress.position() as f64));
         }
         progress.finish_and_clear();
 
         let valid = evaluate(model, examples, Part::Valid)?;
-        println!(
-            "  epoch {epoch:>2}   train loss {:.4}   valid logloss {:.4}   valid AUC {:.4}   {:>5.1} s",
+        if valid.ensure_finite().is_err() {
+            diverged = Some(epoch);
+            break;
+        }
+        say!(
+            "  epoch {epoch:>2}   train loss {:.4}   valid logloss {:.4}   {}{:>5.1} s",
             losses / len as f64,
             valid.logloss,
-            valid.auc,
+            valid
+                .auc
+                .map_or(String::new(), |auc| format!("valid AUC {auc:.4}   ")),
             epoch_start.elapsed().as_secs_f64()
         );
+        if epoch == 1 && valid.auc.is_none() {
+            say!("  all labels of the valid part are equal, so there is no AUC: the epoch is chosen by logloss");
+        }
         if best
             .as_ref()
-            .is_none_or(|(best, _)| valid.auc > best.valid.auc)
+            .is_none_or(|(best, _)| valid.is_better(&best.valid))
         {
-            best = Some((
-                Best {
-                    epoch,
-                    valid,
-                    seconds: 0.0,
-                },
-                snapshot(vars)?,
-            ));
+            let reached = Best {
+                epoch,
+                valid,
+                seconds: 0.0,
+                diverged: None,
+            };
+            best = Some((reached, snapshot(vars)?));
         }
     }
-    let (best, values) = best.ok_or_else(|| anyhow!("no epoch"))?;
+    let Some((best, values)) = best else {
+        bail!(diverged.map_or("there is no epoch".to_owned(), divergence));
+    };
     vars.clone().set(values.into_iter())?;
     Ok(Best {
         seconds: start.elapsed().as_secs_f64(),
+        diverged,
         ..best
     })
 }
@@ -198,11 +242,12 @@ fn progress_bar(rows: usize) -> Result<ProgressBar> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{write_generated, Clicks};
+    use crate::data::{write_generated, Bags, Batch, Batches, Clicks, Schema};
     use crate::embeddings::EmbeddingConfig;
     use crate::init::seeded;
     use candle_core::Device;
     use candle_hashed_embedding_bag::Hash;
+    use std::cell::Cell;
 
     #[test]
     fn cross_entropy_of_extreme_logits_is_finite() -> Result<()> {
@@ -210,6 +255,88 @@ mod tests {
         let labels = Tensor::new(&[1f32, 1.0, 1.0, 0.0], &Device::Cpu)?;
         let loss = cross_entropy(&logits, &labels)?.to_scalar::<f32>()?;
         assert!((loss - (2f32.ln() + 2000.0) / 4.0).abs() < 1e-2);
+        Ok(())
+    }
+
+    /// Examples of one row each, which break the model in the epoch `broken_in`.
+    struct Breaking {
+        vars: VarMap,
+        broken_in: usize,
+        epoch: Cell<usize>,
+    }
+
+    impl Examples for Breaking {
+        fn schema(&self) -> Schema {
+            Schema {
+                numbers: 0,
+                tables: vec![("row", 4)],
+            }
+        }
+
+        fn len(&self, _: Part) -> usize {
+            8
+        }
+
+        fn batches<'a>(
+            &'a self,
+            part: Part,
+            _: usize,
+            _: Option<&'a mut StdRng>,
+        ) -> Result<Batches<'a>> {
+            if part == Part::Train {
+                self.epoch.set(self.epoch.get() + 1);
+                if self.epoch.get() == self.broken_in {
+                    // As a step that is far too long leaves it.
+                    let nan = Tensor::new(&[f32::NAN], &Device::Cpu)?;
+                    self.vars.clone().set_one("top.2.bias", nan)?;
+                }
+            }
+            let batch = Batch {
+                numbers: Vec::new(),
+                bags: vec![Bags::of_one_each(vec![0, 1, 2, 3, 0, 1, 2, 3])],
+            };
+            let labels = [true, false].repeat(4);
+            Ok(Box::new(std::iter::once(Ok((batch, labels)))))
+        }
+    }
+
+    #[test]
+    fn a_divergence_is_an_error_and_the_best_epoch_before_it_stays() -> Result<()> {
+        let config = EmbeddingConfig {
+            embedding_dim: 4,
+            compression: 1.0,
+            hash: Hash::default_for(4),
+        };
+        let settings = Settings {
+            epochs: 5,
+            batch_size: 8,
+            lr: 0.01,
+            table_decay: 0.0,
+            seed: 1,
+        };
+        let train_until = |broken_in| -> Result<(Best, Metrics)> {
+            let examples = Breaking {
+                vars: VarMap::new(),
+                broken_in,
+                epoch: Cell::new(0),
+            };
+            let vb = seeded(&examples.vars, 1, &Device::Cpu);
+            let model = Dlrm::new(&examples.schema(), config, vb)?;
+            let best = train(&model, &examples.vars, &examples, settings)?;
+            Ok((best, evaluate(&model, &examples, Part::Valid)?))
+        };
+        let (best, _) = train_until(usize::MAX)?;
+        best.ensure_converged()?;
+
+        let (best, left) = train_until(3)?;
+        assert_eq!(best.diverged, Some(3));
+        assert!(best.epoch < 3);
+        assert_eq!(left, best.valid);
+        let said = best.ensure_converged().unwrap_err().to_string();
+        assert!(said.starts_with("training diverged in epoch 3"), "{said}");
+
+        let said = train_until(1).err().expect("no epoch ends").to_string();
+        assert!(said.starts_with("training diverged in epoch 1"), "{said}");
         Ok(())
     }
 
@@ -235,12 +362,13 @@ mod tests {
         let vb = seeded(&vars, 1, &Device::Cpu);
         let model = Dlrm::new(&log.schema(), config, vb)?;
         train(&model, &vars, &log, settings)?;
-        let (reached, best) = (
-            evaluate(&model, &log, Part::Test)?.auc,
-            Metrics::of_truth(&truth).auc,
-        );
+        let reached = evaluate(&model, &log, Part::Test)?.auc;
+        let best = Metrics::of_truth(&truth).auc;
         // From 8,000 examples; more bring it nearer to the best.
-        assert!(reached > 0.66 && reached < best, "{reached} of {best}");
+        assert!(
+            reached > Some(0.66) && reached < best,
+            "{reached:?} of {best:?}"
+        );
         Ok(())
     }
 }

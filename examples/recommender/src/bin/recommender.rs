@@ -19,6 +19,7 @@ use recommender::data::{write_generated, Data, Part};
 use recommender::evaluate::evaluate;
 use recommender::model::Dlrm;
 use recommender::options::{self, Command, Format, Options};
+use recommender::output;
 use recommender::recommend::{recommend, user_row};
 use recommender::report::{self, Summary};
 use recommender::saved::{self, ClickModel, Recommender};
@@ -32,12 +33,14 @@ fn main() -> Result<()> {
         Command::Recommend(options) => print_recommendations(&options),
         Command::Sweep(options) => sweep(&options),
         Command::Generate(options) => generate(&options),
-    }
+    }?;
+    output::finish()
 }
 
 fn train_and_save(options: &options::Train) -> Result<()> {
     let start = Instant::now();
-    let device = options.common.device()?;
+    let (path, device) = (options.common.checkpoint(), options.common.device()?);
+    output::ensure_replaceable(&path)?;
     let data = options.load()?;
     let examples = data.examples();
     let vars = VarMap::new();
@@ -50,7 +53,6 @@ fn train_and_save(options: &options::Train) -> Result<()> {
 
     let best = train::train(&model, &vars, examples, options.settings(&data))?;
     let test = evaluate(&model, examples, Part::Test)?;
-    let path = options.common.checkpoint();
     saved::save(&path, &model, &vars, &data)?;
     Summary::default()
         .fact("best epoch", best.epoch.to_string())
@@ -68,7 +70,7 @@ fn train_and_save(options: &options::Train) -> Result<()> {
             ),
         )
         .print();
-    Ok(())
+    best.ensure_converged()
 }
 
 fn evaluate_saved(options: &options::Evaluate) -> Result<()> {
@@ -87,8 +89,9 @@ fn evaluate_saved(options: &options::Evaluate) -> Result<()> {
             (clicks.model, Data::Clicks(log))
         }
     };
+    let test = evaluate(&model, data.examples(), Part::Test)?.ensure_finite()?;
     Summary::default()
-        .metrics("test", evaluate(&model, data.examples(), Part::Test)?)
+        .metrics("test", test)
         .best_reachable(data.truth())
         .parameters(&model)
         .print();
@@ -105,7 +108,7 @@ fn print_recommendations(options: &options::Recommend) -> Result<()> {
 }
 
 fn generate(options: &options::Generate) -> Result<()> {
-    let truth = write_generated(&options.file, options.lines, options.seed)?;
+    let truth = write_generated(&options.file, options.lines.get(), options.seed)?;
     Summary::default()
         .fact("written", options.file.display().to_string())
         .best_reachable(Some(truth))

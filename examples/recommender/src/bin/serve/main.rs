@@ -40,6 +40,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use axum::serve::ListenerExt;
 use clap::Parser;
+use recommender::{output, say};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
@@ -83,7 +84,7 @@ async fn main() -> Result<()> {
     let server = axum::serve(listener, api::router(app, options.max_body_bytes))
         .with_graceful_shutdown(async { stopped.await.unwrap_or_default() });
     let mut server = pin!(server.into_future());
-    println!("listening on http://{address}");
+    say!("listening on http://{address}");
     tracing::info!(%address, seconds = start.elapsed().as_secs_f64(), "listening");
 
     tokio::select! {
@@ -96,7 +97,7 @@ async fn main() -> Result<()> {
         .await
         .context("requests were still in flight at the end of --drain-seconds")??;
     tracing::info!("stopped");
-    Ok(())
+    output::finish()
 }
 
 /// The log on standard error, of what RUST_LOG asks for.
@@ -107,6 +108,8 @@ fn start_log() -> Result<()> {
     };
     let log = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
+        // It would panic where standard error is closed.
+        .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal());
     tracing_subscriber::registry().with(log).with(wanted).init();
     Ok(())
