@@ -5,7 +5,8 @@ use candle_core::{DType, Device, Tensor};
 use candle_hashed_embedding_bag::Checkpoint;
 use safetensors::SafeTensors;
 use serde_json::{json, Value};
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -44,7 +45,17 @@ struct Server {
 
 impl Server {
     fn start(checkpoint: &Path, flags: &[&str]) -> Self {
-        let mut process = command(checkpoint, flags)
+        let server = Self::start_at("127.0.0.1:0", checkpoint, flags);
+        assert!(
+            server.address.starts_with("http://127.0.0.1:"),
+            "{}",
+            server.address
+        );
+        server
+    }
+
+    fn start_at(listen: &str, checkpoint: &Path, flags: &[&str]) -> Self {
+        let mut process = command(listen, checkpoint, flags)
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -52,7 +63,6 @@ impl Server {
         let stdout = process.stdout.take().unwrap();
         BufReader::new(stdout).read_line(&mut line).unwrap();
         let address = line.trim().strip_prefix("listening on ").unwrap();
-        assert!(address.starts_with("http://127.0.0.1:"), "{address}");
         Self {
             address: address.to_owned(),
             process,
@@ -91,10 +101,10 @@ impl Drop for Server {
     }
 }
 
-fn command(checkpoint: &Path, flags: &[&str]) -> Command {
+fn command(listen: &str, checkpoint: &Path, flags: &[&str]) -> Command {
     let mut command = Command::new(SERVE);
     command
-        .args(["--listen", "127.0.0.1:0", "--checkpoint"])
+        .args(["--listen", listen, "--checkpoint"])
         .arg(checkpoint)
         .args(flags)
         .env("RUST_LOG", "off");
@@ -356,13 +366,17 @@ fn bad_input_is_refused_by_field() {
         /recommend | {"user": "7"}               | 422 | user | invalid type: string
         /recommend | {"user": 7.5}               | 422 | user | invalid type: floating point `7.5`
         /recommend | {"user": 9223372036854775808} | 422 | user | invalid value
-        /recommend | []                          | 422 |      | invalid length 0
+        /recommend | []                          | 422 |      | invalid type: sequence, expected an object
+        /recommend | [1]                         | 422 |      | invalid type: sequence, expected an object
+        /recommend | 1                           | 422 |      | invalid type: integer `1`, expected an object
         /recommend | {}                          | 422 |      | missing field `user`
         /recommend | {"user": 7, "n": 3}         | 422 | n    | unknown field `n`
         /recommend | {"user": 2001}              | 422 | user | no user 2001: the model knows 2000 users, with ids from 1 to 2000
         /recommend | {"user": 7, "k": 0}         | 422 | k    | must lie in 1..=1200, got 0
         /recommend | {"user": 7, "k": -1}        | 422 | k    | invalid value: integer `-1`
         /recommend | {"user": 7, "k": 1201}      | 422 | k    | must lie in 1..=1200, got 1201
+        /score | {"pairs": [{"user": 1, "movie": 1}, [1, 1]]}                     | 422 | pairs[1]       | invalid type: sequence, expected an object
+        /score | [[]]                                                             | 422 |                | invalid type: sequence, expected an object
         /score | {"pairs": [{"user": 1, "movie": 1}, {"user": 1}]}                | 422 | pairs[1]       | missing field `movie`
         /score | {"pairs": [{"user": 1, "movie": 1}, {"user": 1, "movie": null}]} | 422 | pairs[1].movie | invalid type: null
         /score | {"pairs": [{"user": 1, "movie": 0}]}                             | 422 | pairs[0].movie | no movie 0: the model knows 1200 movies
@@ -406,6 +420,9 @@ fn bad_input_is_refused_by_field() {
 
     assert!(client.score(&[]).is_empty());
     assert_eq!(client.score(&[(1, 1); 100]).len(), 100);
+    // A byte order mark, as Windows puts it before UTF-8.
+    let (status, answer) = client.send("/score", "\u{feff}{\"pairs\": []}");
+    assert_eq!(status, 200, "{answer}");
     // More movies than --batch-rows.
     let answer = client.ask("/recommend", &json!({"user": 7, "k": 500}));
     assert_eq!(answer["movies"].as_array().unwrap().len(), 500);
@@ -601,16 +618,153 @@ fn sigterm_finishes_what_is_in_flight() {
         .is_err());
 }
 
+/// A connection on which a test says what it likes.
+struct Raw(BufReader<TcpStream>);
+
+impl Raw {
+    fn open(server: &Server) -> Self {
+        let address = server.address.strip_prefix("http://").unwrap();
+        let stream = TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self(BufReader::new(stream))
+    }
+
+    fn send(&mut self, text: &str) {
+        self.0.get_mut().write_all(text.as_bytes()).unwrap();
+    }
+
+    /// The next answer: its status and its body.
+    fn answer(&mut self) -> (u16, String) {
+        let (mut status, mut length) = (0, 0);
+        loop {
+            let mut line = String::new();
+            self.0.read_line(&mut line).unwrap();
+            let line = line.trim().to_ascii_lowercase();
+            if let Some(rest) = line.strip_prefix("http/1.1 ") {
+                status = rest[..3].parse().unwrap();
+            } else if let Some(value) = line.strip_prefix("content-length: ") {
+                length = value.parse().unwrap();
+            } else if line.is_empty() {
+                break;
+            }
+        }
+        let mut body = vec![0; length];
+        self.0.read_exact(&mut body).unwrap();
+        (status, String::from_utf8(body).unwrap())
+    }
+
+    /// Whether the server ends the connection without another word.
+    fn is_ended(&mut self) -> bool {
+        let mut rest = Vec::new();
+        // A reset where something of ours was not read.
+        self.0.read_to_end(&mut rest).unwrap_or_default() == 0
+    }
+}
+
+/// The head of a request for scores, with a body of `length` bytes.
+fn score_head(length: usize) -> String {
+    format!("POST /score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n")
+}
+
+#[test]
+fn a_body_that_is_announced_too_long_is_not_waited_for() {
+    let server = Server::start(trained(), &["--max-body-bytes", "8192"]);
+    let mut raw = Raw::open(&server);
+    let start = Instant::now();
+    raw.send(&score_head(8193));
+    let (status, body) = raw.answer();
+    assert_eq!(status, 413, "{body}");
+    assert!(body.contains("longer than 8192 bytes"), "{body}");
+    assert!(raw.is_ended());
+    assert!(start.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
+fn half_a_request_keeps_no_connection() {
+    let flags = ["--read-timeout-seconds", "1", "--max-connections", "3"];
+    let server = Server::start(trained(), &flags);
+    let (mut head, mut body) = (Raw::open(&server), Raw::open(&server));
+    head.send("POST /score HTTP/1.1\r\nhost:");
+    body.send(&format!("{}{{", score_head(10)));
+    // With both there is room for one more, and then for none; all of them are answered in the end.
+    let clients: Vec<_> = (0..4)
+        .map(|seed| {
+            let client = server.client();
+            thread::spawn(move || client.score(&pairs(seed)).len())
+        })
+        .collect();
+    for client in clients {
+        assert_eq!(client.join().unwrap(), 64);
+    }
+    let (status, said) = body.answer();
+    assert_eq!(status, 408, "{said}");
+    assert!(said.contains("did not arrive within 1 s"), "{said}");
+    assert!(body.is_ended() && head.is_ended());
+}
+
+/// Neither does a time limit hit a client that asks again, nor one whose answer takes longer.
+#[test]
+fn connections_are_used_again() {
+    let flags = ["--read-timeout-seconds", "1", "--batch-deadline-ms", "1500"];
+    let server = Server::start(trained(), &flags);
+    let mut raw = Raw::open(&server);
+    let asked = score_body(&pairs(1)).to_string();
+    for _ in 0..2 {
+        raw.send(&score_head(asked.len()));
+        thread::sleep(Duration::from_millis(600));
+        raw.send(&asked);
+        let (status, body) = raw.answer();
+        assert_eq!(status, 200, "{body}");
+        thread::sleep(Duration::from_millis(600));
+    }
+    assert!(raw.is_ended(), "an idle connection ends");
+}
+
+#[test]
+fn it_listens_on_a_name() {
+    let server = Server::start_at("localhost:0", trained(), &[]);
+    assert_eq!(server.client().json("/healthz")["status"], "ok");
+}
+
+/// Nobody need read what it says, on either output.
+#[test]
+fn closed_outputs_do_not_end_it() {
+    let port = TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let mut process = command(&format!("127.0.0.1:{port}"), trained(), &[])
+        .env("RUST_LOG", "debug")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop((process.stdout.take(), process.stderr.take()));
+    let server = Server {
+        process,
+        address: format!("http://127.0.0.1:{port}"),
+    };
+    let (client, start) = (server.client(), Instant::now());
+    while client
+        .agent
+        .get(format!("{}/healthz", server.address))
+        .call()
+        .is_err()
+    {
+        assert!(start.elapsed() < PATIENCE, "it does not answer");
+        thread::sleep(Duration::from_millis(20));
+    }
+    assert_eq!(client.score(&pairs(1)).len(), 64);
+}
+
 /// A client that never ends its request does not keep the server alive.
 #[cfg(unix)]
 #[test]
 fn sigterm_does_not_wait_for_ever() {
-    use std::io::Write;
     let mut server = Server::start(trained(), &["--drain-seconds", "0"]);
-    let address = server.address.strip_prefix("http://").unwrap().to_owned();
-    let mut stream = std::net::TcpStream::connect(address).unwrap();
-    let head = "POST /score HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n{";
-    stream.write_all(head.as_bytes()).unwrap();
+    let mut raw = Raw::open(&server);
+    raw.send(&format!("{}{{", score_head(10)));
     // Answered on another connection: the server has seen the first one.
     server.client().get("/healthz");
     server.signal(rustix::process::Signal::TERM);
@@ -634,7 +788,7 @@ fn it_does_not_start_on_what_it_cannot_serve() {
             "--batch-rows must lie in 1..=9",
         ),
     ] {
-        let mut process = command(checkpoint, flags)
+        let mut process = command("127.0.0.1:0", checkpoint, flags)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();

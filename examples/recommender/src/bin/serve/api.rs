@@ -13,7 +13,8 @@ use axum::{Json, Router};
 use serde::{Deserialize, Serialize};
 
 use crate::batcher::{Batcher, Work};
-use crate::error::{ApiError, Input};
+use crate::error::ApiError;
+use crate::input::{BodyLimits, Input, Object};
 use crate::metrics::{self, Metrics};
 use crate::serving::{Model, Serving};
 use recommender::data::Entities;
@@ -24,11 +25,12 @@ pub struct App {
     pub batcher: Batcher,
     pub serving: Serving,
     pub metrics: Arc<Metrics>,
+    pub body_limits: BodyLimits,
 }
 
 type Answer<T> = Result<Json<T>, ApiError>;
 
-pub fn router(app: Arc<App>, max_body_bytes: usize) -> Router {
+pub fn router(app: Arc<App>) -> Router {
     Router::new()
         .route("/", get(Html(include_str!("page.html"))))
         .route("/recommend", post(recommend))
@@ -44,7 +46,7 @@ pub fn router(app: Arc<App>, max_body_bytes: usize) -> Router {
             let error = format!("{} does not take {method}", uri.path());
             ApiError::new(StatusCode::METHOD_NOT_ALLOWED, error)
         })
-        .layer(DefaultBodyLimit::max(max_body_bytes))
+        .layer(DefaultBodyLimit::max(app.body_limits.max_bytes))
         .layer(from_fn_with_state(app.metrics.clone(), metrics::track))
         .with_state(app)
 }
@@ -129,7 +131,7 @@ async fn recommend(
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Score {
-    pairs: Vec<Pair>,
+    pairs: Vec<Object<Pair>>,
 }
 
 /// Published ids.
@@ -151,7 +153,7 @@ async fn score(State(app): State<Arc<App>>, Input(input): Input<Score>) -> Answe
     let model = app.serving.model();
     let catalog = model.catalog();
     at_most("pairs", input.pairs.len(), app.batcher.max_rows())?;
-    let pairs = input.pairs.iter().enumerate().map(|(i, pair)| {
+    let pairs = input.pairs.iter().enumerate().map(|(i, Object(pair))| {
         Ok((
             row(&catalog.users, "user", pair.user, || {
                 format!("pairs[{i}].user")

@@ -15,7 +15,9 @@
 //! | module | |
 //! |---|---|
 //! | [`options`] | the command line |
+//! | [`connections`] | how many there are, and how long a client may take |
 //! | [`api`] | the routes: what requests and answers look like, and what is refused |
+//! | [`input`] | the body of a request, from JSON |
 //! | [`error`] | every refusal as JSON that names the field |
 //! | [`batcher`] | concurrent requests gathered into batches, behind a bounded queue |
 //! | [`serving`] | the model in service, and its replacement while requests run |
@@ -24,25 +26,23 @@
 
 mod api;
 mod batcher;
+mod connections;
 mod error;
+mod input;
 mod metrics;
 mod options;
 mod serving;
 mod signals;
 
 use std::env;
-use std::future::IntoFuture;
 use std::io::{self, IsTerminal};
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use axum::serve::ListenerExt;
 use clap::Parser;
 use recommender::{output, say};
 use tokio::net::TcpListener;
-use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::prelude::*;
@@ -67,35 +67,29 @@ async fn main() -> Result<()> {
         batcher: Batcher::start(options.limits()?, &metrics),
         serving: Serving::open(options.model.clone())?,
         metrics,
+        body_limits: options.body_limits(),
     });
-    let listener = TcpListener::bind(options.listen)
+    let listener = TcpListener::bind(&options.listen)
         .await
         .with_context(|| format!("cannot listen on {}", options.listen))?;
     let address = listener.local_addr()?;
-    // An answer is one small write: nothing is gained by waiting for more.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "TCP_NODELAY");
-        }
-    });
     tokio::spawn(reload_at(hang_ups, app.clone()));
 
-    let (stop, stopped) = oneshot::channel::<()>();
-    let server = axum::serve(listener, api::router(app, options.max_body_bytes))
-        .with_graceful_shutdown(async { stopped.await.unwrap_or_default() });
-    let mut server = pin!(server.into_future());
     say!("listening on http://{address}");
     tracing::info!(%address, seconds = start.elapsed().as_secs_f64(), "listening");
 
-    tokio::select! {
-        ended = &mut server => return Ok(ended?),
-        () = terminated => {}
-    }
+    let in_flight = connections::serve(
+        listener,
+        api::router(app),
+        options.max_connections.get() as usize,
+        options.read_timeout(),
+        terminated,
+    )
+    .await;
     tracing::info!("finishing what is in flight");
-    let _ = stop.send(());
-    timeout(options.drain(), server)
+    timeout(options.drain(), in_flight)
         .await
-        .context("requests were still in flight at the end of --drain-seconds")??;
+        .context("requests were still in flight at the end of --drain-seconds")?;
     tracing::info!("stopped");
     output::finish()
 }
