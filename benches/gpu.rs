@@ -548,6 +548,9 @@ fn main() -> Result<()> {
             .push(small(name, num_bags, &device, options.repeats)?);
     }
     report.small.extend(tables(&device, options.repeats)?);
+    if let Some(path) = &options.json {
+        std::fs::write(path, serde_json::to_string_pretty(&report)?)?;
+    }
     for small in &report.small {
         println!(
             "{}: {:.1} us per forward call",
@@ -558,8 +561,5 @@ fn main() -> Result<()> {
         column.set_cell_alignment(CellAlignment::Right);
     }
     println!("copy: {copy:.2} TB/s, read and written\n{table}");
-    if let Some(path) = &options.json {
-        std::fs::write(path, serde_json::to_string_pretty(&report)?)?;
-    }
     Ok(())
 }
