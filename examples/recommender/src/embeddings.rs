@@ -1,7 +1,7 @@
 //! The embedding tables, and how the parameters are shared out among them.
 //!
-//! `compression` is a promise about all tables together. Small tables (a dozen genres, two genders) stay plain: they
-//! carry much and cost next to nothing. The large ones are hashed into what is left. Each of the two kinds is one
+//! `compression` limits the parameters of all tables together. Small tables (a dozen genres, two genders) stay plain: they
+//! matter much and cost next to nothing. The large ones are hashed into what is left. Each of the two kinds is one
 //! collection: one parameter, one lookup.
 
 use anyhow::{ensure, Context, Result};
@@ -14,13 +14,13 @@ use candle_nn::VarBuilder;
 
 use crate::data::{Bags, Schema};
 
-/// A table of fewer rows is small.
+/// Tables of fewer rows than this are small.
 const SMALL: usize = 64;
 
-/// The names of the collections. A model may lack one of them.
+/// The names of the collections. A model may lack either.
 const COLLECTIONS: [&str; 2] = ["plain", "hashed"];
 
-/// What the tables are to be like.
+/// How to make the tables.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbeddingConfig {
     /// The columns of every table.
@@ -44,7 +44,7 @@ struct Collection {
 }
 
 impl Embeddings {
-    /// New tables, their variables made by `vb`.
+    /// New tables, with variables from `vb`.
     ///
     /// # Errors
     /// A compression that leaves the large tables less than one block of the hash.
@@ -53,8 +53,8 @@ impl Embeddings {
         let (plain, share) = config.share_out(&rows)?;
         let (small, large): (Vec<usize>, Vec<usize>) =
             (0..rows.len()).partition(|&table| plain[table]);
-        // Of a plain table no two values share a parameter. Even with a parameter per value, a hash that mixes would leave
-        // a third of them unused.
+        // In a plain table no two values share a parameter. Even with as many parameters as values, a hash that mixes would
+        // let some share and leave a third of the parameters unused.
         let identity = Hash::identity(config.embedding_dim)?;
         let kinds = [(small, identity, 1.0), (large, config.hash, share)];
 
@@ -83,10 +83,10 @@ impl Embeddings {
         Ok(Self { collections })
     }
 
-    /// The tables in a checkpoint, which knows their hash.
+    /// The tables of a checkpoint, which records their hash.
     ///
     /// # Errors
-    /// Tables that are not those of the schema.
+    /// Tables other than those of the schema.
     pub fn open(schema: &Schema, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
         let mut collections = Vec::new();
         for name in COLLECTIONS {
@@ -98,7 +98,7 @@ impl Embeddings {
             let position = |table| {
                 let position = schema.tables.iter().position(|known| *known == table);
                 let (name, rows) = table;
-                position.with_context(|| format!("a table {name} of {rows} rows is one too many"))
+                position.with_context(|| format!("unexpected table {name} of {rows} rows"))
             };
             collections.push(Collection {
                 name,
@@ -115,8 +115,8 @@ impl Embeddings {
         Ok(Self { collections })
     }
 
-    /// Pools `bags`, which hold those of each table of the schema, to `(batch, tables, embedding_dim)`: the tables in an
-    /// order of their own.
+    /// Pools `bags`, one list per table of the schema, into `(batch, tables, embedding_dim)`. The tables come in the order of
+    /// the collections, not of the schema.
     pub fn forward(&self, bags: &[Bags], device: &Device) -> candle_core::Result<Tensor> {
         let pooled = self.collections.iter().map(|kind| {
             let bags: Bags = kind.tables.iter().map(|&table| &bags[table]).collect();
@@ -158,7 +158,7 @@ impl Embeddings {
 }
 
 impl EmbeddingConfig {
-    /// Which tables, of that many rows each, are plain, and the compression of the others together.
+    /// Which tables, of so many rows each, are plain, and the compression of the others together.
     fn share_out(&self, rows: &[usize]) -> Result<(Vec<bool>, f64)> {
         let values = |rows: &[usize]| rows.iter().sum::<usize>() as f64 * self.embedding_dim as f64;
         let small: Vec<usize> = rows.iter().copied().filter(|&n| n < SMALL).collect();
@@ -167,11 +167,11 @@ impl EmbeddingConfig {
         if self.compression == 1.0 {
             return Ok((vec![true; rows.len()], 1.0));
         }
-        // Very few parameters are better spent on the ids than on plain small tables.
+        // If there are very few parameters, the ids need them more than plain small tables do.
         let small_fits = small <= budget / 2.0;
         let plain = if small_fits { small } else { 0.0 };
         let is_plain = rows.iter().map(|&n| small_fits && n < SMALL).collect();
-        // A hashed collection holds whole blocks, so it may come out up to a block larger than its share.
+        // A hashed collection is rounded up to whole blocks, so it may exceed its share by up to a block.
         let share = (budget - plain - self.hash.block() as f64) / (all - plain);
         ensure!(
             plain == all || share > 0.0,
@@ -182,7 +182,7 @@ impl EmbeddingConfig {
     }
 }
 
-/// A 1-D tensor, of no values too: on CUDA candle cannot make an empty tensor, but an empty part of one.
+/// A 1-D tensor. candle cannot allocate an empty one on CUDA, so that is an empty view of another.
 pub fn list<T: WithDType>(values: &[T], device: &Device) -> candle_core::Result<Tensor> {
     match values {
         [] => Tensor::zeros(1, T::DTYPE, device)?.narrow(0, 0, 0),

@@ -1,6 +1,6 @@
 //! Initial values that depend on the seed alone.
 //!
-//! candle's CPU device draws from a generator that cannot be seeded. This `VarBuilder` backend draws instead, from the
+//! The random numbers of candle's CPU device cannot be seeded. This `VarBuilder` backend draws them itself, from the
 //! distribution that each layer asks for.
 
 use std::sync::{Mutex, PoisonError};

@@ -26,9 +26,9 @@ const HIDDEN: [usize; 2] = [64, 32];
 /// Scores examples.
 pub struct Dlrm {
     embeddings: Embeddings,
-    /// How many numbers it reads, and the MLP that turns them into a vector.
+    /// How many numbers an example has, and the MLP that turns them into a vector.
     bottom: Option<(usize, Mlp)>,
-    /// Where in the flattened matrix of dots each unordered pair of vectors lies once.
+    /// The position of each unordered pair of vectors in the flattened matrix of dot products.
     pairs: Tensor,
     top: Mlp,
     device: Device,
@@ -38,7 +38,7 @@ pub struct Dlrm {
 struct Mlp(Vec<Linear>);
 
 impl Dlrm {
-    /// A new model of examples as `schema` says, its variables made by `vb`.
+    /// A new model for examples of this schema, with variables from `vb`.
     pub fn new(schema: &Schema, config: EmbeddingConfig, vb: VarBuilder) -> Result<Self> {
         let embeddings = Embeddings::new(schema, config, vb.clone())?;
         Self::over(embeddings, schema, vb)

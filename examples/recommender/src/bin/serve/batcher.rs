@@ -59,7 +59,7 @@ struct Job {
     caller: Caller,
 }
 
-/// Who waits for a part of a batch's answers, and the room this takes in the queue.
+/// Who waits for a part of a batch's answers, and the room in the queue that is held meanwhile.
 struct Caller {
     reply: oneshot::Sender<Answer>,
     room: OwnedSemaphorePermit,
@@ -67,9 +67,9 @@ struct Caller {
 
 impl Caller {
     fn answer(self, answer: Answer) {
-        // First, so that a caller who asks again at once finds it.
+        // Before the answer, so that a caller who asks again at once finds the room.
         drop(self.room);
-        // Who has gone needs no answer.
+        // A caller that has gone needs no answer.
         let _ = self.reply.send(answer);
     }
 }
@@ -109,7 +109,7 @@ impl Batcher {
             accepted: Instant::now(),
             caller: Caller { reply, room },
         };
-        // The other ends of both channels only go in a panic.
+        // Only a panic closes the other end of either channel.
         let lost = || Failure::Model("the computation panicked".to_owned());
         self.queue.send(job).map_err(|_| lost())?;
         let values = answer.await.map_err(|_| lost())??;
@@ -130,7 +130,7 @@ impl Work {
         }
     }
 
-    /// How many pairs or bags are answered, each by as many values.
+    /// How many answers there are: one per pair or bag, all of the same number of values.
     fn answers(&self) -> usize {
         match self {
             Self::Pairs(pairs) => pairs.len(),
@@ -138,7 +138,7 @@ impl Work {
         }
     }
 
-    /// Appends the rows of `other`, or gives it back where one computation cannot answer both.
+    /// Appends the rows of `other`, or returns it if one computation cannot answer both.
     fn join(&mut self, other: Self) -> Option<Self> {
         match (self, other) {
             (Self::Pairs(pairs), Self::Pairs(more)) => {
@@ -167,7 +167,7 @@ impl Work {
     }
 }
 
-/// Gathers and computes batches until no one can ask any more.
+/// Gathers and computes batches until the queue is closed.
 async fn run(mut jobs: mpsc::UnboundedReceiver<Job>, limits: Limits, metrics: Batches) {
     let mut next = None;
     while let Some(batch) = gather(&mut jobs, &mut next, limits).await {
@@ -227,7 +227,7 @@ impl Group {
         }
     }
 
-    /// Takes the job in, or gives it back.
+    /// Adds the job, or returns it if it does not belong here.
     fn join(&mut self, job: Job) -> Option<Job> {
         if !Arc::ptr_eq(&self.model, &job.model) {
             return Some(job);

@@ -19,7 +19,7 @@ pub struct ApiError {
 #[derive(Debug, Serialize)]
 struct Body {
     error: String,
-    /// Absent where the error is none of a single field.
+    /// Absent where no single field is to blame.
     #[serde(skip_serializing_if = "Option::is_none")]
     field: Option<String>,
 }
@@ -90,7 +90,7 @@ impl From<JsonRejection> for ApiError {
                 error.downcast_ref::<serde_path_to_error::Error<serde_json::Error>>()
             {
                 refusal.body.error = error.inner().to_string();
-                // "." is the whole, and "?" what the parser did not come to name.
+                // "." is the whole body, and "?" a part that the parser had not named yet.
                 let path = error.path().to_string();
                 let field = path.trim_end_matches(['.', '?']);
                 refusal.body.field = (!field.is_empty()).then(|| field.to_owned());

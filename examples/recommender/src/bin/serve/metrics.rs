@@ -26,7 +26,7 @@ pub struct Metrics {
     pub batches: Batches,
 }
 
-/// What there is to say of each batch.
+/// What is observed of each batch.
 #[derive(Clone)]
 pub struct Batches {
     pub requests: Histogram,
@@ -123,7 +123,7 @@ impl Metrics {
         self.reloads.get_or_create(&Outcome { outcome }).inc();
     }
 
-    /// All of it, as text; the gauges are given now.
+    /// All metrics as text, with these values of the gauges.
     pub fn encode(&self, queued_rows: usize, generation: u64) -> Result<String, fmt::Error> {
         self.queued_rows.set(queued_rows as i64);
         self.generation.set(generation as i64);

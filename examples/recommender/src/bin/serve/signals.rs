@@ -21,7 +21,7 @@ mod platform {
         })
     }
 
-    /// The SIGHUPs since it was made.
+    /// Receives every SIGHUP from its creation on.
     pub struct HangUps(Signal);
 
     impl HangUps {
@@ -45,7 +45,7 @@ mod platform {
         Ok(async { tokio::signal::ctrl_c().await.unwrap_or_default() })
     }
 
-    /// None ever comes.
+    /// Never receives one.
     pub struct HangUps;
 
     impl HangUps {

@@ -54,7 +54,7 @@ impl<R: Read> Reader<R> {
             .delimiter(b'\t')
             .has_headers(false)
             .quoting(false)
-            // It is `Click::parse` that counts the fields.
+            // `Click::parse` counts the fields.
             .flexible(true)
             .buffer_capacity(1 << 16)
             .from_reader(input);

@@ -78,7 +78,7 @@ impl File {
         };
         match self.layout {
             Layout::Csv => {
-                // `flexible`: it is `visit` that counts the fields, for both layouts alike.
+                // `flexible`, because `visit` counts the fields of both layouts.
                 let mut builder = csv::ReaderBuilder::new();
                 let reader = builder.flexible(true).from_path(&self.path);
                 let mut reader = reader.with_context(|| self.path.display().to_string())?;
