@@ -1,6 +1,8 @@
-//! The dtypes of `hashed_weight` and of the sums, in forms that the compiler turns into vector instructions.
+//! The dtypes of `hashed_weight` and of its sums: how one value is widened, rounded, negated and compared.
+//!
+//! Plain arithmetic without branches, so that loops over these functions become vector instructions. `lanes.rs` and
+//! `combine.rs` build on it.
 
-use super::lanes::{raise_of, Lanes};
 use candle_core::WithDType;
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
@@ -8,16 +10,10 @@ use std::mem::MaybeUninit;
 use std::ops::{AddAssign, Div, DivAssign, Mul};
 
 /// A dtype of `hashed_weight`, and the dtype its sums are kept in.
-pub(super) trait Element: WithDType {
+pub(super) trait Scalar: WithDType {
     type Acc: Accumulator;
 
     fn widen(self) -> Self::Acc;
-
-    /// [`widen`](Self::widen), where the lanes know a faster way.
-    #[inline(always)]
-    fn widen_group<L: Lanes>(_: L, values: &[Self; 16]) -> [Self::Acc; 16] {
-        values.map(Self::widen)
-    }
 
     /// `to[i] = from[i]`, rounded.
     fn narrow(from: &[Self::Acc], to: &mut [MaybeUninit<Self>]);
@@ -25,7 +21,7 @@ pub(super) trait Element: WithDType {
 
 /// A dtype of sums.
 pub(super) trait Accumulator:
-    Element<Acc = Self> + AddAssign + DivAssign + Mul<Output = Self> + Div<Output = Self>
+    Scalar<Acc = Self> + AddAssign + DivAssign + Mul<Output = Self> + Div<Output = Self>
 {
     const ZERO: Self;
     const ONE: Self;
@@ -49,28 +45,6 @@ pub(super) trait Accumulator:
 
     /// `self`, negated where bit `i` (of 32) of `signs` is set.
     fn flip(self, signs: u32, i: usize) -> Self;
-
-    /// [`Lanes::add`], where there are such lanes for this dtype.
-    fn add_group<L: Lanes>(lanes: L, sums: &mut [Self; 16], values: &[Self; 16], signs: u32);
-
-    /// [`Lanes::add_half`], where there are such lanes for this dtype.
-    fn add_half<L: Lanes>(lanes: L, sums: &mut [Self; 8], values: &[Self; 8], signs: u32);
-
-    /// [`Lanes::max`], where there are such lanes for this dtype.
-    fn max_group<L: Lanes>(lanes: L, sums: &mut [Self; 16], values: &[Self; 16], signs: u32);
-
-    /// [`Lanes::max_half`], where there are such lanes for this dtype.
-    fn max_half<L: Lanes>(lanes: L, sums: &mut [Self; 8], values: &[Self; 8], signs: u32);
-
-    /// [`Lanes::max_half_of`], where there are such lanes for this dtype.
-    fn max_half_of<L: Lanes>(
-        lanes: L,
-        sums: &mut [Self; 8],
-        rows: &mut [u32; 8],
-        values: &[Self; 8],
-        signs: u32,
-        row: u32,
-    );
 }
 
 fn write<T: Copy>(from: &[T], to: &mut [MaybeUninit<T>]) {
@@ -85,7 +59,7 @@ fn write<T: Copy>(from: &[T], to: &mut [MaybeUninit<T>]) {
 }
 
 /// Rounds a few values at a time, so that half converts them in vectors.
-fn round<T: Element<Acc = f32> + Default>(from: &[f32], to: &mut [MaybeUninit<T>])
+fn round<T: Scalar<Acc = f32> + Default>(from: &[f32], to: &mut [MaybeUninit<T>])
 where
     [T]: HalfFloatSliceExt,
 {
@@ -97,9 +71,9 @@ where
 }
 
 /// A dtype that is its own accumulator.
-macro_rules! element {
+macro_rules! own_accumulator {
     ($t:ident) => {
-        impl Element for $t {
+        impl Scalar for $t {
             type Acc = $t;
 
             #[inline(always)]
@@ -113,8 +87,8 @@ macro_rules! element {
         }
     };
 }
-element!(f32);
-element!(f64);
+own_accumulator!(f32);
+own_accumulator!(f64);
 
 impl Accumulator for f32 {
     const ZERO: f32 = 0.0;
@@ -129,38 +103,6 @@ impl Accumulator for f32 {
     #[inline(always)]
     fn flip(self, signs: u32, i: usize) -> f32 {
         f32::from_bits(self.to_bits() ^ ((signs >> (i % 32)) << 31))
-    }
-
-    #[inline(always)]
-    fn add_group<L: Lanes>(lanes: L, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
-        lanes.add(sums, values, signs);
-    }
-
-    #[inline(always)]
-    fn add_half<L: Lanes>(lanes: L, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-        lanes.add_half(sums, values, signs);
-    }
-
-    #[inline(always)]
-    fn max_group<L: Lanes>(lanes: L, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
-        lanes.max(sums, values, signs);
-    }
-
-    #[inline(always)]
-    fn max_half<L: Lanes>(lanes: L, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-        lanes.max_half(sums, values, signs);
-    }
-
-    #[inline(always)]
-    fn max_half_of<L: Lanes>(
-        lanes: L,
-        sums: &mut [f32; 8],
-        rows: &mut [u32; 8],
-        values: &[f32; 8],
-        signs: u32,
-        row: u32,
-    ) {
-        lanes.max_half_of(sums, rows, values, signs, row);
     }
 }
 
@@ -178,49 +120,9 @@ impl Accumulator for f64 {
     fn flip(self, signs: u32, i: usize) -> f64 {
         f64::from_bits(self.to_bits() ^ (u64::from(signs >> (i % 32)) << 63))
     }
-
-    #[inline(always)]
-    fn add_group<L: Lanes>(_: L, sums: &mut [f64; 16], values: &[f64; 16], signs: u32) {
-        for i in 0..16 {
-            sums[i] += values[i].flip(signs, i);
-        }
-    }
-
-    #[inline(always)]
-    fn add_half<L: Lanes>(_: L, sums: &mut [f64; 8], values: &[f64; 8], signs: u32) {
-        for i in 0..8 {
-            sums[i] += values[i].flip(signs, i);
-        }
-    }
-
-    #[inline(always)]
-    fn max_group<L: Lanes>(_: L, sums: &mut [f64; 16], values: &[f64; 16], signs: u32) {
-        for i in 0..16 {
-            sums[i].raise(values[i].flip(signs, i));
-        }
-    }
-
-    #[inline(always)]
-    fn max_half<L: Lanes>(_: L, sums: &mut [f64; 8], values: &[f64; 8], signs: u32) {
-        for i in 0..8 {
-            sums[i].raise(values[i].flip(signs, i));
-        }
-    }
-
-    #[inline(always)]
-    fn max_half_of<L: Lanes>(
-        _: L,
-        sums: &mut [f64; 8],
-        rows: &mut [u32; 8],
-        values: &[f64; 8],
-        signs: u32,
-        row: u32,
-    ) {
-        raise_of(sums, rows, values, signs, row);
-    }
 }
 
-impl Element for bf16 {
+impl Scalar for bf16 {
     type Acc = f32;
 
     #[inline(always)]
@@ -233,13 +135,8 @@ impl Element for bf16 {
     }
 }
 
-impl Element for f16 {
+impl Scalar for f16 {
     type Acc = f32;
-
-    #[inline(always)]
-    fn widen_group<L: Lanes>(lanes: L, values: &[f16; 16]) -> [f32; 16] {
-        lanes.widen(values)
-    }
 
     /// As `half` does it, but without a branch or a call, for many values at once.
     #[inline(always)]

@@ -1,0 +1,311 @@
+//! Rows hashed a window at a time.
+//!
+//! Hashing needs nothing but rows, so the rows of many bags are hashed at once, in vectors, wherever they stand in
+//! `indices`; padding is left out on the way. The loops behind see where blocks lie and nothing else: they are compiled
+//! for no hash. They also see which blocks come next, and ask for their memory ahead.
+
+use super::call::BagRows;
+use super::lanes::{widest, Lanes, Loop};
+use crate::hash::{Locate, MAX_ROWS};
+use std::ops::Range;
+
+/// So many places and their signs stay in the nearest cache.
+const NEAR_PLACES: usize = 1 << 12;
+
+/// How many rows before it is read a block is asked for. A processor that looks far ahead finds most misses by itself; one of
+/// 2021 gains a quarter.
+pub(super) const READ_AHEAD: usize = 6;
+
+/// The same for a block that is added to, which waits longer for what others have written.
+pub(super) const ADD_AHEAD: usize = 16;
+
+/// Some bags, or a part of one, in the order of the output.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Span {
+    pub bags: Range<usize>,
+    /// Of the only bag, the part to be read, as positions; `None` for whole bags.
+    pub part: Option<Range<usize>>,
+}
+
+impl From<Range<usize>> for Span {
+    fn from(bags: Range<usize>) -> Self {
+        Self { bags, part: None }
+    }
+}
+
+/// The hashed rows of the bags of a span, a window at a time.
+pub(super) struct Window<'a, H: Locate> {
+    source: BagRows<'a>,
+    hash: H,
+    column_blocks: &'a [H::Run],
+    /// Rows per window.
+    capacity: usize,
+    /// Column block `b` of row `i` at `b * rows + i`, and enough behind it for the arrays of a [`Blocks`].
+    places: Vec<H::Place>,
+    signs: Vec<u32>,
+    rows: usize,
+    /// Where in `indices` the rows stand.
+    positions: [usize; MAX_ROWS],
+    /// Which rows of the window are of which bag, in order; from `next_segment` on not yet taken.
+    segments: Vec<Segment>,
+    next_segment: usize,
+    /// The length of bags that all have one, lie one behind the other, look into one table and have no padding.
+    plain_bag_len: Option<usize>,
+    /// What is left to read: positions of bag `unread.bags.start`, and the bags from there on.
+    unread: Span,
+}
+
+/// Consecutive rows of a window that are of one bag.
+struct Segment {
+    bag: usize,
+    rows: Range<usize>,
+}
+
+/// Rows of one bag.
+pub(super) struct Rows<'a, P> {
+    places: &'a [P],
+    signs: &'a [u32],
+    stride: usize,
+    /// Where in `indices` the rows stand.
+    pub positions: &'a [usize],
+}
+
+/// Where one block of columns of each of some rows lies. Arrays, whatever the number of rows: so the loops, whose rows are at
+/// most [`MAX_ROWS`], need no test of an index, for which there would be no registers.
+pub(super) struct Blocks<'a, P> {
+    places: &'a [P; MAX_ROWS + ADD_AHEAD],
+    signs: &'a [u32; MAX_ROWS],
+}
+
+impl<P: Copy> Rows<'_, P> {
+    /// How many; at most [`MAX_ROWS`].
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        self.positions.len().min(MAX_ROWS)
+    }
+
+    /// Column block `block` of each row.
+    #[inline(always)]
+    pub fn blocks(&self, block: usize) -> Blocks<'_, P> {
+        let start = block * self.stride;
+        let places = self.places[start..].first_chunk();
+        let signs = self.signs[start..].first_chunk();
+        let (Some(places), Some(signs)) = (places, signs) else {
+            unreachable!("Window::new makes room behind the last row");
+        };
+        Blocks { places, signs }
+    }
+}
+
+impl<P: Copy> Blocks<'_, P> {
+    /// The place of row `i`; up to [`ADD_AHEAD`] rows past the last, some place.
+    #[inline(always)]
+    pub fn place(&self, i: usize) -> P {
+        self.places[i]
+    }
+
+    /// A sign bit for each column of row `i`. Past the last row there is no promise that one exists.
+    #[inline(always)]
+    pub fn signs(&self, i: usize) -> u32 {
+        self.signs[i]
+    }
+}
+
+impl<'a, H: Locate> Window<'a, H> {
+    pub fn new(source: BagRows<'a>, hash: H, column_blocks: &'a [H::Run], span: Span) -> Self {
+        let capacity = Self::capacity(column_blocks.len());
+        // Little to look up needs little memory.
+        let rows = match &span.part {
+            Some(part) => part.len(),
+            None => match source.lookup.bags.bag_len() {
+                Some(bag_len) => span.bags.len().saturating_mul(bag_len),
+                // Offsets that are not checked may let bags overlap.
+                None => source.nnz().saturating_mul(span.bags.len()),
+            },
+        };
+        let len = column_blocks.len() * capacity.min(rows) + MAX_ROWS + ADD_AHEAD;
+        Self {
+            source,
+            hash,
+            column_blocks,
+            capacity,
+            places: vec![H::Place::default(); len],
+            signs: vec![0; len],
+            rows: 0,
+            positions: [0; MAX_ROWS],
+            segments: Vec::with_capacity(MAX_ROWS.min(span.bags.len())),
+            next_segment: 0,
+            plain_bag_len: source.plain_bag_len().filter(|_| span.part.is_none()),
+            unread: span,
+        }
+    }
+
+    /// Rows per window: a number that depends on the columns alone, so that a long bag is cut in the same places by every
+    /// division of work.
+    pub fn capacity(column_blocks: usize) -> usize {
+        (NEAR_PLACES / column_blocks).clamp(8, MAX_ROWS)
+    }
+
+    /// The next rows of `bag`, as many as there are in the window; `None` when none are left. Bags are asked for in order.
+    #[inline(always)]
+    pub fn take(&mut self, bag: usize) -> Option<Rows<'_, H::Place>> {
+        if self.is_taken() {
+            // An unread bag that comes later says that this one has been read.
+            if self.unread.bags.start > bag || self.unread.bags.is_empty() {
+                return None;
+            }
+            self.fill();
+        }
+        let Segment { bag: of, rows } = self.segments.get(self.next_segment)?;
+        if *of != bag {
+            return None;
+        }
+        self.next_segment += 1;
+        Some(self.rows(rows))
+    }
+
+    /// The next rows, of whatever bag comes next; `None` when all are read.
+    #[inline(always)]
+    pub fn take_next(&mut self) -> Option<(usize, Rows<'_, H::Place>)> {
+        while self.is_taken() {
+            if self.unread.bags.is_empty() {
+                return None;
+            }
+            self.fill();
+        }
+        let Segment { bag, rows } = &self.segments[self.next_segment];
+        self.next_segment += 1;
+        Some((*bag, self.rows(rows)))
+    }
+
+    /// Whether all rows of the window have been taken.
+    #[inline(always)]
+    pub fn is_taken(&self) -> bool {
+        self.next_segment == self.segments.len()
+    }
+
+    #[inline(always)]
+    fn rows(&self, rows: &Range<usize>) -> Rows<'_, H::Place> {
+        Rows {
+            places: &self.places[rows.start..],
+            signs: &self.signs[rows.start..],
+            stride: self.rows,
+            positions: &self.positions[rows.clone()],
+        }
+    }
+
+    /// Reads some indices of `bag` as rows, but for padding, and notes their positions from number `first` on; returns how many.
+    #[inline(always)]
+    fn read(
+        &mut self,
+        bag: usize,
+        positions: Range<usize>,
+        rows: &mut [u64],
+        first: usize,
+    ) -> usize {
+        let read = positions.len();
+        self.source.read(bag, positions.clone(), rows);
+        let noted = &mut self.positions[first..first + read];
+        if self.source.lookup.table.padding_idx.is_none() {
+            for (to, position) in noted.iter_mut().zip(positions) {
+                *to = position;
+            }
+            return read;
+        }
+        let mut n = 0;
+        for (i, position) in positions.enumerate() {
+            (rows[n], noted[n]) = (rows[i], position);
+            n += usize::from(self.source.counts(position));
+        }
+        n
+    }
+
+    /// Reads the next window, of so many indices, and hashes its rows.
+    #[inline(never)]
+    fn fill(&mut self) {
+        self.segments.clear();
+        self.next_segment = 0;
+        let mut rows = [0; MAX_ROWS];
+        // Rows, and how many more indices may be read.
+        let (mut n, mut room) = (0, self.capacity);
+        while room > 0 && !self.unread.bags.is_empty() {
+            let bag = self.unread.bags.start;
+            if let Some(bag_len) = self.plain_bag_len {
+                // Bags of one length lie one behind the other and are read at once.
+                let bags = (room / bag_len).min(self.unread.bags.len());
+                if bags > 0 {
+                    let (start, read) = (bag * bag_len, bags * bag_len);
+                    let segments = (bag..bag + bags).zip((n..).step_by(bag_len));
+                    self.segments.extend(segments.map(|(bag, first)| Segment {
+                        bag,
+                        rows: first..first + bag_len,
+                    }));
+                    n += self.read(bag, start..start + read, &mut rows[n..], n);
+                    self.unread.bags.start += bags;
+                    room -= read;
+                    continue;
+                }
+            }
+            let positions = match self.unread.part.take() {
+                Some(part) => part,
+                None => self.source.range(bag),
+            };
+            if positions.len() > room && room < self.capacity {
+                // Only a bag longer than a window is cut, and in the same places wherever it begins.
+                self.unread.part = Some(positions);
+                break;
+            }
+            let end = positions.start + positions.len().min(room);
+            room -= end - positions.start;
+            let first = n;
+            n += self.read(bag, positions.start..end, &mut rows[first..], first);
+            if n > first {
+                self.segments.push(Segment {
+                    bag,
+                    rows: first..n,
+                });
+            }
+            if end < positions.end {
+                self.unread.part = Some(end..positions.end);
+            } else {
+                self.unread.bags.start += 1;
+            }
+        }
+        self.rows = n;
+        if n > 0 {
+            let len = self.column_blocks.len() * n;
+            widest(Hashing {
+                hash: &self.hash,
+                rows: &rows[..n],
+                column_blocks: self.column_blocks,
+                places: &mut self.places[..len],
+                signs: &mut self.signs[..len],
+            });
+        }
+    }
+}
+
+/// Hashes the rows of a window.
+struct Hashing<'a, H: Locate> {
+    hash: &'a H,
+    rows: &'a [u64],
+    column_blocks: &'a [H::Run],
+    places: &'a mut [H::Place],
+    signs: &'a mut [u32],
+}
+
+impl<H: Locate> Loop for Hashing<'_, H> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<L: Lanes>(self, _: L) {
+        self.hash
+            .locate(self.rows, self.column_blocks, self.places, self.signs);
+        // What lets `Block::values` do without a test of its own. Places that are left from before passed it then.
+        let last = self
+            .places
+            .iter()
+            .fold(H::Place::default(), |last, &place| last.max(place));
+        assert!(last <= self.hash.last_place(), "a place past the last");
+    }
+}
