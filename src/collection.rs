@@ -5,11 +5,14 @@
 //! parameter, so a large table may use what a small one leaves free, and a lookup in all of them is one op: on CUDA one
 //! launch, which shifts the rows and checks each against its own table.
 
-use crate::bags::{BoundsCheck, JaggedLayout, Tables};
+use crate::bags::JaggedLayout;
+use crate::bounds::BoundsCheck;
+use crate::error::bail;
 use crate::hash::Hash;
 use crate::layer::{create, HashedEmbeddingBag, HashedEmbeddingBagConfig};
 use crate::op::{contiguous_indices, Mode};
-use candle_core::{bail, Result, Tensor};
+use crate::tables::Tables;
+use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
 
@@ -88,7 +91,7 @@ fn named<N: Into<String>>(
 ) -> Result<Tables> {
     if config.first_row != 0 {
         bail!(
-            "hashed-embedding-bag: the tables of a collection start at row 0, got first_row {}",
+            "the tables of a collection start at row 0, got first_row {}",
             config.first_row
         );
     }
@@ -175,10 +178,7 @@ impl HashedEmbeddingBagCollection {
             first_row += num_embeddings;
         }
         let names: Vec<_> = self.tables().map(|(name, _)| name).collect();
-        bail!(
-            "hashed-embedding-bag: no table {name}, only {}",
-            names.join(", ")
-        )
+        bail!("no table {name}, only {}", names.join(", "))
     }
 
     /// The tables, by name and number of rows, in order.
@@ -242,11 +242,11 @@ impl Module for HashedEmbeddingBagCollection {
             [batch, n] if n == tables => (batch, 1),
             [batch, n, bag_len] if n == tables => (batch, bag_len),
             ref dims => bail!(
-                "hashed-embedding-bag: indices must have shape [batch, {tables}] or [batch, {tables}, bag_len], got {dims:?}"
+                "indices must have shape [batch, {tables}] or [batch, {tables}, bag_len], got {dims:?}"
             ),
         };
         let Some(bags) = batch.checked_mul(tables) else {
-            bail!("hashed-embedding-bag: {batch} samples of {tables} bags are too many");
+            bail!("{batch} samples of {tables} bags are too many");
         };
         let bags = contiguous_indices(indices)?.reshape((bags, bag_len))?;
         self.by_table(self.bag.forward(&bags)?)

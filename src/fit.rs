@@ -4,12 +4,13 @@
 //! the mean of the elements that the slot holds, each times its sign. The table is read twice, in parts: once for the means,
 //! once for the error. Nothing of its size is made.
 
-use crate::bags::Tables;
+use crate::error::bail;
 use crate::hash::{AffineRows, Locate, Slots};
 use crate::layer::{new_len, HashedEmbeddingBag, HashedEmbeddingBagConfig};
 use crate::op::{check_dtype, WEIGHT_DTYPES};
 use crate::parallel::Team;
-use candle_core::{bail, DType, Device, Result, Tensor};
+use crate::tables::Tables;
+use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
 
 /// How many values of the table are read at once, and how many of these make a task.
@@ -52,15 +53,12 @@ impl HashedEmbeddingBag {
     pub fn fit(table: &Tensor, config: HashedEmbeddingBagConfig) -> Result<(Self, f64)> {
         check_dtype("table", table, &WEIGHT_DTYPES)?;
         let &[num_embeddings, embedding_dim] = table.dims() else {
-            bail!(
-                "hashed-embedding-bag: table must have rank 2, got {:?}",
-                table.dims()
-            );
+            bail!("table must have rank 2, got {:?}", table.dims());
         };
         let tables = Tables::one(config.first_row, num_embeddings)?;
         let (hash, len) = new_len(&tables, embedding_dim, &config)?;
         let (hashed_weight, error) = match hash.slots(len)? {
-            Slots::Mix(hash) => Table::new(table, hash, &config)?.fit(len),
+            Slots::Mix(hash) | Slots::Balanced(hash) => Table::new(table, hash, &config)?.fit(len),
             Slots::Affine(hash) => Table::new(table, AffineRows::from(hash), &config)?.fit(len),
         }?;
         let layer = Self::new(hashed_weight, num_embeddings, embedding_dim, config)?;
@@ -242,7 +240,7 @@ impl<'a, H: Locate> Table<'a, H> {
             if let Some(column) = row.iter().position(|value| !value.is_finite()) {
                 if Some(row_number) != self.padding {
                     bail!(
-                        "hashed-embedding-bag: table must be finite, got {} at row {row_number}, column {column}",
+                        "table must be finite, got {} at row {row_number}, column {column}",
                         row[column]
                     );
                 }

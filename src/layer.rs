@@ -7,10 +7,13 @@
 //!
 //! Many tables over one parameter are a [`HashedEmbeddingBagCollection`](crate::HashedEmbeddingBagCollection).
 
-use crate::bags::{BoundsCheck, JaggedLayout, Tables};
+use crate::bags::JaggedLayout;
+use crate::bounds::BoundsCheck;
+use crate::error::bail;
 use crate::hash::Hash;
 use crate::op::{self, check_dtype, Gradient, Mode, Offsets, Table, WEIGHT_DTYPES};
-use candle_core::{bail, Result, Tensor};
+use crate::tables::Tables;
+use candle_core::{Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
 use std::sync::Arc;
 
@@ -160,14 +163,14 @@ pub(crate) fn new_len(
     check_embedding_dim(embedding_dim)?;
     let compression = config.compression;
     if !(compression > 0.0 && compression.is_finite()) {
-        bail!("hashed-embedding-bag: compression must be positive and finite, got {compression}");
+        bail!("compression must be positive and finite, got {compression}");
     }
     let hash = config.hash.unwrap_or(Hash::default_for(embedding_dim));
     let len = tables.num_rows() as f64 * embedding_dim as f64 * compression;
     let len = hash.round_up_len(len as usize);
     // Before any memory is asked for: in f64, the largest dtype, it would have to be addressable.
     if len > isize::MAX as usize / 8 {
-        bail!("hashed-embedding-bag: compression {compression} makes hashed_weight too large, {len} values");
+        bail!("compression {compression} makes hashed_weight too large, {len} values");
     }
     hash.check_table(tables.end_row(), embedding_dim)?;
     hash.check_len(len)?;
@@ -177,7 +180,7 @@ pub(crate) fn new_len(
 fn check_embedding_dim(embedding_dim: usize) -> Result<()> {
     // The kernels count columns in 32 bits, some past the last.
     if embedding_dim == 0 || i32::try_from(embedding_dim).is_err() {
-        bail!("hashed-embedding-bag: embedding_dim must lie in 1..2^31, got {embedding_dim}");
+        bail!("embedding_dim must lie in 1..2^31, got {embedding_dim}");
     }
     Ok(())
 }
@@ -210,7 +213,7 @@ impl HashedEmbeddingBag {
         check_dtype(HASHED_WEIGHT, &hashed_weight, &WEIGHT_DTYPES)?;
         let len = match hashed_weight.dims() {
             &[len] => len,
-            dims => bail!("hashed-embedding-bag: hashed_weight must have rank 1, got {dims:?}"),
+            dims => bail!("hashed_weight must have rank 1, got {dims:?}"),
         };
         let hash = config.hash.unwrap_or(Hash::default_for(embedding_dim));
         hash.check_table(tables.end_row(), embedding_dim)?;

@@ -46,16 +46,20 @@
 #![warn(missing_docs)]
 
 mod bags;
+mod bounds;
 pub mod checkpoint;
 mod collection;
+mod error;
 mod fit;
 mod hash;
 pub mod import;
 mod layer;
 mod op;
 mod parallel;
+mod tables;
 
-pub use bags::{BoundsCheck, JaggedLayout};
+pub use bags::JaggedLayout;
+pub use bounds::BoundsCheck;
 pub use checkpoint::Checkpoint;
 pub use collection::{hashed_embedding_bag_collection, HashedEmbeddingBagCollection};
 pub use hash::{Affine, Hash, Mix, Overflow};

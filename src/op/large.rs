@@ -6,8 +6,10 @@
 //! of output that must equal the first.
 
 use super::{GradPerSampleWeights, GradWeight, Gradient, Lookup, Mode, Offsets, Table, Ternary};
-use crate::bags::{BagShape, BoundsCheck, JaggedLayout, Tables};
+use crate::bags::{BagShape, JaggedLayout};
+use crate::bounds::BoundsCheck;
 use crate::hash::Hash;
+use crate::tables::Tables;
 use candle_core::{DType, Device, Result, Tensor};
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -21,16 +21,17 @@ mod cuda;
 #[cfg(test)]
 mod large;
 
-use crate::bags::{BagShape, BoundsCheck, JaggedLayout, Tables};
+use crate::bags::{BagShape, JaggedLayout};
+use crate::bounds::BoundsCheck;
+use crate::error::{bail, NAME};
 use crate::hash::Slots;
+use crate::tables::Tables;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{
-    bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
+    CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
 };
 use std::sync::Arc;
-
-const OP: &str = "hashed-embedding-bag";
 
 /// How the rows of a bag become one output row.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -132,7 +133,7 @@ pub(crate) fn hashed_embedding_bag(
     let bags = match (offsets, indices.dims()) {
         (None, &[num_bags, bag_len]) => BagShape::fixed(num_bags, bag_len, tables)?,
         (None, dims) => {
-            bail!("{OP}: indices must have rank 2 when there are no offsets, got {dims:?}")
+            bail!("indices must have rank 2 when there are no offsets, got {dims:?}")
         }
         (
             Some(Offsets {
@@ -146,32 +147,29 @@ pub(crate) fn hashed_embedding_bag(
             check_device("offsets", offsets, hashed_weight)?;
             match offsets.dims() {
                 &[len] => BagShape::ragged(nnz, len, include_last_offset, tables, layout)?,
-                dims => bail!("{OP}: offsets must have rank 1, got {dims:?}"),
+                dims => bail!("offsets must have rank 1, got {dims:?}"),
             }
         }
         (Some(_), dims) => {
-            bail!("{OP}: indices must have rank 1 when offsets are given, got {dims:?}")
+            bail!("indices must have rank 1 when offsets are given, got {dims:?}")
         }
     };
     // In f64, the largest dtype, the output would have to be addressable; bags of no indices cost nothing to ask for.
     let values = bags.num_bags.checked_mul(table.embedding_dim);
     if values.is_none_or(|values| values > isize::MAX as usize / 8) {
         bail!(
-            "{OP}: an output of {} bags of {} columns is too large",
+            "an output of {} bags of {} columns is too large",
             bags.num_bags,
             table.embedding_dim
         );
     }
     if let Some(weights) = per_sample_weights {
         if table.mode != Mode::Sum {
-            bail!(
-                "{OP}: per_sample_weights need mode sum, got {:?}",
-                table.mode
-            );
+            bail!("per_sample_weights need mode sum, got {:?}", table.mode);
         }
         if weights.dims() != indices.dims() {
             bail!(
-                "{OP}: per_sample_weights must have the shape of indices {:?}, got {:?}",
+                "per_sample_weights must have the shape of indices {:?}, got {:?}",
                 indices.dims(),
                 weights.dims()
             );
@@ -223,7 +221,7 @@ pub(crate) fn check_dtype(argument: &str, tensor: &Tensor, dtypes: &[DType]) -> 
     }
     let names: Vec<_> = dtypes.iter().map(DType::as_str).collect();
     bail!(
-        "{OP}: {argument} must have dtype {}, got {}",
+        "{argument} must have dtype {}, got {}",
         names.join(" or "),
         tensor.dtype().as_str()
     )
@@ -235,7 +233,7 @@ fn check_device(argument: &str, tensor: &Tensor, hashed_weight: &Tensor) -> Resu
         return Ok(());
     }
     bail!(
-        "{OP}: {argument} must be on the device of hashed_weight ({:?}), got {:?}",
+        "{argument} must be on the device of hashed_weight ({:?}), got {:?}",
         hashed_weight.device().location(),
         tensor.device().location()
     )
@@ -342,7 +340,7 @@ impl FixedBags {
 
 impl CustomOp2 for FixedBags {
     fn name(&self) -> &'static str {
-        OP
+        NAME
     }
 
     fn cpu_fwd(
@@ -440,7 +438,7 @@ impl<T: TernaryOp> CustomOp3 for Ternary<T> {
 struct RaggedBags(Lookup);
 
 impl TernaryOp for RaggedBags {
-    const NAME: &'static str = OP;
+    const NAME: &'static str = NAME;
 
     fn run<B: Backend>(
         &self,
@@ -474,7 +472,7 @@ struct WeightedBags {
 }
 
 impl TernaryOp for WeightedBags {
-    const NAME: &'static str = OP;
+    const NAME: &'static str = NAME;
 
     fn run<B: Backend>(
         &self,

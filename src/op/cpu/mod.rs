@@ -15,11 +15,13 @@ mod lanes;
 mod places;
 
 use super::{Backend, Lookup, Mode, Operands, View};
-use crate::bags::{check_offsets, BadRow, BagShape, BoundsCheck, Index};
+use crate::bags::{BagShape, Index};
+use crate::bounds::{check_offsets, BadRow, BoundsCheck};
+use crate::error::{bail, NAME};
 use crate::hash::{AffineRows, Locate, Slots};
 use crate::parallel::Team;
 use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType};
+use candle_core::{CpuStorage, DType, Result, Storage, WithDType};
 use element::{Accumulator, Element};
 use half::{bf16, f16};
 use lanes::Lanes;
@@ -42,7 +44,7 @@ impl Backend for Cpu {
         match storage {
             Storage::Cpu(storage) => Ok(storage),
             Storage::Cuda(_) | Storage::Metal(_) => {
-                bail!("hashed-embedding-bag: expected a tensor on the CPU, got one elsewhere")
+                bail!("expected a tensor on the CPU, got one elsewhere")
             }
         }
     }
@@ -87,10 +89,7 @@ macro_rules! with_slice {
 fn slice<'a, T: WithDType>((storage, layout): View<'a, CpuStorage>) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
-        None => Err(candle_core::Error::RequiresContiguous {
-            op: "hashed-embedding-bag",
-        }
-        .bt()),
+        None => Err(candle_core::Error::RequiresContiguous { op: NAME }.bt()),
     }
 }
 
@@ -149,7 +148,9 @@ fn dispatch(
         operands: &Operands<CpuStorage>,
     ) -> Result<CpuStorage> {
         match lookup.table.slots {
-            Slots::Mix(hash) => pass.run(&Bags::<T, _>::new(lookup, hash, operands)?),
+            Slots::Mix(hash) | Slots::Balanced(hash) => {
+                pass.run(&Bags::<T, _>::new(lookup, hash, operands)?)
+            }
             Slots::Affine(hash) => pass.run(&Bags::<T, _>::new(
                 lookup,
                 AffineRows::from(hash),
@@ -233,7 +234,7 @@ impl<'a, T: Element, H: Locate> Bags<'a, T, H> {
         let end = hash.slot(hash.last_place(), hash.block()) + hash.block();
         if end > hashed_weight.len() {
             let len = hashed_weight.len();
-            bail!("hashed-embedding-bag: hashed_weight must hold {end} values, got {len}");
+            bail!("hashed_weight must hold {end} values, got {len}");
         }
         Ok(Self {
             lookup,
