@@ -7,10 +7,13 @@ use crate::bags::{BagShape, Index};
 use crate::error::{bail, error};
 use crate::tables::Tables;
 use candle_core::{Error, Result};
+use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
 /// What happens with a row or an offset that is out of range.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum BoundsCheck {
     /// An error that names position and value, on CPU and CUDA alike. On CUDA a kernel checks them before the lookup, and each
     /// call waits for that kernel, not for the lookup.

@@ -26,7 +26,7 @@
 //! let device = Device::Cpu;
 //! let vars = VarMap::new();
 //! let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
-//! let layer = hashed_embedding_bag(1000, 16, Default::default(), vb.pp("items"))?;
+//! let layer = hashed_embedding_bag(1000, 16, 0.1, Default::default(), vb.pp("items"))?;
 //! let linear = candle_nn::linear(16, 1, vb.pp("head"))?;
 //!
 //! let folder = tempfile::tempdir()?;
@@ -46,10 +46,9 @@
 //! ```
 
 use crate::collection::HashedEmbeddingBagCollection;
+use crate::config::HashedEmbeddingBagConfig;
 use crate::hash::Hash;
-use crate::layer::{
-    HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagConfig, HASHED_WEIGHT, INNER_BAG,
-};
+use crate::layer::{HashedEmbedding, HashedEmbeddingBag, HASHED_WEIGHT, INNER_BAG};
 use crate::op::{Mode, WEIGHT_DTYPES};
 use candle_core::safetensors::Load;
 use candle_core::{bail, DType, Device, Error, Result, Shape, Tensor};
@@ -99,10 +98,10 @@ impl From<&HashedEmbeddingBag> for LayerSpec {
         Self {
             num_embeddings: layer.num_embeddings(),
             embedding_dim: layer.embedding_dim(),
-            mode: layer.mode(),
-            padding_idx: layer.padding_idx(),
-            include_last_offset: layer.include_last_offset(),
-            first_row: layer.first_row(),
+            mode: layer.config().mode,
+            padding_idx: layer.config().padding_idx,
+            include_last_offset: layer.config().include_last_offset,
+            first_row: layer.config().first_row,
             hash: layer.hash(),
         }
     }
@@ -167,9 +166,9 @@ impl From<&HashedEmbeddingBagCollection> for CollectionSpec {
         Self {
             tables: tables.collect(),
             embedding_dim: collection.embedding_dim(),
-            mode: collection.mode(),
-            padding_idx: collection.padding_idx(),
-            include_last_offset: collection.include_last_offset(),
+            mode: collection.config().mode,
+            padding_idx: collection.config().padding_idx,
+            include_last_offset: collection.config().include_last_offset,
             hash: collection.hash(),
         }
     }

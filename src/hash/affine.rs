@@ -1,19 +1,24 @@
 //! The affine family, of HashedEmbeddingBag and ROBE: linear in row and block, modulo a number and then modulo the length.
 
 use super::divisor::Divisor;
-use super::{checked_block, Locate, MAX_ROWS};
+use super::{Locate, MAX_ROWS};
 use serde::{Deserialize, Serialize};
 
-/// A member of the compatibility hash family; made by [`Hash::affine`], [`Hash::original`] or [`Hash::robe`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "AffineFields", into = "AffineFields")]
+/// A member of the affine family: `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Affine {
-    pub(super) a: u64,
-    pub(super) b: u64,
-    pub(super) c: u64,
-    pub(super) modulus: u64,
-    pub(super) block: u32,
-    pub(super) overflow: Overflow,
+    /// The factor of the row.
+    pub a: u64,
+    /// The factor of `column / block`.
+    pub b: u64,
+    /// The constant.
+    pub c: u64,
+    /// The first modulus, before the length; at least 1.
+    pub modulus: u64,
+    /// How many consecutive columns share a hash and lie side by side, `1..=2^24`.
+    pub block: usize,
+    /// What happens past the signed 64-bit range.
+    pub overflow: Overflow,
 }
 
 /// What an affine hash does where `row * a + (column / block) * b + c` leaves the signed 64-bit range.
@@ -28,35 +33,10 @@ pub enum Overflow {
 }
 
 impl Affine {
-    /// The factor of the row.
-    pub fn a(&self) -> u64 {
-        self.a
-    }
-
-    /// The factor of `column / block`.
-    pub fn b(&self) -> u64 {
-        self.b
-    }
-
-    /// The constant.
-    pub fn c(&self) -> u64 {
-        self.c
-    }
-
-    /// The first modulus, before the length.
-    pub fn modulus(&self) -> u64 {
-        self.modulus
-    }
-
-    /// What happens past the signed 64-bit range.
-    pub fn overflow(&self) -> Overflow {
-        self.overflow
-    }
-
     /// Whether the sum of the formula leaves the signed 64-bit range somewhere in this table and must not.
     pub(super) fn overflows(&self, num_embeddings: usize, embedding_dim: usize) -> bool {
         let last_row = num_embeddings.saturating_sub(1) as u128;
-        let last_block = (embedding_dim.saturating_sub(1) / self.block as usize) as u128;
+        let last_block = (embedding_dim.saturating_sub(1) / self.block) as u128;
         let highest = last_row
             .saturating_mul(u128::from(self.a))
             .saturating_add(last_block.saturating_mul(u128::from(self.b)))
@@ -71,62 +51,8 @@ impl Affine {
             b: self.b,
             c: self.c,
             modulus: Divisor::new(self.modulus),
-            starts: Divisor::new((len - self.block as usize + 1) as u64),
-            block: self.block,
-        }
-    }
-
-    pub(super) fn checked(fields: AffineFields) -> std::result::Result<Self, String> {
-        let block = checked_block(fields.block)?;
-        if fields.modulus == 0 {
-            return Err("hash: an affine modulus must be at least 1, got 0".into());
-        }
-        Ok(Self {
-            a: fields.a,
-            b: fields.b,
-            c: fields.c,
-            modulus: fields.modulus,
-            block,
-            overflow: fields.overflow,
-        })
-    }
-}
-
-/// How an [`Affine`] stands in a checkpoint; reading one goes through the same checks as [`Hash::affine`].
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct AffineFields {
-    pub(super) a: u64,
-    pub(super) b: u64,
-    pub(super) c: u64,
-    pub(super) modulus: u64,
-    pub(super) block: u64,
-    #[serde(default, skip_serializing_if = "Overflow::is_wrap")]
-    pub(super) overflow: Overflow,
-}
-
-impl Overflow {
-    fn is_wrap(&self) -> bool {
-        *self == Self::Wrap
-    }
-}
-
-impl TryFrom<AffineFields> for Affine {
-    type Error = String;
-    fn try_from(fields: AffineFields) -> std::result::Result<Self, String> {
-        Self::checked(fields)
-    }
-}
-
-impl From<Affine> for AffineFields {
-    fn from(affine: Affine) -> Self {
-        Self {
-            a: affine.a,
-            b: affine.b,
-            c: affine.c,
-            modulus: affine.modulus,
-            block: affine.block.into(),
-            overflow: affine.overflow,
+            starts: Divisor::new((len - self.block + 1) as u64),
+            block: self.block as u32,
         }
     }
 }
@@ -333,7 +259,7 @@ mod tests {
             let (wide, narrow) = (bits(&mut draw), bits(&mut draw).min(40));
             let hash = match round {
                 0 => Hash::original(),
-                _ => Hash::affine(draw(64), draw(64), draw(64), draw(wide).max(1), 1).unwrap(),
+                _ => Hash::affine(draw(64), draw(64), draw(64), draw(wide).max(1), 1),
             };
             let len = (draw(narrow) as usize).max(1);
             let Ok(Slots::Affine(slots)) = hash.slots(len) else {

@@ -15,10 +15,39 @@ use super::block::BlockSlots;
 use super::mix::{self, finalize};
 use super::MAX_ROWS;
 
+/// A member of the balanced family: as many rows in every block as in any other, at places that depend on
+/// `(seed, column / block)` and on where the rows stand in the table. The README has the formula.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Balanced {
+    /// Two layers with different seeds fold their tables differently.
+    pub seed: u64,
+    /// How many consecutive columns share a hash and lie side by side: `1..=2^24`, at most 32 if signed.
+    pub block: usize,
+    /// Whether every value is multiplied by +1 or -1, by a bit of a hash of its row, so that rows that share a block are not
+    /// copies of each other. Signs are why long blocks, and so wide loads, cost next to no quality.
+    pub signed: bool,
+}
+
+impl Balanced {
+    /// Signed, with seed 0.
+    pub const fn new(block: usize) -> Self {
+        Self {
+            seed: 0,
+            block,
+            signed: true,
+        }
+    }
+
+    /// Binds the hash to a length that suits it.
+    pub(super) fn bind(&self, len: usize) -> BlockSlots {
+        BlockSlots::new(self.seed, self.block, self.signed, len, stride)
+    }
+}
+
 /// The distance of consecutive rows in blocks: the smallest number from 7 on that has no divisor in common with `num_blocks`.
 ///
 /// Neighbouring rows are often the ones used most, so they should not crowd into one part of the memory.
-pub(super) fn stride(num_blocks: usize) -> u32 {
+fn stride(num_blocks: usize) -> u32 {
     let has_no_common_divisor = |stride: u64| {
         let (mut a, mut b) = (num_blocks as u64, stride);
         while b > 0 {
@@ -30,11 +59,6 @@ pub(super) fn stride(num_blocks: usize) -> u32 {
     (7..)
         .find(|&stride| has_no_common_divisor(stride))
         .unwrap_or(1) as u32
-}
-
-/// `2^64 / num_blocks`, rounded up, so that row `num_blocks` begins a stratum; 0 stands for `2^64`.
-pub(super) fn reciprocal(num_blocks: usize) -> u64 {
-    (u64::MAX / num_blocks as u64).wrapping_add(1)
 }
 
 /// The hash of `column_block` that a turn starts from, in 32 bits.

@@ -11,13 +11,13 @@ use super::{balanced, mix, Locate};
 pub(crate) struct BlockSlots {
     /// The seed, mixed.
     pub(super) key: u64,
-    /// `2^64 / num_blocks`, rounded up; 0 stands for `2^64`.
+    /// `2^64 / num_blocks`, rounded up, so that row `num_blocks` begins a stratum; 0 stands for `2^64`.
     pub(super) reciprocal: u64,
     pub(super) num_blocks: u32,
     pub(super) block: u32,
     /// All ones where values are signed, else zero.
     pub(super) sign_mask: u32,
-    /// See [`balanced::stride`]; 0 for the mix family.
+    /// The distance in blocks of consecutive rows of the balanced family; 0 for the mix family.
     pub(super) stride: u32,
 }
 
@@ -63,6 +63,25 @@ impl Locate for BlockSlots {
 }
 
 impl BlockSlots {
+    /// Binds a hash to a `len` that suits it. `stride` is that for a number of blocks.
+    pub(super) fn new(
+        seed: u64,
+        block: usize,
+        signed: bool,
+        len: usize,
+        stride: impl Fn(usize) -> u32,
+    ) -> Self {
+        let num_blocks = len / block;
+        Self {
+            key: mix::finalize(seed),
+            reciprocal: (u64::MAX / num_blocks as u64).wrapping_add(1),
+            num_blocks: num_blocks as u32,
+            block: block as u32,
+            sign_mask: if signed { u32::MAX } else { 0 },
+            stride: stride(num_blocks),
+        }
+    }
+
     #[inline(always)]
     fn is_balanced(&self) -> bool {
         self.stride != 0

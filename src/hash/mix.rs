@@ -1,89 +1,34 @@
 //! The mix family: every block of every row at a random place, by SplitMix64.
 
 use super::block::BlockSlots;
-use super::{balanced, checked_block};
-use serde::{Deserialize, Serialize};
 
-/// A member of the native hash family; made by [`Hash::balanced`] or [`Hash::mix`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "MixFields", into = "MixFields")]
+/// A member of the mix family: rows at random places, by SplitMix64 of `(seed, row, column / block)`.
+///
+/// By chance some blocks serve many more rows than others, which costs quality unless every block serves dozens; the rows of a
+/// [`Balanced`](super::Balanced) hash are spread evenly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mix {
-    pub(super) seed: u64,
-    pub(super) block: u32,
-    pub(super) signed: bool,
-    pub(super) balanced: bool,
+    /// Two layers with different seeds fold their tables differently.
+    pub seed: u64,
+    /// How many consecutive columns share a hash and lie side by side: `1..=2^24`, at most 32 if signed.
+    pub block: usize,
+    /// Whether every value is multiplied by +1 or -1; see [`Balanced::signed`](super::Balanced::signed).
+    pub signed: bool,
 }
 
 impl Mix {
-    /// The seed; two layers with different seeds fold their tables differently.
-    pub fn seed(&self) -> u64 {
-        self.seed
-    }
-
-    /// Whether every block serves as many rows as any other.
-    pub fn balanced(&self) -> bool {
-        self.balanced
+    /// Signed, with seed 0.
+    pub const fn new(block: usize) -> Self {
+        Self {
+            seed: 0,
+            block,
+            signed: true,
+        }
     }
 
     /// Binds the hash to a length that suits it.
     pub(super) fn bind(&self, len: usize) -> BlockSlots {
-        let num_blocks = len / self.block as usize;
-        BlockSlots {
-            key: finalize(self.seed),
-            reciprocal: balanced::reciprocal(num_blocks),
-            num_blocks: num_blocks as u32,
-            block: self.block,
-            sign_mask: if self.signed { u32::MAX } else { 0 },
-            stride: if self.balanced {
-                balanced::stride(num_blocks)
-            } else {
-                0
-            },
-        }
-    }
-
-    pub(super) fn checked(fields: MixFields) -> std::result::Result<Self, String> {
-        let block = checked_block(fields.block)?;
-        if fields.signed && block > 32 {
-            return Err(format!(
-                "hash: a signed mix block must be at most 32, got {block}"
-            ));
-        }
-        Ok(Self {
-            seed: fields.seed,
-            block,
-            signed: fields.signed,
-            balanced: fields.balanced,
-        })
-    }
-}
-
-/// How a [`Mix`] stands in a checkpoint; reading one goes through the same checks as [`Hash::mix`].
-#[derive(Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct MixFields {
-    pub(super) seed: u64,
-    pub(super) block: u64,
-    pub(super) signed: bool,
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub(super) balanced: bool,
-}
-
-impl TryFrom<MixFields> for Mix {
-    type Error = String;
-    fn try_from(fields: MixFields) -> std::result::Result<Self, String> {
-        Self::checked(fields)
-    }
-}
-
-impl From<Mix> for MixFields {
-    fn from(mix: Mix) -> Self {
-        Self {
-            seed: mix.seed,
-            block: mix.block.into(),
-            signed: mix.signed,
-            balanced: mix.balanced,
-        }
+        BlockSlots::new(self.seed, self.block, self.signed, len, |_| 0)
     }
 }
 

@@ -6,9 +6,9 @@
 //!
 //! | file | family | slot of `(row, column)` in a `hashed_weight` of `len` values |
 //! |---|---|---|
-//! | `balanced.rs` | balanced | `((y * stride + turn) mod 2^32 * (len / block) >> 32) * block + column % block`, explained there |
-//! | `mix.rs` | mix | `(((h >> 32) * (len / block)) >> 32) * block + column % block`, `h` = output `column / block` of SplitMix64 started at `row` |
-//! | `affine.rs` | affine | `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block` |
+//! | `balanced.rs` | [`Balanced`] | `((y * stride + turn) mod 2^32 * (len / block) >> 32) * block + column % block`, explained there |
+//! | `mix.rs` | [`Mix`] | `(((h >> 32) * (len / block)) >> 32) * block + column % block`, `h` = output `column / block` of SplitMix64 started at `row` |
+//! | `affine.rs` | [`Affine`] | `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block` |
 //!
 //! A [`Hash`] is bound to the length of `hashed_weight` once, giving [`Slots`]: `Copy` and `#[repr(C)]`, because the CUDA
 //! kernels take the same structs. The CPU loops see them through [`Locate`]. `kernels/hash.cuh` holds the same formulas for
@@ -19,41 +19,48 @@ mod balanced;
 mod block;
 mod divisor;
 mod mix;
+mod spec;
 
 pub use affine::{Affine, Overflow};
 pub(crate) use affine::{AffineRows, AffineSlots};
+pub use balanced::Balanced;
 pub(crate) use block::BlockSlots;
 #[cfg(feature = "cuda")]
 pub(crate) use divisor::Divisor;
 pub use mix::Mix;
 
-use affine::AffineFields;
-use candle_core::{bail, Error, Result};
-use mix::MixFields;
+use crate::error::{bail, error};
+use candle_core::Result;
 use serde::{Deserialize, Serialize};
+use spec::HashSpec;
 
 /// How a virtual element `(row, column)` finds its slot in `hashed_weight`.
 ///
 /// | constructor | family | use it for |
 /// |---|---|---|
-/// | [`Hash::default_for`] | mix, balanced, signed | new models |
-/// | [`Hash::balanced`] | mix, balanced | new models with a block or seed of your choice |
+/// | [`Hash::default_for`] | balanced | new models |
+/// | [`Hash::balanced`] | balanced | new models with a block of your choice |
 /// | [`Hash::mix`] | mix | rows at random places, for tables whose rows are drawn far apart |
 /// | [`Hash::original`] | affine | weights trained with the PyTorch package HashedEmbeddingBag |
 /// | [`Hash::robe`] | affine | weights trained with ROBE (arXiv 2108.02191) |
 /// | [`Hash::affine`] | affine | any other member of the family |
 /// | [`Hash::identity`] | affine | a plain table, to compare with |
 ///
+/// The families' own structs choose everything, such as a seed: `Balanced { seed: 7, ..Balanced::new(16) }.into()`.
+///
+/// A hash is checked where it is used: a layer with one whose numbers are out of range is refused when it is built, and a file
+/// when it is read.
+///
 /// ```
-/// use candle_hashed_embedding_bag::Hash;
+/// use candle_hashed_embedding_bag::{Balanced, Hash};
 ///
 /// # fn main() -> candle_core::Result<()> {
-/// let (slot, sign) = Hash::mix(0, 16, true)?.slot(1, 0, 1_280_000)?;
+/// let (slot, sign) = Hash::mix(16).slot(1, 0, 1_280_000)?;
 /// assert_eq!(slot, 725_184);
 /// assert!(sign == 1 || sign == -1);
 ///
 /// // As many rows as there are blocks: one in each.
-/// let hash = Hash::balanced(0, 4, true)?;
+/// let hash = Hash::from(Balanced { seed: 7, block: 4, signed: false });
 /// let mut slots = (0..100).map(|row| hash.slot(row, 0, 400)).collect::<Result<Vec<_>, _>>()?;
 /// slots.sort();
 /// assert!(slots.iter().map(|(slot, _)| *slot).eq((0..400).step_by(4)));
@@ -61,142 +68,140 @@ use serde::{Deserialize, Serialize};
 /// # }
 /// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "lowercase")]
+#[serde(try_from = "HashSpec", into = "HashSpec")]
+#[non_exhaustive]
 pub enum Hash {
-    /// The native family: mixes every bit, aligned blocks, optional signs.
+    /// As many rows in every block as in any other.
+    Balanced(Balanced),
+    /// Rows at random places.
     Mix(Mix),
-    /// The family of HashedEmbeddingBag and ROBE: linear in row and block.
+    /// Linear in row and block, as in HashedEmbeddingBag and ROBE.
     Affine(Affine),
 }
 
+impl From<Balanced> for Hash {
+    fn from(hash: Balanced) -> Self {
+        Self::Balanced(hash)
+    }
+}
+
+impl From<Mix> for Hash {
+    fn from(hash: Mix) -> Self {
+        Self::Mix(hash)
+    }
+}
+
+impl From<Affine> for Hash {
+    fn from(hash: Affine) -> Self {
+        Self::Affine(hash)
+    }
+}
+
 impl Hash {
+    /// What a layer uses when its config names no hash: [`Hash::balanced`] with, as block, the largest power of two that is at
+    /// most half of `embedding_dim`, but no more than 16 and, if there are as many columns, no less than 4.
+    ///
+    /// A row then consists of several blocks, each of which it shares with other rows: where one meets a row that is used far
+    /// more often, the others need not.
+    pub const fn default_for(embedding_dim: usize) -> Self {
+        Self::balanced(match embedding_dim {
+            0..2 => 1,
+            2..4 => 2,
+            4..16 => 4,
+            16..32 => 8,
+            _ => 16,
+        })
+    }
+
+    /// As many rows in every block as in any other, at places that depend on `column / block` and on where the rows stand in
+    /// the table; signed, with seed 0. See [`Balanced`].
+    pub const fn balanced(block: usize) -> Self {
+        Self::Balanced(Balanced::new(block))
+    }
+
+    /// Rows at random places, signed, with seed 0. See [`Mix`].
+    pub const fn mix(block: usize) -> Self {
+        Self::Mix(Mix::new(block))
+    }
+
     /// The hash of the PyTorch package HashedEmbeddingBag, bit for bit: affine, block 1, unsigned.
     pub const fn original() -> Self {
-        Self::Affine(Affine {
-            a: 9_824_516_537,
-            b: 57_857_966_300_227,
-            c: 104_729,
-            modulus: 117_130_198_221_199,
-            block: 1,
-            overflow: Overflow::Wrap,
-        })
+        Self::affine(
+            9_824_516_537,
+            57_857_966_300_227,
+            104_729,
+            117_130_198_221_199,
+            1,
+        )
     }
 
     /// The hash of a ROBE module with these `random_numbers` (its buffer; the first four count) and `block` columns per
     /// hash (its `uma_chunk_size`).
     ///
+    /// A layer whose rows could overflow ROBE's signed arithmetic is refused when it is built.
+    ///
     /// # Errors
     /// Fewer than four numbers, a negative one, a modulus (`random_numbers[0]`) that is not positive, or a block outside
-    /// `1..=2^24`. A layer whose rows could overflow ROBE's signed arithmetic is refused when it is built.
+    /// `1..=2^24`.
     pub fn robe(random_numbers: &[i64], block: usize) -> Result<Self> {
-        let [modulus, c, b, a] = match random_numbers {
-            [r0, r1, r2, r3, ..] => [*r0, *r1, *r2, *r3],
-            short => bail!(
-                "hash: robe needs at least 4 random_numbers, got {}",
-                short.len()
-            ),
+        let &[modulus, c, b, a, ..] = random_numbers else {
+            bail!(
+                "ROBE has at least 4 random_numbers, got {}",
+                random_numbers.len()
+            );
         };
         for (i, r) in [modulus, c, b, a].into_iter().enumerate() {
             if r < 0 {
-                bail!("hash: robe random_numbers must not be negative, got {r} at position {i}");
+                bail!("ROBE's random_numbers must not be negative, got {r} at position {i}");
             }
         }
-        Affine::checked(AffineFields {
+        let hash = Self::Affine(Affine {
             a: a as u64,
             b: b as u64,
             c: c as u64,
             modulus: modulus as u64,
-            block: block as u64,
+            block,
             overflow: Overflow::Refuse,
-        })
-        .map(Self::Affine)
-        .map_err(Error::msg)
+        });
+        hash.check().map_err(error)?;
+        Ok(hash)
     }
 
-    /// The affine hash `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block`.
-    ///
-    /// # Errors
-    /// A modulus of zero, or a block outside `1..=2^24`.
-    pub fn affine(a: u64, b: u64, c: u64, modulus: u64, block: usize) -> Result<Self> {
-        Affine::checked(AffineFields {
+    /// The hash `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block`, which wraps. See
+    /// [`Affine`].
+    pub const fn affine(a: u64, b: u64, c: u64, modulus: u64, block: usize) -> Self {
+        Self::Affine(Affine {
             a,
             b,
             c,
             modulus,
-            block: block as u64,
+            block,
             overflow: Overflow::Wrap,
         })
-        .map(Self::Affine)
-        .map_err(Error::msg)
     }
 
     /// No hashing: `slot = row * embedding_dim + column`, for a `hashed_weight` with a slot for every value of the table. It
     /// makes a plain table out of a hashed layer, such as the uncompressed line of a comparison (compression 1).
-    ///
-    /// # Errors
-    /// An `embedding_dim` outside `1..=2^24`.
-    pub fn identity(embedding_dim: usize) -> Result<Self> {
+    /// `embedding_dim` must lie in `1..=2^24`.
+    pub const fn identity(embedding_dim: usize) -> Self {
         Self::affine(embedding_dim as u64, 0, 0, u64::MAX, embedding_dim)
     }
 
-    /// The native hash: as many rows in every block as in any other, at places that depend on `(seed, column / block)` and
-    /// on where the rows stand in the table; see the formula in the README.
-    ///
-    /// `signed` multiplies every value by +1 or -1, by a bit of a hash of the row: rows that share a block are then no
-    /// copies of each other. Signs are what makes long blocks, and so wide loads, cost next to no quality.
-    ///
-    /// # Errors
-    /// A block outside `1..=2^24`, or above 32 when signed (one hash carries 32 sign bits).
-    pub fn balanced(seed: u64, block: usize, signed: bool) -> Result<Self> {
-        Self::checked_mix(seed, block, signed, true)
-    }
-
-    /// The native hash with rows at random places: SplitMix64 of `(seed, row, column / block)`. By chance some blocks serve
-    /// many more rows than others, which costs quality unless every block serves dozens.
-    ///
-    /// # Errors
-    /// Those of [`Hash::balanced`].
-    pub fn mix(seed: u64, block: usize, signed: bool) -> Result<Self> {
-        Self::checked_mix(seed, block, signed, false)
-    }
-
-    fn checked_mix(seed: u64, block: usize, signed: bool, balanced: bool) -> Result<Self> {
-        Mix::checked(MixFields {
-            seed,
-            block: block as u64,
-            signed,
-            balanced,
-        })
-        .map(Self::Mix)
-        .map_err(Error::msg)
-    }
-
-    /// What a layer uses when its config names no hash: balanced, with seed 0, signed, and as block the largest power of two
-    /// that is at most half of `embedding_dim`, but no more than 16 and, if there are as many columns, no less than 4.
-    ///
-    /// A row then consists of several blocks, each of which it shares with other rows: where one meets a row that is used far
-    /// more often, the others need not.
-    pub fn default_for(embedding_dim: usize) -> Self {
-        let widest = (embedding_dim / 2).clamp(4, 16).min(embedding_dim.max(1));
-        Self::Mix(Mix {
-            seed: 0,
-            block: 1 << widest.ilog2(),
-            signed: true,
-            balanced: true,
-        })
-    }
-
     /// How many consecutive columns share one hash.
-    pub fn block(&self) -> usize {
+    pub const fn block(&self) -> usize {
         match self {
-            Self::Mix(mix) => mix.block as usize,
-            Self::Affine(affine) => affine.block as usize,
+            Self::Balanced(Balanced { block, .. })
+            | Self::Mix(Mix { block, .. })
+            | Self::Affine(Affine { block, .. }) => *block,
         }
     }
 
     /// Whether values carry a sign.
-    pub fn signed(&self) -> bool {
-        matches!(self, Self::Mix(mix) if mix.signed)
+    pub const fn signed(&self) -> bool {
+        match self {
+            Self::Balanced(Balanced { signed, .. }) | Self::Mix(Mix { signed, .. }) => *signed,
+            Self::Affine(_) => false,
+        }
     }
 
     /// The slot of virtual element `(row, column)` in a `hashed_weight` of `len` values, and its sign (`1` or `-1`).
@@ -204,11 +209,12 @@ impl Hash {
     /// `row` may be any `i64`, as it may be with [`BoundsCheck::Off`](crate::BoundsCheck::Off).
     ///
     /// # Errors
-    /// A `len` this hash cannot fill; see [`Hash::check_len`].
+    /// Those of [`Hash::check_len`].
     pub fn slot(&self, row: i64, column: usize, len: usize) -> Result<(usize, i8)> {
+        let slots = self.slots(len)?;
         let block = self.block();
         let (column_block, within) = ((column / block) as u64, column % block);
-        let (start, signs) = match self.slots(len)? {
+        let (start, signs) = match slots {
             Slots::Balanced(slots) | Slots::Mix(slots) => {
                 let (mut place, mut signs) = ([0], [0]);
                 let column_block = slots.run(column_block);
@@ -224,39 +230,47 @@ impl Hash {
     /// Whether a `hashed_weight` of `len` values suits this hash.
     ///
     /// # Errors
-    /// * mix: `len` is zero, is no multiple of the block, or holds 2^32 blocks or more;
-    /// * affine: `len` is smaller than the block.
+    /// * any hash: a block outside `1..=2^24`, or a `len` smaller than one block;
+    /// * balanced and mix: a signed block above 32, a `len` that is no multiple of the block or holds 2^32 blocks or more;
+    /// * affine: a modulus of 0.
     pub fn check_len(&self, len: usize) -> Result<()> {
+        self.check().map_err(error)?;
         let block = self.block();
-        match self {
-            _ if len < block => bail!(
-                "hash: hashed_weight must hold at least one block of {block} values, got {len}"
-            ),
-            Self::Mix(_) if !len.is_multiple_of(block) => bail!(
-                "hash: the length of hashed_weight must be a multiple of the block, got {len} and block {block}"
-            ),
-            Self::Mix(_) if (len / block) as u64 > u64::from(u32::MAX) => bail!(
-                "hash: hashed_weight must hold fewer than 2^32 blocks, got {} of {block} values",
-                len / block
-            ),
-            _ => Ok(()),
+        if len < block {
+            bail!("hashed_weight must hold at least one block of {block} values, got {len}");
         }
+        if !self.is_aligned() {
+            return Ok(());
+        }
+        if !len.is_multiple_of(block) {
+            bail!("the length of hashed_weight must be a multiple of the block, got {len} and block {block}");
+        }
+        if u32::try_from(len / block).is_err() {
+            bail!(
+                "hashed_weight must hold fewer than 2^32 blocks, got {} of {block} values",
+                len / block
+            );
+        }
+        Ok(())
     }
 
-    /// The smallest length of at least `len` that suits this hash: at least one block, whole blocks for mix.
-    pub(crate) fn round_up_len(&self, len: usize) -> usize {
+    /// The smallest length of at least `len` that suits this hash.
+    pub(crate) fn round_up_len(&self, len: usize) -> Result<usize> {
+        self.check().map_err(error)?;
         let block = self.block();
-        match self {
-            Self::Mix(_) => len.max(1).div_ceil(block).saturating_mul(block),
-            Self::Affine(_) => len.max(block),
-        }
+        Ok(if self.is_aligned() {
+            len.max(1).div_ceil(block).saturating_mul(block)
+        } else {
+            len.max(block)
+        })
     }
 
     /// Refuses a table whose rows would leave the signed 64-bit range of [`Overflow::Refuse`].
     pub(crate) fn check_table(&self, num_embeddings: usize, embedding_dim: usize) -> Result<()> {
+        self.check().map_err(error)?;
         match self {
             Self::Affine(affine) if affine.overflows(num_embeddings, embedding_dim) => bail!(
-                "hash: {num_embeddings} rows of {embedding_dim} columns overflow the signed 64-bit arithmetic of this hash"
+                "{num_embeddings} rows of {embedding_dim} columns overflow the signed 64-bit arithmetic of this hash"
             ),
             _ => Ok(()),
         }
@@ -266,24 +280,41 @@ impl Hash {
     pub(crate) fn slots(&self, len: usize) -> Result<Slots> {
         self.check_len(len)?;
         Ok(match self {
-            Self::Mix(mix) if mix.balanced() => Slots::Balanced(mix.bind(len)),
-            Self::Mix(mix) => Slots::Mix(mix.bind(len)),
-            Self::Affine(affine) => Slots::Affine(affine.bind(len)),
+            Self::Balanced(hash) => Slots::Balanced(hash.bind(len)),
+            Self::Mix(hash) => Slots::Mix(hash.bind(len)),
+            Self::Affine(hash) => Slots::Affine(hash.bind(len)),
         })
+    }
+
+    /// Whether blocks start at multiples of their length.
+    fn is_aligned(&self) -> bool {
+        match self {
+            Self::Balanced(_) | Self::Mix(_) => true,
+            Self::Affine(_) => false,
+        }
+    }
+
+    /// What is wrong with the numbers of this hash, if anything is.
+    fn check(&self) -> std::result::Result<(), String> {
+        let block = self.block();
+        if block == 0 || block > MAX_BLOCK {
+            return Err(format!("block must lie in 1..={MAX_BLOCK}, got {block}"));
+        }
+        match self {
+            // One hash carries 32 sign bits.
+            Self::Balanced(_) | Self::Mix(_) if self.signed() && block > 32 => {
+                Err(format!("a signed block must be at most 32, got {block}"))
+            }
+            Self::Affine(Affine { modulus: 0, .. }) => {
+                Err("the modulus of an affine hash must be at least 1, got 0".into())
+            }
+            _ => Ok(()),
+        }
     }
 }
 
 /// The longest block: its bytes must fit a 32-bit word, which the kernels rely on.
-const MAX_BLOCK: u64 = 1 << 24;
-
-fn checked_block(block: u64) -> std::result::Result<u32, String> {
-    if block == 0 || block > MAX_BLOCK {
-        return Err(format!(
-            "hash: block must lie in 1..={MAX_BLOCK}, got {block}"
-        ));
-    }
-    Ok(block as u32)
-}
+const MAX_BLOCK: usize = 1 << 24;
 
 /// A hash bound to the length of one `hashed_weight`: what the loops and kernels run on.
 #[derive(Debug, Clone, Copy)]

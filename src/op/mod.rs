@@ -31,11 +31,13 @@ use candle_core::CudaStorage;
 use candle_core::{
     CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
 };
+use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
 /// How the rows of a bag become one output row.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Mode {
     /// The sum of the rows, each times its per-sample weight where one is given.
     #[default]
@@ -48,22 +50,25 @@ pub enum Mode {
 }
 
 /// How the gradient of `hashed_weight` is summed on CUDA. On the CPU it is deterministic in any case.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Gradient {
     /// In the order in which threads arrive: the last bits may differ from run to run.
     #[default]
     Fastest,
-    /// The same bits in every run, whatever the launch, at less than twice the time: terms are rounded to a grid of fixed
-    /// point, finer than additions in f32 round, and added as integers. Needs memory for 8 bytes per slot (16 in f64).
+    /// The same bits in every run, whatever the launch, at less than twice the time: terms are rounded to fixed point, more
+    /// finely than additions in f32 round, and added as integers. Needs 8 more bytes of memory per slot (16 in f64).
     Deterministic,
 }
 
-/// The virtual table that a layer stands for: its configuration, bound to one length of `hashed_weight`.
+/// The virtual table that a lookup sees: what its layer is configured with, bound to one length of `hashed_weight`.
 #[derive(Debug, Clone)]
 pub(crate) struct Table {
     pub slots: Slots,
     pub tables: Arc<Tables>,
-    /// `Tables::first_rows` beside `hashed_weight`, where there are several tables: i64, `(tables + 1,)`. For kernels.
+    /// [`Tables::first_rows`] on the device of `hashed_weight`, where there are several tables: i64, `(tables + 1,)`. For
+    /// the CUDA kernels.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub first_rows: Option<Tensor>,
     pub embedding_dim: usize,
@@ -72,27 +77,27 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Whether `row` takes part in its bag.
+    /// Whether `row` counts in its bag, which padding does not.
     fn counts(&self, row: i64) -> bool {
         Some(row) != self.padding_idx
     }
 }
 
-/// One call: which table, and how its indices are divided.
+/// One lookup: in which table, and how its indices are divided into bags.
 #[derive(Debug, Clone)]
 struct Lookup {
     table: Table,
     bags: BagShape,
     bounds_check: BoundsCheck,
-    /// For kernels.
+    /// For the CUDA kernels.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     gradient: Gradient,
 }
 
-/// A storage and where in it the tensor lies; always contiguous here.
+/// A tensor as candle's ops see it: a storage, and which part of it. Contiguous, wherever this file passes one on.
 type View<'a, S> = (&'a S, &'a Layout);
 
-/// The tensors of one call on one device.
+/// The tensors of one lookup, all on one device.
 struct Operands<'a, S> {
     hashed_weight: View<'a, S>,
     indices: View<'a, S>,
@@ -100,12 +105,12 @@ struct Operands<'a, S> {
     per_sample_weights: Option<View<'a, S>>,
 }
 
-/// Offsets, and how they are to be read.
+/// Offsets, and how to read them.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Offsets<'a> {
     pub offsets: &'a Tensor,
     pub include_last_offset: bool,
-    /// Of no consequence where there is one table.
+    /// Makes no difference where there is one table.
     pub layout: JaggedLayout,
 }
 
@@ -123,7 +128,7 @@ pub(crate) fn hashed_embedding_bag(
     indices: &Tensor,
     offsets: Option<Offsets>,
     per_sample_weights: Option<&Tensor>,
-    table: &Table,
+    table: Table,
     bounds_check: BoundsCheck,
     gradient: Gradient,
 ) -> Result<Tensor> {
@@ -154,26 +159,12 @@ pub(crate) fn hashed_embedding_bag(
             bail!("indices must have rank 1 when offsets are given, got {dims:?}")
         }
     };
-    // In f64, the largest dtype, the output would have to be addressable; bags of no indices cost nothing to ask for.
-    let values = bags.num_bags.checked_mul(table.embedding_dim);
-    if values.is_none_or(|values| values > isize::MAX as usize / 8) {
-        bail!(
-            "an output of {} bags of {} columns is too large",
-            bags.num_bags,
-            table.embedding_dim
-        );
-    }
+    check_output(bags.num_bags, table.embedding_dim)?;
     if let Some(weights) = per_sample_weights {
         if table.mode != Mode::Sum {
             bail!("per_sample_weights need mode sum, got {:?}", table.mode);
         }
-        if weights.dims() != indices.dims() {
-            bail!(
-                "per_sample_weights must have the shape of indices {:?}, got {:?}",
-                indices.dims(),
-                weights.dims()
-            );
-        }
+        check_weights_shape(weights, indices)?;
         check_dtype("per_sample_weights", weights, &[hashed_weight.dtype()])?;
         check_device("per_sample_weights", weights, hashed_weight)?;
     }
@@ -184,7 +175,7 @@ pub(crate) fn hashed_embedding_bag(
         .map(|offsets| contiguous_indices(offsets.offsets))
         .transpose()?;
     let lookup = Lookup {
-        table: table.clone(),
+        table,
         bags,
         bounds_check,
         gradient,
@@ -199,6 +190,14 @@ pub(crate) fn hashed_embedding_bag(
             &weights.contiguous()?,
             Ternary(WeightedBags { lookup, offsets }),
         ),
+    }
+}
+
+/// Even in f64, the largest dtype, the output must be addressable. The indices do not bound it: empty bags take none.
+pub(crate) fn check_output(num_bags: usize, embedding_dim: usize) -> Result<()> {
+    match num_bags.checked_mul(embedding_dim) {
+        Some(values) if values <= isize::MAX as usize / 8 => Ok(()),
+        _ => bail!("an output of {num_bags} bags of {embedding_dim} columns is too large"),
     }
 }
 
@@ -227,7 +226,19 @@ pub(crate) fn check_dtype(argument: &str, tensor: &Tensor, dtypes: &[DType]) -> 
     )
 }
 
-/// `argument` must lie beside `hashed_weight`.
+/// `per_sample_weights` must have the shape of `indices`.
+pub(crate) fn check_weights_shape(per_sample_weights: &Tensor, indices: &Tensor) -> Result<()> {
+    if per_sample_weights.dims() == indices.dims() {
+        return Ok(());
+    }
+    bail!(
+        "per_sample_weights must have the shape of indices {:?}, got {:?}",
+        indices.dims(),
+        per_sample_weights.dims()
+    )
+}
+
+/// `argument` must be on the device of `hashed_weight`.
 fn check_device(argument: &str, tensor: &Tensor, hashed_weight: &Tensor) -> Result<()> {
     if tensor.device().same_device(hashed_weight.device()) {
         return Ok(());
@@ -239,11 +250,11 @@ fn check_device(argument: &str, tensor: &Tensor, hashed_weight: &Tensor) -> Resu
     )
 }
 
-/// What runs the loops: [`cpu`] or [`cuda`]. Both trust what this file checked.
+/// Where a lookup is computed: [`cpu`] or [`cuda`]. Both trust what this file checked.
 trait Backend {
     type Storage;
 
-    /// The storage, when it lies on this backend.
+    /// The storage as one of this backend.
     fn storage(storage: &Storage) -> Result<&Self::Storage>;
 
     /// `(num_bags, embedding_dim)` in the dtype of `hashed_weight`; with [`BoundsCheck::Error`], an error for the first
@@ -305,7 +316,7 @@ impl Lookup {
     }
 }
 
-/// Lends the storage of a tensor that an op holds in its struct.
+/// Calls `f` with the storage of a tensor that an op holds in its struct, which has to be locked meanwhile.
 fn lend<B: Backend, R>(
     tensor: Option<&Tensor>,
     f: impl FnOnce(Option<View<B::Storage>>) -> Result<R>,
