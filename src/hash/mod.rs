@@ -10,7 +10,7 @@
 //! | `mix.rs` | [`Mix`] | `(((h >> 32) * (len / block)) >> 32) * block + column % block`, `h` = output `column / block` of SplitMix64 started at `row` |
 //! | `affine.rs` | [`Affine`] | `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block` |
 //!
-//! A [`Hash`] is bound to the length of `hashed_weight` once, giving [`Slots`]: `Copy` and `#[repr(C)]`, because the CUDA
+//! A [`Hash`](enum@Hash) is bound to the length of `hashed_weight` once, giving [`Slots`]: `Copy` and `#[repr(C)]`, because the CUDA
 //! kernels take the same structs. The CPU loops see them through [`Locate`]. `kernels/hash.cuh` holds the same formulas for
 //! the GPU.
 
