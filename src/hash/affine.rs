@@ -61,13 +61,13 @@ impl Affine {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct AffineSlots {
-    pub(super) a: u64,
-    pub(super) b: u64,
-    pub(super) c: u64,
-    pub(super) modulus: Divisor,
+    pub(crate) a: u64,
+    pub(crate) b: u64,
+    pub(crate) c: u64,
+    pub(crate) modulus: Divisor,
     /// The number of slots at which a block may start.
-    pub(super) starts: Divisor,
-    pub(super) block: u32,
+    pub(crate) starts: Divisor,
+    pub(crate) block: u32,
 }
 
 impl AffineSlots {

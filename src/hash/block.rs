@@ -10,15 +10,15 @@ use super::{balanced, mix, Locate};
 #[repr(C)]
 pub(crate) struct BlockSlots {
     /// The seed, mixed.
-    pub(super) key: u64,
+    pub(crate) key: u64,
     /// `2^64 / num_blocks`, rounded up, so that row `num_blocks` begins a stratum; 0 stands for `2^64`.
-    pub(super) reciprocal: u64,
-    pub(super) num_blocks: u32,
-    pub(super) block: u32,
+    pub(crate) reciprocal: u64,
+    pub(crate) num_blocks: u32,
+    pub(crate) block: u32,
     /// All ones where values are signed, else zero.
-    pub(super) sign_mask: u32,
+    pub(crate) sign_mask: u32,
     /// The distance in blocks of consecutive rows of the balanced family; 0 for the mix family.
-    pub(super) stride: u32,
+    pub(crate) stride: u32,
 }
 
 /// A place is a block number.

@@ -6,9 +6,9 @@
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Divisor {
-    pub(super) value: u64,
+    pub(crate) value: u64,
     /// `floor((2^64 - 1) / value)`
-    reciprocal: u64,
+    pub(crate) reciprocal: u64,
 }
 
 impl Divisor {

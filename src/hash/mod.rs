@@ -25,7 +25,7 @@ pub use affine::{Affine, Overflow};
 pub(crate) use affine::{AffineRows, AffineSlots};
 pub use balanced::Balanced;
 pub(crate) use block::BlockSlots;
-#[cfg(feature = "cuda")]
+#[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use divisor::Divisor;
 pub use mix::Mix;
 
