@@ -31,7 +31,6 @@ impl Index for i64 {
 
 /// The order of jagged bags in a collection of tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum JaggedLayout {
     /// All bags of the first table, then all of the second, as in TorchRec's `KeyedJaggedTensor`: bag `b` of table `t` is
     /// number `t * batch + b`.

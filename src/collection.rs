@@ -30,6 +30,9 @@ use std::sync::Arc;
 ///
 /// It is differentiable in `hashed_weight` when that is a variable. The backward pass stores nothing but its inputs.
 ///
+/// The rows of a table follow those of the tables before it: a trained collection whose tables are in another order, or of which
+/// one has more rows, has other values in all later tables.
+///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
 /// use candle_hashed_embedding_bag::{hashed_embedding_bag_collection, JaggedLayout};

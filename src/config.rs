@@ -101,6 +101,9 @@ impl From<HashedEmbeddingConfig> for HashedEmbeddingBagConfig {
 #[derive(Debug, Clone, Copy)]
 pub struct HashedWeightConfig {
     /// The length of `hashed_weight` over `num_embeddings * embedding_dim`: above 0 and at most 1. `1.0 / 64.0` stores a 64th.
+    ///
+    /// What it costs depends on the data and the task, and retrieval loses more than click prediction. Compare with the plain
+    /// table, [`Hash::identity`] at compression 1, before choosing.
     pub compression: f64,
     /// The initial values where the `VarBuilder` makes new variables. `None`: uniform in `±sqrt(1 / num_embeddings)`.
     pub init: Option<Init>,

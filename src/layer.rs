@@ -202,6 +202,8 @@ impl HashedEmbeddingBag {
     /// Pools `indices` by `offsets`: `(nnz,)` and `(num_bags,)`, or `(num_bags + 1,)` with `include_last_offset`, to
     /// `(num_bags, embedding_dim)`. Bags of one length need no offsets: [`Module::forward`].
     ///
+    /// Without `include_last_offset` every offset starts a bag: a last one that equals `nnz` is an empty bag, not the end.
+    ///
     /// # Errors
     /// Wrong ranks, dtypes or devices; with [`BoundsCheck::Error`] also a row outside `0..num_embeddings` that is not
     /// padding, and offsets that do not start at 0, decrease or pass `nnz`, each by position and value.

@@ -37,7 +37,6 @@ use serde::{Deserialize, Serialize};
 /// How the rows of a bag become one output row.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-#[non_exhaustive]
 pub enum Mode {
     /// The sum of the rows, each times its per-sample weight where one is given.
     #[default]
