@@ -8,8 +8,8 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_hashed_embedding_bag::checkpoint::{self, Layer};
 use candle_hashed_embedding_bag::{
-    Checkpoint, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection, HashedEmbeddingBagConfig,
-    Mode, Overflow, StateDict,
+    Balanced, Checkpoint, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection,
+    HashedEmbeddingBagConfig, HashedEmbeddingConfig, Mix, Mode, Overflow, StateDict,
 };
 use clap::Parser;
 use comfy_table::{presets, Table};
@@ -110,6 +110,7 @@ struct Request {
     rows: Vec<usize>,
     columns: usize,
     config: HashedEmbeddingBagConfig,
+    compression: f64,
     uma_chunk_size: usize,
 }
 
@@ -123,6 +124,7 @@ fn parser(kind: Kind) -> impl Fn(&str) -> Result<Request> + Clone {
             rows: vec![],
             columns: 0,
             config: HashedEmbeddingBagConfig::default(),
+            compression: 1.0 / 64.0,
             uma_chunk_size: 1,
         };
         if kind != Kind::Fit {
@@ -179,7 +181,7 @@ impl Request {
             "val_offset" => config.first_row = number(key, value)?,
             "compression" => {
                 let (over, under) = value.split_once('/').unwrap_or((value, "1"));
-                config.compression = number::<f64>(key, over)? / number::<f64>(key, under)?;
+                self.compression = number::<f64>(key, over)? / number::<f64>(key, under)?;
             }
             _ => bail!("option {key:?} is not implemented"),
         }
@@ -194,6 +196,7 @@ impl Request {
             ref rows,
             columns,
             config,
+            compression,
             uma_chunk_size,
         } = *self;
         let (mut name, mut error, device) = (name.clone(), None, &Device::Cpu);
@@ -203,6 +206,10 @@ impl Request {
                 Converted::Bag(bag)
             }
             Kind::Embedding => {
+                let config = HashedEmbeddingConfig {
+                    padding_idx: config.padding_idx,
+                    ..Default::default()
+                };
                 let layer = state.hashed_embedding(&name, rows[0], columns, config, device)?;
                 name = join(&name, "hashed_embedding_bag");
                 Converted::Bag(layer.bag().clone())
@@ -223,7 +230,8 @@ impl Request {
             Kind::Fit => {
                 let key = join(&name, "weight");
                 let table = state.take(&key, device)?;
-                let (bag, relative) = HashedEmbeddingBag::fit(&table, config).context(key)?;
+                let (bag, relative) =
+                    HashedEmbeddingBag::fit(&table, compression, config).context(key)?;
                 error = Some(relative);
                 Converted::Bag(bag)
             }
@@ -414,19 +422,19 @@ fn inspect(path: &Path) -> Result<String> {
 }
 
 fn describe(hash: Hash) -> String {
+    let blocks = |family, seed| {
+        let signed = if hash.signed() { "signed" } else { "unsigned" };
+        format!("{family}, seed {seed}, block {}, {signed}", hash.block())
+    };
     match hash {
         hash if hash == Hash::original() => "HashedEmbeddingBag's".to_string(),
-        Hash::Affine(affine) if affine.overflow() == Overflow::Refuse => {
+        Hash::Affine(affine) if affine.overflow == Overflow::Refuse => {
             format!("ROBE's, block {}", hash.block())
         }
         Hash::Affine(_) => format!("affine, block {}", hash.block()),
-        Hash::Mix(mix) => format!(
-            "{}, seed {}, block {}, {}",
-            if mix.balanced() { "balanced" } else { "mix" },
-            mix.seed(),
-            hash.block(),
-            if hash.signed() { "signed" } else { "unsigned" }
-        ),
+        Hash::Balanced(Balanced { seed, .. }) => blocks("balanced", seed),
+        Hash::Mix(Mix { seed, .. }) => blocks("mix", seed),
+        other => format!("{other:?}"),
     }
 }
 

@@ -54,7 +54,7 @@ impl Embeddings {
             (0..rows.len()).partition(|&table| plain[table]);
         // Of a plain table no two values share a parameter. Even with a parameter per value, a hash that mixes would leave
         // a third of them unused.
-        let identity = Hash::identity(config.embedding_dim)?;
+        let identity = Hash::identity(config.embedding_dim);
         let kinds = [(small, identity, 1.0), (large, config.hash, share)];
 
         let mut collections = Vec::new();
@@ -63,7 +63,6 @@ impl Embeddings {
                 continue;
             }
             let bag = HashedEmbeddingBagConfig {
-                compression,
                 // The mean, so that a film of six genres does not count for more than one of two.
                 mode: Mode::Mean,
                 hash: Some(hash),
@@ -71,8 +70,8 @@ impl Embeddings {
                 ..Default::default()
             };
             let named = tables.iter().map(|&table| schema.tables[table]);
-            let dim = config.embedding_dim;
-            let collection = hashed_embedding_bag_collection(named, dim, bag, vb.pp(name))?;
+            let (dim, vb) = (config.embedding_dim, vb.pp(name));
+            let collection = hashed_embedding_bag_collection(named, dim, compression, bag, vb)?;
             collections.push(Collection {
                 name,
                 tables,
