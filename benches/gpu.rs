@@ -133,13 +133,12 @@ struct Workload {
 }
 
 fn workloads() -> Result<Vec<Workload>> {
-    let balanced = |block| Hash::balanced(0, block, true);
     let base = || -> Result<Workload> {
         Ok(Workload {
             name: "default",
             rows: Rows::Uniform,
             mode: Mode::Sum,
-            hash: balanced(16)?,
+            hash: Hash::balanced(16),
             dtype: DType::F32,
             embedding_dim: 128,
             len: 1_280_000,
@@ -173,7 +172,7 @@ fn workloads() -> Result<Vec<Workload>> {
         Workload {
             name: "f16 block 32",
             dtype: DType::F16,
-            hash: balanced(32)?,
+            hash: Hash::balanced(32),
             ..base()?
         },
         Workload {
@@ -184,7 +183,7 @@ fn workloads() -> Result<Vec<Workload>> {
         Workload {
             name: "bf16 block 32",
             dtype: DType::BF16,
-            hash: balanced(32)?,
+            hash: Hash::balanced(32),
             ..base()?
         },
         Workload {
@@ -206,12 +205,12 @@ fn workloads() -> Result<Vec<Workload>> {
         Workload {
             name: "100M block 32",
             len: 100_000_000,
-            hash: balanced(32)?,
+            hash: Hash::balanced(32),
             ..base()?
         },
         Workload {
             name: "random places",
-            hash: Hash::mix(0, 16, true)?,
+            hash: Hash::mix(16),
             ..base()?
         },
         Workload {

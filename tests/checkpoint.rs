@@ -5,7 +5,7 @@ mod common;
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
     checkpoint, hashed_embedding, hashed_embedding_bag, Checkpoint, Hash, HashedEmbeddingBag,
-    HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, Mode,
+    HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, Mix, Mode,
 };
 use candle_nn::{VarBuilder, VarMap};
 use common::{integers, message, on_each_device, to_vec};
@@ -44,17 +44,16 @@ fn a_model_is_rebuilt_from_the_file_alone() -> Result<()> {
         let (folder, vars) = (Folder::new(), VarMap::new());
         let path = folder.file("model.safetensors");
         let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
-        let users = hashed_embedding_bag(100, 8, Default::default(), vb.pp("users"))?;
+        let users = hashed_embedding_bag(100, 8, 0.1, Default::default(), vb.pp("users"))?;
         let config = HashedEmbeddingBagConfig {
-            compression: 0.3,
             mode: Mode::Max,
             hash: Some(Hash::original()),
             padding_idx: Some(-1),
             include_last_offset: true,
             ..Default::default()
         };
-        let items = hashed_embedding_bag(50, 6, config, vb.pp("deep.items"))?;
-        let words = hashed_embedding(1000, 4, Default::default(), vb.pp("words"))?;
+        let items = hashed_embedding_bag(50, 6, 0.3, config, vb.pp("deep.items"))?;
+        let words = hashed_embedding(1000, 4, 0.1, Default::default(), vb.pp("words"))?;
         let head = candle_nn::linear(8, 3, vb.pp("head"))?;
         let ids = Tensor::new(&[7i64, 1 << 40], device)?;
         let all = tensors(&vars).into_iter().chain([("ids".into(), ids)]);
@@ -86,8 +85,11 @@ fn a_model_is_rebuilt_from_the_file_alone() -> Result<()> {
             to_vec(&items.forward_with_offsets(&rows, &offsets)?)?,
             to_vec(&items2.forward_with_offsets(&rows, &offsets)?)?
         );
-        assert_eq!((items2.mode(), items2.padding_idx()), (Mode::Max, Some(-1)));
-        assert!(items2.include_last_offset());
+        assert_eq!(
+            (items2.config().mode, items2.config().padding_idx),
+            (Mode::Max, Some(-1))
+        );
+        assert!(items2.config().include_last_offset);
         let words2 = opened.hashed_embedding("words", DType::F32, device)?;
         assert_eq!(
             to_vec(&words.forward(&two)?)?,
@@ -133,7 +135,14 @@ fn the_description_is_as_specified() -> Result<()> {
         ..Default::default()
     };
     let plain = layer(16, Default::default())?;
-    let large = layer(32, with(Hash::mix(u64::MAX, 16, false)?))?;
+    let large = layer(
+        32,
+        with(Hash::from(Mix {
+            seed: u64::MAX,
+            block: 16,
+            signed: false,
+        })),
+    )?;
     let original = layer(9, with(Hash::original()))?;
     let robe = layer(9, with(Hash::robe(&[5, 4, 3, 2], 3)?))?;
     let layers = [("", &plain), ("b", &large), ("c", &original), ("d", &robe)];
@@ -436,12 +445,12 @@ fn opening_refuses_by_layer_and_field() {
         (
             r#""block":4"#,
             r#""block":0"#,
-            "layers.a.hash: hash: block must lie in 1..=16777216, got 0",
+            "layers.a.hash: block must lie in 1..=16777216, got 0",
         ),
         (
             r#""block":4"#,
             r#""block":64"#,
-            "layers.a.hash: hash: a signed mix block must be at most 32, got 64",
+            "layers.a.hash: a signed block must be at most 32, got 64",
         ),
         (
             r#""signed":true"#,
@@ -494,8 +503,8 @@ fn opening_refuses_by_layer_and_field() {
         ("b", DType::F32, &[16][..], "layer a: no tensor a.hashed_weight"),
         ("a.hashed_weight", DType::I64, &[16], "layer a: a.hashed_weight must have a float dtype, got I64"),
         ("a.hashed_weight", DType::F32, &[4, 4], "layer a: hashed-embedding-bag: hashed_weight must have rank 1, got [4, 4]"),
-        ("a.hashed_weight", DType::F32, &[18], "layer a: hash: the length of hashed_weight must be a multiple of the block, got 18 and block 4"),
-        ("a.hashed_weight", DType::F32, &[0], "layer a: hash: hashed_weight must hold at least one block of 4 values, got 0"),
+        ("a.hashed_weight", DType::F32, &[18], "layer a: hashed-embedding-bag: the length of hashed_weight must be a multiple of the block, got 18 and block 4"),
+        ("a.hashed_weight", DType::F32, &[0], "layer a: hashed-embedding-bag: hashed_weight must hold at least one block of 4 values, got 0"),
     ] {
         let got = message(open(&good, tensor, dtype, shape));
         assert!(got.contains(&format!("checkpoint: {said}")), "{got}");

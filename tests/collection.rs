@@ -5,7 +5,7 @@ mod common;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
     checkpoint, hashed_embedding_bag_collection, BoundsCheck, Checkpoint, Hash,
-    HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout, Mode,
+    HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout, Mix, Mode,
 };
 use candle_nn::{Module, VarBuilder, VarMap};
 use common::{assert_equal, floats, integers, message, naive_slot, on_each_device, to_vec, Draws};
@@ -19,7 +19,11 @@ const MODES: [Mode; 3] = [Mode::Sum, Mode::Mean, Mode::Max];
 fn hashes() -> [Hash; 3] {
     [
         Hash::default_for(8),
-        Hash::mix(3, 4, false).expect("a valid hash"),
+        Hash::from(Mix {
+            seed: 3,
+            block: 4,
+            signed: false,
+        }),
         Hash::original(),
     ]
 }
@@ -88,7 +92,7 @@ fn by_layer(collection: &HashedEmbeddingBagCollection, bags: &[Vec<Vec<i64>>]) -
             offsets.push(end);
             end += sample[t].len() as i64;
         }
-        if layer.include_last_offset() {
+        if layer.config().include_last_offset {
             offsets.push(end);
         }
         layer.forward_with_offsets(
@@ -130,7 +134,7 @@ fn a_table_is_the_rows_after_those_before_it() -> Result<()> {
             let mut first = 0;
             for (name, num_embeddings) in TABLES {
                 let layer = collection.table(name)?;
-                assert_eq!(layer.first_row(), first);
+                assert_eq!(layer.config().first_row, first);
                 let row = num_embeddings as i64 - 1;
                 let out = layer.forward(&integers(&[row], DType::I64, device)?.reshape((1, 1))?)?;
                 let want = (0..8).map(|column| {
@@ -248,7 +252,7 @@ fn weighted_values_scale_their_rows_and_get_gradients() -> Result<()> {
                 DType::F32,
                 device,
             )?)?;
-            let out = collection.forward_jagged_weighted(&rows, &offsets, layout, &scales)?;
+            let out = collection.forward_weighted_jagged(&rows, &offsets, layout, &scales)?;
             let grads = out.sum_all()?.backward()?;
             let got = grads.get(&scales).cloned().expect("a variable");
             // d out / d scale of a value is the sum of its row.
@@ -390,7 +394,7 @@ fn constructing_refuses_what_is_no_collection() -> Result<()> {
     let vars = VarMap::new();
     let vb = || VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let new = |tables: &[(&str, usize)], config| {
-        hashed_embedding_bag_collection(tables.iter().copied(), 8, config, vb())
+        hashed_embedding_bag_collection(tables.iter().copied(), 8, 1.0 / 16.0, config, vb())
     };
     let plain = HashedEmbeddingBagConfig::default();
     let shifted = HashedEmbeddingBagConfig {
@@ -407,13 +411,7 @@ fn constructing_refuses_what_is_no_collection() -> Result<()> {
         let got = message(new(tables, config));
         assert!(got.contains(want), "{got}");
     }
-    let collection = new(
-        &TABLES,
-        HashedEmbeddingBagConfig {
-            compression: 1.0 / 16.0,
-            ..plain
-        },
-    )?;
+    let collection = new(&TABLES, plain)?;
     // 357 rows of 8 columns, over 16, in whole blocks of 4.
     assert_eq!(collection.hashed_weight().dims(), [180]);
     assert_eq!(collection.tables().collect::<Vec<_>>(), TABLES);
@@ -450,9 +448,9 @@ fn a_checkpoint_brings_it_back_by_name() -> Result<()> {
     let opened = Checkpoint::open(&path)?;
     let back = opened.hashed_embedding_bag_collection("sparse", DType::F32, device)?;
     assert_eq!(back.tables().collect::<Vec<_>>(), TABLES);
-    assert_eq!(back.mode(), Mode::Mean);
-    assert_eq!(back.padding_idx(), Some(PADDING));
-    assert!(back.include_last_offset());
+    assert_eq!(back.config().mode, Mode::Mean);
+    assert_eq!(back.config().padding_idx, Some(PADDING));
+    assert!(back.config().include_last_offset);
     assert_eq!(back.hash(), collection.hash());
     let ids = integers(&[49, 6, 299], DType::I64, device)?.reshape((1, 3))?;
     assert_equal(
@@ -465,7 +463,8 @@ fn a_checkpoint_brings_it_back_by_name() -> Result<()> {
     assert_eq!(
         opened
             .hashed_embedding_bag("movie", DType::F32, device)?
-            .first_row(),
+            .config()
+            .first_row,
         50
     );
     let got = message(opened.hashed_embedding_bag_collection("dense", DType::F32, device));

@@ -45,12 +45,12 @@ fn shapes_and_dtypes() -> Result<()> {
         );
         let mut weights = Tensor::ones((2, 3), DType::F32, device)?;
         assert_eq!(
-            message(bag.forward_weighted(&two, None, &weights)),
+            message(bag.forward_weighted(&two, &weights)),
             "hashed-embedding-bag: per_sample_weights must have the shape of indices [3, 2], got [2, 3]"
         );
         weights = Tensor::ones((3, 2), DType::F16, device)?;
         assert_eq!(
-            message(bag.forward_weighted(&two, None, &weights)),
+            message(bag.forward_weighted(&two, &weights)),
             "hashed-embedding-bag: per_sample_weights must have dtype f32, got f16"
         );
         for mode in [Mode::Mean, Mode::Max] {
@@ -62,7 +62,7 @@ fn shapes_and_dtypes() -> Result<()> {
                 device,
             )?;
             assert_eq!(
-                message(bag.forward_weighted(&two, None, &float)),
+                message(bag.forward_weighted(&two, &float)),
                 format!("hashed-embedding-bag: per_sample_weights need mode sum, got {mode:?}")
             );
         }
@@ -99,7 +99,7 @@ fn tensors_on_different_devices() -> Result<()> {
     );
     let weights = Tensor::zeros(3, DType::F32, &Device::Cpu)?;
     assert_eq!(
-        message(bag.forward_weighted(&there, Some(&there), &weights)),
+        message(bag.forward_weighted_with_offsets(&there, &there, &weights)),
         format!("hashed-embedding-bag: per_sample_weights must be on the device of hashed_weight ({location}), got Cpu")
     );
     Ok(())
@@ -223,7 +223,8 @@ fn unchecked_values_out_of_range_are_harmless() -> Result<()> {
                     out.sum_all()?.backward()?;
                     if mode == Mode::Sum {
                         let weights = candle_core::Var::ones(4, DType::F32, device)?;
-                        let out = bag.forward_weighted(&indices, Some(&offsets), &weights)?;
+                        let out =
+                            bag.forward_weighted_with_offsets(&indices, &offsets, &weights)?;
                         out.sum_all()?.backward()?;
                     }
                 }
@@ -281,47 +282,60 @@ fn layers_that_cannot_be() -> Result<()> {
     );
     assert_eq!(
         message(new(&[18], DType::F32, 10, 4, None)),
-        "hash: the length of hashed_weight must be a multiple of the block, got 18 and block 4"
+        "hashed-embedding-bag: the length of hashed_weight must be a multiple of the block, got 18 and block 4"
     );
     let robe = Hash::robe(&[2_038_074_743, 634_329_019, 1_825_252_241, 871_205_356], 1)?;
     assert!(new(&[16], DType::F32, 10_000_000_000, 4, Some(robe)).is_ok());
     assert_eq!(
         message(new(&[16], DType::F32, 11_000_000_000, 4, Some(robe))),
-        "hash: 11000000000 rows of 4 columns overflow the signed 64-bit arithmetic of this hash"
+        "hashed-embedding-bag: 11000000000 rows of 4 columns overflow the signed 64-bit arithmetic of this hash"
     );
     assert!(new(&[16], DType::F32, 1 << 62, 4, Some(Hash::original())).is_ok());
 
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
     for compression in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        let config = HashedEmbeddingBagConfig {
-            compression,
-            ..Default::default()
-        };
         assert_eq!(
-            message(hashed_embedding_bag(10, 4, config, vb.clone())),
-            format!(
-                "hashed-embedding-bag: compression must be positive and finite, got {compression}"
-            )
+            message(hashed_embedding_bag(
+                10,
+                4,
+                compression,
+                Default::default(),
+                vb.clone()
+            )),
+            format!("hashed-embedding-bag: compression must lie in (0, 1], got {compression}")
         );
     }
-    let config = HashedEmbeddingBagConfig {
-        compression: 1e300,
-        ..Default::default()
-    };
-    let refused = message(hashed_embedding_bag(10, 4, config, vb.clone()));
+    let refused = message(hashed_embedding_bag(
+        10,
+        4,
+        64.0,
+        Default::default(),
+        vb.clone(),
+    ));
+    assert_eq!(
+        refused,
+        "hashed-embedding-bag: compression must lie in (0, 1], got 64: it is the length of hashed_weight over the size of \
+         the table; for one that is 64 times smaller, pass 1.0 / 64.0"
+    );
+    let refused = message(hashed_embedding_bag(
+        1 << 60,
+        4,
+        1.0,
+        Default::default(),
+        vb.clone(),
+    ));
     assert!(
         refused.contains("makes hashed_weight too large"),
         "{refused}"
     );
     let config = HashedEmbeddingBagConfig {
-        compression: 1.0,
-        hash: Some(Hash::mix(0, 1, true)?),
+        hash: Some(Hash::mix(1)),
         ..Default::default()
     };
     assert_eq!(
-        message(hashed_embedding_bag(1 << 33, 1, config, vb.clone())),
-        "hash: hashed_weight must hold fewer than 2^32 blocks, got 8589934592 of 1 values"
+        message(hashed_embedding_bag(1 << 33, 1, 1.0, config, vb.clone())),
+        "hashed-embedding-bag: hashed_weight must hold fewer than 2^32 blocks, got 8589934592 of 1 values"
     );
     assert!(
         vars.all_vars().is_empty(),
@@ -341,14 +355,13 @@ fn construction() -> Result<()> {
         (1000, 16, 1.0 / 64.0, Some(Hash::original()), 250),
         (10, 3, 1e-9, Some(Hash::original()), 1),
         (10, 16, 1e-9, None, 8),
-        (10, 16, 1e-9, Some(Hash::affine(1, 1, 1, 7, 5)?), 5),
+        (10, 16, 1e-9, Some(Hash::affine(1, 1, 1, 7, 5)), 5),
         (7, 3, 1.0, None, 22),
-        (7, 3, 2.0, Some(Hash::original()), 42),
+        (7, 3, 0.5, Some(Hash::original()), 10),
     ] {
         let vars = VarMap::new();
         let vb = VarBuilder::from_varmap(&vars, DType::F64, device).pp("items");
         let config = HashedEmbeddingBagConfig {
-            compression,
             mode: Mode::Mean,
             hash,
             padding_idx: Some(3),
@@ -357,20 +370,18 @@ fn construction() -> Result<()> {
             bounds_check: BoundsCheck::Off,
             gradient: Gradient::Deterministic,
         };
-        let bag = hashed_embedding_bag(num_embeddings, embedding_dim, config, vb)?;
+        let bag = hashed_embedding_bag(num_embeddings, embedding_dim, compression, config, vb)?;
         assert_eq!(bag.hashed_weight().dims(), [len]);
         assert_eq!(bag.num_embeddings(), num_embeddings);
         assert_eq!(bag.embedding_dim(), embedding_dim);
         let table = (num_embeddings * embedding_dim) as f64;
         assert_eq!(bag.compression(), len as f64 / table);
-        assert_eq!(bag.mode(), Mode::Mean);
-        assert_eq!(bag.hash(), hash.unwrap_or(Hash::default_for(embedding_dim)));
-        assert_eq!(bag.padding_idx(), Some(3));
-        assert!(bag.include_last_offset());
-        assert_eq!(bag.bounds_check(), BoundsCheck::Off);
-        assert_eq!(bag.gradient(), Gradient::Deterministic);
+        let hash = hash.unwrap_or(Hash::default_for(embedding_dim));
+        assert_eq!(bag.hash(), hash);
+        let hash = Some(hash);
+        assert_eq!(bag.config(), HashedEmbeddingBagConfig { hash, ..config });
         let bag = bag.with_bounds_check(BoundsCheck::Error);
-        assert_eq!(bag.bounds_check(), BoundsCheck::Error);
+        assert_eq!(bag.config().bounds_check, BoundsCheck::Error);
 
         let data = vars.data().lock().unwrap();
         assert_eq!(data.keys().collect::<Vec<_>>(), ["items.hashed_weight"]);
@@ -384,7 +395,7 @@ fn construction() -> Result<()> {
     }
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
-    hashed_embedding(10, 4, Default::default(), vb)?;
+    hashed_embedding(10, 4, 0.5, Default::default(), vb)?;
     let data = vars.data().lock().unwrap();
     let names: Vec<_> = data.keys().collect();
     assert_eq!(names, ["hashed_embedding_bag.hashed_weight"]);
@@ -410,7 +421,7 @@ fn outputs_too_large_to_address() -> Result<()> {
         let weights = Tensor::ones(1, DType::F32, device)?
             .narrow(0, 0, 0)?
             .reshape((1 << 62, 0))?;
-        let refused = message(bag.forward_weighted(&bags(1 << 62)?, None, &weights));
+        let refused = message(bag.forward_weighted(&bags(1 << 62)?, &weights));
         assert!(refused.contains("is too large"), "{refused}");
 
         let hashed_weight = bag.hashed_weight().clone();

@@ -2,18 +2,14 @@
 
 mod common;
 
-use candle_core::{DType, Device, Module, Result, Tensor};
-use candle_hashed_embedding_bag::{
-    Hash, HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagConfig,
-};
+use candle_core::{DType, Device, Result, Tensor};
+use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix};
 use common::{
-    floats, integers, message, naive_slot, on_each_device, same_on_any_number_of_threads, to_vec,
-    Draws,
+    floats, message, naive_slot, on_each_device, same_on_any_number_of_threads, to_vec, Draws,
 };
 
-fn config(hash: Hash, compression: f64) -> HashedEmbeddingBagConfig {
+fn config(hash: Hash) -> HashedEmbeddingBagConfig {
     HashedEmbeddingBagConfig {
-        compression,
         hash: Some(hash),
         ..Default::default()
     }
@@ -75,36 +71,42 @@ fn each_slot_is_the_mean_of_what_it_holds() -> Result<()> {
     let numbers = [2_038_074_743, 634_329_019, 1_825_252_241, 871_205_356];
     let hashes = [
         Hash::default_for(21),
-        Hash::mix(7, 3, false)?,
-        Hash::mix(7, 40, false)?,
-        Hash::mix(1, 32, true)?,
+        Hash::from(Mix {
+            seed: 7,
+            block: 3,
+            signed: false,
+        }),
+        Hash::from(Mix {
+            seed: 7,
+            block: 40,
+            signed: false,
+        }),
+        Hash::from(Mix {
+            seed: 1,
+            block: 32,
+            signed: true,
+        }),
         Hash::original(),
         Hash::robe(&numbers, 8)?,
     ];
     on_each_device(|device| {
         for hash in hashes {
             for (rows, columns, compression) in
-                [(97, 21, 0.1), (300, 1, 0.7), (5, 21, 2.0), (64, 33, 1e-9)]
+                [(97, 21, 0.1), (300, 1, 0.7), (5, 21, 1.0), (64, 33, 1e-9)]
             {
                 for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
                     let table = random_table(rows, columns, dtype, device)?;
                     let config = HashedEmbeddingBagConfig {
                         first_row: 1 << 20,
                         padding_idx: Some(3),
-                        ..config(hash, compression)
+                        ..config(hash)
                     };
-                    let (layer, error) = HashedEmbeddingBag::fit(&table, config)?;
+                    let (layer, error) = HashedEmbeddingBag::fit(&table, compression, config)?;
                     let what = format!("{hash:?} {rows} {columns} {compression} {dtype:?}");
                     let weight = layer.hashed_weight();
                     assert_eq!(weight.dtype(), dtype, "{what}");
                     assert!(weight.device().same_device(device), "{what}");
-                    assert_eq!(
-                        layer.config(),
-                        HashedEmbeddingBagConfig {
-                            compression: layer.compression(),
-                            ..config
-                        }
-                    );
+                    assert_eq!(layer.config(), config, "{what}");
                     let weight = to_vec(weight)?;
                     let (means, naive_error) = naive(&table, &config, &weight)?;
                     let means = floats(&means, dtype, &Device::Cpu)?;
@@ -124,22 +126,26 @@ fn each_slot_is_the_mean_of_what_it_holds() -> Result<()> {
 #[test]
 fn what_fits_is_found() -> Result<()> {
     on_each_device(|device| {
-        for hash in [Hash::mix(3, 8, true)?, Hash::original()] {
+        for hash in [
+            Hash::from(Mix {
+                seed: 3,
+                block: 8,
+                signed: true,
+            }),
+            Hash::original(),
+        ] {
             let weight = Draws::new(9).halves(240);
-            let config = config(hash, 0.1);
+            let config = config(hash);
             let weight = floats(&weight, DType::F32, device)?;
             let layer = HashedEmbeddingBag::new(weight, 100, 24, config)?;
-            let rows: Vec<i64> = (0..100).collect();
-            let rows = integers(&rows, DType::I64, device)?;
-            let table = HashedEmbedding::from(layer).forward(&rows)?;
-            let (fitted, error) = HashedEmbeddingBag::fit(&table, config)?;
+            let table = layer.to_table(..)?;
+            let (fitted, error) = HashedEmbeddingBag::fit(&table, 0.1, config)?;
             assert_eq!(error, 0.0, "{hash:?}");
-            let again = HashedEmbedding::from(fitted).forward(&rows)?;
-            assert_eq!(to_vec(&again)?, to_vec(&table)?, "{hash:?}");
+            assert_eq!(to_vec(&fitted.to_table(..)?)?, to_vec(&table)?, "{hash:?}");
         }
         // With a slot for every value, any table is.
         let table = random_table(50, 6, DType::F32, device)?;
-        let (fitted, error) = HashedEmbeddingBag::fit(&table, config(Hash::identity(6)?, 1.0))?;
+        let (fitted, error) = HashedEmbeddingBag::fit(&table, 1.0, config(Hash::identity(6)))?;
         assert_eq!(error, 0.0);
         assert_eq!(to_vec(fitted.hashed_weight())?, to_vec(&table)?);
         Ok(())
@@ -154,8 +160,8 @@ fn threads_and_strides_make_no_difference() -> Result<()> {
         let strided = table.t()?.contiguous()?.t()?;
         assert!(!strided.is_contiguous());
         let fit = |table: &Tensor| -> Result<(Vec<f64>, f64)> {
-            let config = config(Hash::original(), 0.01);
-            let (layer, error) = HashedEmbeddingBag::fit(table, config)?;
+            let config = config(Hash::original());
+            let (layer, error) = HashedEmbeddingBag::fit(table, 0.01, config)?;
             Ok((to_vec(layer.hashed_weight())?, error))
         };
         let (values, error) = fit(&table)?;
@@ -175,7 +181,7 @@ fn threads_and_strides_make_no_difference() -> Result<()> {
 fn edges() -> Result<()> {
     let device = &Device::Cpu;
     let zeros = Tensor::zeros((10, 4), DType::F32, device)?;
-    let (layer, error) = HashedEmbeddingBag::fit(&zeros, Default::default())?;
+    let (layer, error) = HashedEmbeddingBag::fit(&zeros, 0.1, Default::default())?;
     assert_eq!((error, layer.hashed_weight().dims()), (0.0, &[4][..]));
 
     // All padding: nothing counts, and not even NaN does harm.
@@ -184,36 +190,38 @@ fn edges() -> Result<()> {
         padding_idx: Some(0),
         ..Default::default()
     };
-    let (layer, error) = HashedEmbeddingBag::fit(&nan, padded)?;
+    let (layer, error) = HashedEmbeddingBag::fit(&nan, 0.1, padded)?;
     assert_eq!((error, to_vec(layer.hashed_weight())?), (0.0, vec![0.0; 4]));
 
     let table = random_table(10, 4, DType::F32, device)?;
-    let fit = |table: &Tensor, config| message(HashedEmbeddingBag::fit(table, config));
-    let with = |compression| config(Hash::original(), compression);
+    let fit = |table: &Tensor, compression| {
+        message(HashedEmbeddingBag::fit(
+            table,
+            compression,
+            config(Hash::original()),
+        ))
+    };
     let infinite = Tensor::cat(&[&table, &(nan.ones_like()? / 0.0)?], 0)?;
     for (got, said) in [
         (
-            fit(&infinite, with(0.5)),
+            fit(&infinite, 0.5),
             "table must be finite, got inf at row 10, column 0",
         ),
         (
-            fit(&table.flatten_all()?, with(0.5)),
+            fit(&table.flatten_all()?, 0.5),
             "table must have rank 2, got [40]",
         ),
         (
-            fit(&table.to_dtype(DType::I64)?, with(0.5)),
+            fit(&table.to_dtype(DType::I64)?, 0.5),
             "table must have dtype f16 or bf16 or f32 or f64, got i64",
         ),
+        (fit(&table, 0.0), "compression must lie in (0, 1], got 0"),
         (
-            fit(&table, with(0.0)),
-            "compression must be positive and finite, got 0",
-        ),
-        (
-            fit(&table.narrow(0, 0, 0)?, with(0.5)),
+            fit(&table.narrow(0, 0, 0)?, 0.5),
             "num_embeddings must lie in 1..2^63, got 0",
         ),
         (
-            fit(&table.narrow(1, 0, 0)?, with(0.5)),
+            fit(&table.narrow(1, 0, 0)?, 0.5),
             "embedding_dim must lie in 1..2^31, got 0",
         ),
     ] {
@@ -229,7 +237,7 @@ fn larger_than_32_bits() -> Result<()> {
     let row = random_table(1, 64, DType::F32, &Device::Cpu)?;
     let table = row.broadcast_as(((1 << 26) + 1, 64))?;
     // A hashed_weight of one block: every row is that block, and all rows are the same.
-    let (layer, error) = HashedEmbeddingBag::fit(&table, config(Hash::identity(64)?, 1e-9))?;
+    let (layer, error) = HashedEmbeddingBag::fit(&table, 1e-9, config(Hash::identity(64)))?;
     assert_eq!(to_vec(layer.hashed_weight())?, to_vec(&row)?);
     assert_eq!(error, 0.0);
     Ok(())

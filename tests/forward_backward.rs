@@ -7,7 +7,10 @@
 mod common;
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use candle_hashed_embedding_bag::{BoundsCheck, Hash, HashedEmbedding, HashedEmbeddingBag, Mode};
+use candle_hashed_embedding_bag::{
+    Balanced, BoundsCheck, Hash, HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingConfig, Mix,
+    Mode,
+};
 use common::{
     assert_equal, floats, integers, naive_slot, on_each_device, to_vec, Case, Draws, Form,
 };
@@ -40,18 +43,54 @@ fn hashes() -> Vec<Hash> {
         Hash::original(),
         Hash::robe(&robe, 1).unwrap(),
         Hash::robe(&robe, 8).unwrap(),
-        Hash::affine(u64::MAX - 58, u64::MAX / 3, 7, u64::MAX - 4, 3).unwrap(),
-        Hash::mix(0, 1, true).unwrap(),
-        Hash::balanced(7, 3, true).unwrap(),
-        Hash::mix(u64::MAX, 4, false).unwrap(),
-        Hash::balanced(0, 1, true).unwrap(),
-        Hash::balanced(1, 4, true).unwrap(),
-        Hash::mix(1, 8, true).unwrap(),
-        Hash::balanced(9, 8, false).unwrap(),
-        Hash::mix(2, 16, true).unwrap(),
-        Hash::balanced(2, 16, true).unwrap(),
-        Hash::balanced(3, 32, true).unwrap(),
-        Hash::mix(4, 64, false).unwrap(),
+        Hash::affine(u64::MAX - 58, u64::MAX / 3, 7, u64::MAX - 4, 3),
+        Hash::mix(1),
+        Hash::from(Balanced {
+            seed: 7,
+            block: 3,
+            signed: true,
+        }),
+        Hash::from(Mix {
+            seed: u64::MAX,
+            block: 4,
+            signed: false,
+        }),
+        Hash::balanced(1),
+        Hash::from(Balanced {
+            seed: 1,
+            block: 4,
+            signed: true,
+        }),
+        Hash::from(Mix {
+            seed: 1,
+            block: 8,
+            signed: true,
+        }),
+        Hash::from(Balanced {
+            seed: 9,
+            block: 8,
+            signed: false,
+        }),
+        Hash::from(Mix {
+            seed: 2,
+            block: 16,
+            signed: true,
+        }),
+        Hash::from(Balanced {
+            seed: 2,
+            block: 16,
+            signed: true,
+        }),
+        Hash::from(Balanced {
+            seed: 3,
+            block: 32,
+            signed: true,
+        }),
+        Hash::from(Mix {
+            seed: 4,
+            block: 64,
+            signed: false,
+        }),
     ]
 }
 
@@ -196,7 +235,7 @@ fn nothing_to_look_up() -> Result<()> {
 fn literals() -> Result<()> {
     on_each_device(|device| {
         // slot = (row + 2 * column) mod 4
-        let hash = Hash::affine(1, 2, 0, 1 << 20, 1)?;
+        let hash = Hash::affine(1, 2, 0, 1 << 20, 1);
         let hashed_weight = Var::new(&[10f32, 20., 30., 40.], device)?;
         let bag = |mode| {
             let config = candle_hashed_embedding_bag::HashedEmbeddingBagConfig {
@@ -215,7 +254,7 @@ fn literals() -> Result<()> {
         let max = bag(Mode::Max)?.forward(&indices)?;
         assert_eq!(max.to_vec2::<f32>()?, [[20., 40.], [20., 40.]]);
         let weights = Tensor::new(&[[0.5f32, 2.], [1., -1.]], device)?;
-        let weighted = bag(Mode::Sum)?.forward_weighted(&indices, None, &weights)?;
+        let weighted = bag(Mode::Sum)?.forward_weighted(&indices, &weights)?;
         assert_eq!(weighted.to_vec2::<f32>()?, [[45., 95.], [0., 0.]]);
 
         let grad = sum.sum_all()?.backward()?;
@@ -234,7 +273,7 @@ fn max_is_the_first_of_equals_and_nan_is_largest() -> Result<()> {
         // slot = row: a table of one column.
         let config = candle_hashed_embedding_bag::HashedEmbeddingBagConfig {
             mode: Mode::Max,
-            hash: Some(Hash::affine(1, 0, 0, 1 << 20, 1)?),
+            hash: Some(Hash::affine(1, 0, 0, 1 << 20, 1)),
             ..Default::default()
         };
         let weight = Var::new(&[5f32, 7., 7., f32::NAN, f32::NEG_INFINITY], device)?;
@@ -273,7 +312,7 @@ fn strided_inputs() -> Result<()> {
     on_each_device(|device| {
         for dtype in DTYPES {
             for index in INDEX_DTYPES {
-                let hash = Hash::mix(0, 8, true)?;
+                let hash = Hash::mix(8);
                 let mut draws = Draws::new(3);
                 let rows: Vec<i64> = (0..48).map(|_| draws.below(40) as i64).collect();
                 let whole = integers(&rows, index, device)?;
@@ -316,10 +355,10 @@ fn strided_inputs() -> Result<()> {
                     .forward_with_offsets(&contiguous(&every_other)?, &contiguous(&offsets)?)?;
                 assert_eq!(to_vec(&a)?, to_vec(&b)?);
                 let weights = weights.narrow(0, 7, 24)?;
-                let a = strided.forward_weighted(&every_other, Some(&offsets), &weights)?;
-                let b = straight.forward_weighted(
+                let a = strided.forward_weighted_with_offsets(&every_other, &offsets, &weights)?;
+                let b = straight.forward_weighted_with_offsets(
                     &contiguous(&every_other)?,
-                    Some(&contiguous(&offsets)?),
+                    &contiguous(&offsets)?,
                     &weights.copy()?,
                 )?;
                 assert_eq!(to_vec(&a)?, to_vec(&b)?);
@@ -343,7 +382,13 @@ fn hashed_embedding_takes_any_rank() -> Result<()> {
             Some(3),
         );
         let weight = floats(&case.hashed_weight, DType::F32, device)?;
-        let embedding = HashedEmbedding::new(weight, 20, 6, case.config())?;
+        let config = HashedEmbeddingConfig {
+            hash: Some(case.hash),
+            padding_idx: case.padding_idx,
+            ..Default::default()
+        };
+        let embedding = HashedEmbedding::new(weight, 20, 6, config)?;
+        assert_eq!(embedding.config(), config);
         let rows: Vec<i64> = case.bags.concat();
         let indices = integers(&rows, DType::I64, device)?;
         let (want, _, _) = case.oracle()?;
@@ -377,7 +422,7 @@ fn slots_are_the_same_everywhere() -> Result<()> {
             // From 1, so that every value has a sign; exact in f64.
             let weight: Vec<f64> = (1..=len).map(|slot| slot as f64).collect();
             let rows = [0, 1, 2, -1, 1 << 31, 1 << 40, i64::MAX, i64::MIN];
-            let config = candle_hashed_embedding_bag::HashedEmbeddingBagConfig {
+            let config = HashedEmbeddingConfig {
                 hash: Some(hash),
                 bounds_check: BoundsCheck::Off,
                 ..Default::default()

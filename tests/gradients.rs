@@ -3,7 +3,7 @@
 mod common;
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode};
+use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode};
 use common::{floats, integers, on_each_device, same_on_any_number_of_threads, to_vec, Draws};
 
 /// Values in (-1, 1) that are no multiples of anything.
@@ -50,9 +50,8 @@ impl Setup {
 
     fn forward(&self, weighted: bool) -> Result<Tensor> {
         if weighted {
-            let offsets = Some(&self.offsets);
             self.bag
-                .forward_weighted(&self.indices, offsets, &self.weights)
+                .forward_weighted_with_offsets(&self.indices, &self.offsets, &self.weights)
         } else {
             self.bag.forward_with_offsets(&self.indices, &self.offsets)
         }
@@ -81,8 +80,16 @@ const MODES: [(Mode, bool); 4] = [
 fn hashes() -> [Hash; 3] {
     [
         Hash::original(),
-        Hash::mix(5, 4, true).unwrap(),
-        Hash::mix(5, 3, true).unwrap(),
+        Hash::from(Mix {
+            seed: 5,
+            block: 4,
+            signed: true,
+        }),
+        Hash::from(Mix {
+            seed: 5,
+            block: 3,
+            signed: true,
+        }),
     ]
 }
 
@@ -156,13 +163,14 @@ fn only_variables_get_gradients() -> Result<()> {
     on_each_device(|device| {
         let setup = Setup::new(1, Hash::default_for(12), Mode::Sum, DType::F32, device)?;
         let config = HashedEmbeddingBagConfig {
-            padding_idx: setup.bag.padding_idx(),
+            padding_idx: setup.bag.config().padding_idx,
             ..Default::default()
         };
         let frozen = HashedEmbeddingBag::new(setup.hashed_weight.detach(), 40, 12, config)?;
         let out = frozen.forward_with_offsets(&setup.indices, &setup.offsets)?;
         assert!(!out.track_op());
-        let out = frozen.forward_weighted(&setup.indices, Some(&setup.offsets), &setup.weights)?;
+        let out =
+            frozen.forward_weighted_with_offsets(&setup.indices, &setup.offsets, &setup.weights)?;
         let grads = out.sum_all()?.backward()?;
         assert!(grads.get(&setup.hashed_weight).is_none());
         let with_both = setup.forward(true)?.sum_all()?.backward()?;
@@ -208,7 +216,7 @@ fn cpu_results_do_not_depend_on_the_number_of_threads() -> Result<()> {
             Hash::default_for(32),
             Hash::original(),
             Hash::robe(&robe, 8)?,
-            Hash::affine(871_205_356, 3_333, 7, u64::MAX, 3)?,
+            Hash::affine(871_205_356, 3_333, 7, u64::MAX, 3),
         ];
         let (num_bags, bag_len, step) = (5_200, 2, 650);
         let rows: Vec<i64> = (0..num_bags * bag_len)

@@ -2,7 +2,12 @@
 
 mod common;
 
-use candle_hashed_embedding_bag::{Hash, Overflow};
+use candle_core::{DType, Device, Tensor};
+use candle_hashed_embedding_bag::{
+    hashed_embedding_bag, Affine, Balanced, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig,
+    Mix, Overflow,
+};
+use candle_nn::VarBuilder;
 use common::message;
 
 /// A length so large that `mod len` changes nothing.
@@ -60,18 +65,26 @@ fn mix_vectors() {
         (0, 1 << 40, 3, 1_194_384),
         (0, -1, 0, 1_144_240),
     ] {
-        let hash = Hash::mix(seed, block, true).unwrap();
+        let hash = Hash::from(Mix {
+            seed,
+            block,
+            signed: true,
+        });
         for within in 0..block {
             let (slot, _) = hash.slot(row, run * block + within, len).unwrap();
             assert_eq!(slot, want + within);
         }
     }
     // h of (0, 0, 0) ends in 0xcdaf: its low bits are the signs.
-    let hash = Hash::mix(0, block, true).unwrap();
+    let hash = Hash::mix(block);
     for within in 0..block {
         let (_, sign) = hash.slot(0, within, len).unwrap();
         assert_eq!(sign, if (0xcdaf >> within) & 1 == 1 { -1 } else { 1 });
-        let unsigned = Hash::mix(0, block, false).unwrap();
+        let unsigned = Hash::from(Mix {
+            seed: 0,
+            block,
+            signed: false,
+        });
         assert_eq!(unsigned.slot(0, within, len).unwrap().1, 1);
     }
 }
@@ -87,7 +100,11 @@ fn balanced_vectors() {
         (0, 1 << 40, 3, 391_088, 0xc34e5f80u32),
         (0, -1, 0, 801_008, 0xc1adcb31u32),
     ] {
-        let hash = Hash::balanced(seed, block, true).unwrap();
+        let hash = Hash::from(Balanced {
+            seed,
+            block,
+            signed: true,
+        });
         for within in 0..block {
             let sign = if (signs >> within) & 1 == 1 { -1 } else { 1 };
             let slot = hash.slot(row, run * block + within, len).unwrap();
@@ -110,7 +127,7 @@ fn default_block_is_half_a_row_within_bounds() {
         (512, 16),
     ] {
         let hash = Hash::default_for(embedding_dim);
-        assert_eq!(hash, Hash::balanced(0, block, true).unwrap());
+        assert_eq!(hash, Hash::balanced(block));
         assert!(hash.signed());
     }
 }
@@ -120,7 +137,11 @@ fn default_block_is_half_a_row_within_bounds() {
 #[test]
 fn balanced_places_are_balanced() {
     for (num_blocks, rows) in [(1, 7), (7, 70), (64, 640), (1000, 4000), (3027, 12_108)] {
-        let hash = Hash::balanced(5, 2, true).unwrap();
+        let hash = Hash::from(Balanced {
+            seed: 5,
+            block: 2,
+            signed: true,
+        });
         for run in 0..4 {
             let mut loads = vec![0; num_blocks];
             for row in 0..rows {
@@ -153,7 +174,7 @@ fn place(hash: &Hash, row: usize, run: usize, num_blocks: usize) -> (usize, u16)
 /// Two strata lie as far apart in one block of columns as in another no more often than by chance.
 #[test]
 fn balanced_strata_turn_independently() {
-    let (hash, num_blocks) = (Hash::balanced(0, 16, true).unwrap(), 50);
+    let (hash, num_blocks) = (Hash::balanced(16), 50);
     let turns: Vec<[usize; 4]> = (0..500)
         .map(|stratum| {
             [0, 1, 2, 7].map(|run| place(&hash, stratum * num_blocks, run, num_blocks).0)
@@ -176,7 +197,7 @@ fn balanced_strata_turn_independently() {
 /// Rows that share a block differ in half of their signs, and in all the ways there are.
 #[test]
 fn balanced_rows_in_one_block_are_no_twins() {
-    let (hash, num_blocks, strata) = (Hash::balanced(0, 16, true).unwrap(), 50, 120);
+    let (hash, num_blocks, strata) = (Hash::balanced(16), 50, 120);
     let mut blocks = vec![vec![]; num_blocks];
     for row in 0..num_blocks * strata {
         let (block, signs) = place(&hash, row, 3, num_blocks);
@@ -207,7 +228,7 @@ fn balanced_rows_in_one_block_are_no_twins() {
 /// Rows spread evenly: of 64 equal parts of the parameter, none gets more than 10 % over its share.
 #[test]
 fn mix_spreads_evenly_and_signs_evenly() {
-    let (hash, len, rows) = (Hash::mix(0, 4, true).unwrap(), 1 << 16, 50_000);
+    let (hash, len, rows) = (Hash::mix(4), 1 << 16, 50_000);
     let mut parts = [0usize; 64];
     let mut negative = 0;
     for row in 0..rows {
@@ -225,68 +246,100 @@ fn mix_spreads_evenly_and_signs_evenly() {
     assert!(negative > half * 99 / 100 && negative < half * 101 / 100);
 }
 
+const MAX_BLOCK: usize = 1 << 24;
+
 #[test]
-fn constructors_refuse() {
-    assert_eq!(
-        message(Hash::mix(0, 0, false)),
-        "hash: block must lie in 1..=16777216, got 0"
-    );
-    assert_eq!(
-        message(Hash::mix(0, 33, true)),
-        "hash: a signed mix block must be at most 32, got 33"
-    );
-    assert!(Hash::mix(0, 33, false).is_ok());
-    assert_eq!(
-        message(Hash::affine(1, 1, 1, 0, 1)),
-        "hash: an affine modulus must be at least 1, got 0"
-    );
-    assert_eq!(
-        message(Hash::robe(&[1, 2, 3], 1)),
-        "hash: robe needs at least 4 random_numbers, got 3"
-    );
-    assert_eq!(
-        message(Hash::robe(&[1, 2, -3, 4], 1)),
-        "hash: robe random_numbers must not be negative, got -3 at position 2"
-    );
-    assert_eq!(
-        message(Hash::robe(&[0, 2, 3, 4], 1)),
-        "hash: an affine modulus must be at least 1, got 0"
-    );
-    match Hash::robe(&[5, 6, 7, 8, 9], 2).unwrap() {
-        Hash::Affine(h) => {
-            assert_eq!((h.modulus(), h.c(), h.b(), h.a()), (5, 6, 7, 8));
-            assert_eq!(h.overflow(), Overflow::Refuse);
-        }
-        Hash::Mix(_) => panic!("robe is affine"),
+fn numbers_out_of_range_are_refused_wherever_a_hash_is_used() {
+    let unsigned = |block| Mix {
+        seed: 0,
+        block,
+        signed: false,
+    };
+    for (hash, said) in [
+        (unsigned(0).into(), "block must lie in 1..=16777216, got 0"),
+        (
+            unsigned(MAX_BLOCK + 1).into(),
+            "block must lie in 1..=16777216, got 16777217",
+        ),
+        (Hash::balanced(0), "block must lie in 1..=16777216, got 0"),
+        (Hash::mix(33), "a signed block must be at most 32, got 33"),
+        (
+            Hash::balanced(64),
+            "a signed block must be at most 32, got 64",
+        ),
+        (
+            Hash::affine(1, 1, 1, 0, 1),
+            "the modulus of an affine hash must be at least 1, got 0",
+        ),
+        (Hash::identity(0), "block must lie in 1..=16777216, got 0"),
+    ] {
+        let said = format!("hashed-embedding-bag: {said}");
+        assert_eq!(message(hash.check_len(1 << 26)), said);
+        assert_eq!(message(hash.slot(0, 0, 1 << 26)), said);
+        let config = HashedEmbeddingBagConfig {
+            hash: Some(hash),
+            ..Default::default()
+        };
+        let weight = Tensor::zeros(64, DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(message(HashedEmbeddingBag::new(weight, 9, 8, config)), said);
+        let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
+        assert_eq!(message(hashed_embedding_bag(9, 8, 0.5, config, vb)), said);
     }
+    assert!(Hash::from(unsigned(33)).check_len(66).is_ok());
+    assert!(Hash::from(unsigned(MAX_BLOCK)).check_len(MAX_BLOCK).is_ok());
+    for (numbers, said) in [
+        (&[1, 2, 3][..], "ROBE has at least 4 random_numbers, got 3"),
+        (
+            &[1, 2, -3, 4],
+            "ROBE's random_numbers must not be negative, got -3 at position 2",
+        ),
+        (
+            &[0, 2, 3, 4],
+            "the modulus of an affine hash must be at least 1, got 0",
+        ),
+    ] {
+        assert_eq!(
+            message(Hash::robe(numbers, 1)),
+            format!("hashed-embedding-bag: {said}")
+        );
+    }
+    let robe = Affine {
+        modulus: 5,
+        c: 6,
+        b: 7,
+        a: 8,
+        block: 2,
+        overflow: Overflow::Refuse,
+    };
+    assert_eq!(Hash::robe(&[5, 6, 7, 8, 9], 2).unwrap(), robe.into());
 }
 
 #[test]
 fn lengths_that_do_not_suit() {
-    let mix = Hash::mix(0, 16, true).unwrap();
+    let mix = Hash::mix(16);
     assert_eq!(
         message(mix.slot(0, 0, 8)),
-        "hash: hashed_weight must hold at least one block of 16 values, got 8"
+        "hashed-embedding-bag: hashed_weight must hold at least one block of 16 values, got 8"
     );
     assert_eq!(
         message(mix.slot(0, 0, 40)),
-        "hash: the length of hashed_weight must be a multiple of the block, got 40 and block 16"
+        "hashed-embedding-bag: the length of hashed_weight must be a multiple of the block, got 40 and block 16"
     );
     assert_eq!(
         message(mix.slot(0, 0, 16 << 32)),
-        "hash: hashed_weight must hold fewer than 2^32 blocks, got 4294967296 of 16 values"
+        "hashed-embedding-bag: hashed_weight must hold fewer than 2^32 blocks, got 4294967296 of 16 values"
     );
     assert!(mix.check_len((16 << 32) - 16).is_ok());
     assert_eq!(
         message(Hash::original().slot(0, 0, 0)),
-        "hash: hashed_weight must hold at least one block of 1 values, got 0"
+        "hashed-embedding-bag: hashed_weight must hold at least one block of 1 values, got 0"
     );
-    assert!(Hash::affine(1, 1, 1, 9, 5).unwrap().check_len(5).is_ok());
+    assert!(Hash::affine(1, 1, 1, 9, 5).check_len(5).is_ok());
 }
 
 #[test]
 fn identity_is_a_plain_table() {
-    let hash = Hash::identity(6).unwrap();
+    let hash = Hash::identity(6);
     for row in 0..50 {
         for column in 0..6 {
             let slot = hash.slot(row as i64, column, 50 * 6).unwrap();

@@ -129,7 +129,7 @@ fn original_refuses_by_key() {
             ),
             (
                 Box::new(set("a.emb.hashed_weight", floats(&[0]))),
-                "a.emb.hashed_weight: hash: hashed_weight must hold at least one block of 1 values, got 0",
+                "a.emb.hashed_weight: hashed-embedding-bag: hashed_weight must hold at least one block of 1 values, got 0",
             ),
         ],
     );
@@ -161,7 +161,7 @@ fn original_embedding_refuses_by_key() {
     let module = entries("original_embedding", Some("state_dict"));
     assert_refused(
         &module,
-        |state| state.hashed_embedding("words", 3000, 10, config(), &CPU),
+        |state| state.hashed_embedding("words", 3000, 10, Default::default(), &CPU),
         vec![
             (
                 Box::new(unset("words.hashed_embedding_bag.hashed_weight")),
@@ -229,11 +229,11 @@ fn robe_refuses_by_key() {
             ),
             (
                 Box::new(set("random_numbers", ints(&negative))),
-                "random_numbers: hash: robe random_numbers must not be negative, got -1 at position 2",
+                "random_numbers: hashed-embedding-bag: ROBE's random_numbers must not be negative, got -1 at position 2",
             ),
             (
                 Box::new(set("random_numbers", ints(&[0; 51]))),
-                "random_numbers: hash: an affine modulus must be at least 1, got 0",
+                "random_numbers: hashed-embedding-bag: the modulus of an affine hash must be at least 1, got 0",
             ),
             (
                 Box::new(set("signature", ints(&[0, 9]))),
@@ -249,7 +249,7 @@ fn robe_refuses_by_key() {
                         entries.insert(key.into(), floats(&[7]));
                     }
                 }),
-                "hashed_weight: hash: hashed_weight must hold at least one block of 8 values, got 7",
+                "hashed_weight: hashed-embedding-bag: hashed_weight must hold at least one block of 8 values, got 7",
             ),
             // A later module of the same authors, which would give wrong numbers.
             (

@@ -6,8 +6,8 @@ mod common;
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
-    checkpoint, BoundsCheck, Checkpoint, Gradient, Hash, HashedEmbeddingBag,
-    HashedEmbeddingBagConfig, Mode,
+    checkpoint, Balanced, BoundsCheck, Checkpoint, Gradient, Hash, HashedEmbeddingBag,
+    HashedEmbeddingBagConfig, Mix, Mode,
 };
 use common::{cuda, floats, integers, message, naive_slot, to_vec, Case, Draws, Form, Results};
 use proptest::collection::vec;
@@ -70,29 +70,37 @@ fn hashes(embedding_dim: usize) -> impl Strategy<Value = Hash> {
     prop_oneof![
         Just(Hash::default_for(embedding_dim)),
         Just(Hash::original()),
-        Just(Hash::identity(embedding_dim).unwrap()),
+        Just(Hash::identity(embedding_dim)),
         (numbers(), blocks(), any::<bool>()).prop_map(|(seed, block, signed)| {
-            Hash::mix(seed, block, signed && block <= 32).unwrap()
+            Hash::from(Mix {
+                seed,
+                block,
+                signed: signed && block <= 32,
+            })
         }),
         (numbers(), blocks(), any::<bool>()).prop_map(|(seed, block, signed)| {
-            Hash::balanced(seed, block, signed && block <= 32).unwrap()
+            Hash::from(Balanced {
+                seed,
+                block,
+                signed: signed && block <= 32,
+            })
         }),
         (factors, blocks()).prop_map(|((a, b, c, modulus), block)| {
-            Hash::affine(a, b, c, modulus.max(1), block).unwrap()
+            Hash::affine(a, b, c, modulus.max(1), block)
         }),
         (vec(1..1i64 << 31, 4), blocks()).prop_map(|(r, block)| Hash::robe(&r, block).unwrap()),
     ]
 }
 
 fn is_robe(hash: &Hash) -> bool {
-    matches!(hash, Hash::Affine(h) if h.overflow() == candle_hashed_embedding_bag::Overflow::Refuse)
+    matches!(hash, Hash::Affine(h) if h.overflow == candle_hashed_embedding_bag::Overflow::Refuse)
 }
 
 /// A length of `hashed_weight` that suits the hash, the longer the larger `size` is.
 fn len_for(hash: &Hash, size: usize) -> usize {
     match hash {
-        Hash::Mix(_) => hash.block() * (1 + size / hash.block()),
         Hash::Affine(_) => hash.block() + size,
+        _ => hash.block() * (1 + size / hash.block()),
     }
 }
 
@@ -407,8 +415,9 @@ impl Lookup {
         let out = match (&offsets, &samples) {
             (None, None) => layer.forward(&indices)?,
             (Some(offsets), None) => layer.forward_with_offsets(&indices, offsets)?,
-            (offsets, Some((_, weights))) => {
-                layer.forward_weighted(&indices, offsets.as_ref(), weights)?
+            (None, Some((_, weights))) => layer.forward_weighted(&indices, weights)?,
+            (Some(offsets), Some((_, weights))) => {
+                layer.forward_weighted_with_offsets(&indices, offsets, weights)?
             }
         };
         // Multiplied as they lie, so that the gradient that comes back lies like that too.
@@ -624,7 +633,7 @@ fn whatever_the_indices_and_offsets() {
         // candle cannot make an empty variable on CUDA.
         if case.mode == Mode::Sum && !input.rows.is_empty() {
             let weights = Var::ones(indices.shape(), DType::F32, device)?;
-            let out = layer.forward_weighted(&indices, Some(&offsets), &weights)?;
+            let out = layer.forward_weighted_with_offsets(&indices, &offsets, &weights)?;
             let grads = out.sum_all()?.backward()?;
             // Positions may be in many bags or in none: nothing is said of the values.
             let grad = grads.get(&weights).expect("the weights are a variable");
@@ -762,10 +771,10 @@ fn slots_are_the_formulas() {
     )
         .prop_flat_map(|(dim, len, places)| (hashes(dim), Just(len), Just(places)));
     let runner = |(hash, size, places): &(Hash, usize, Vec<(i64, u64)>), _: &Device| {
-        // A mix hash places at most 2^32 - 1 blocks.
+        // All but affine hashes have at most 2^32 - 1 blocks.
         let most = match hash {
-            Hash::Mix(_) => hash.block() * (u32::MAX as usize - 1),
             Hash::Affine(_) => usize::MAX,
+            _ => hash.block() * (u32::MAX as usize - 1),
         };
         let len = len_for(hash, (*size).min(most));
         for &(row, column) in places {

@@ -85,7 +85,7 @@ impl Work {
         let outs = [
             layer.forward(&indices.reshape((BAGS, BAG_LEN))?)?,
             layer.forward_with_offsets(indices, offsets)?,
-            layer.forward_weighted(indices, Some(offsets), &self.per_sample_weights)?,
+            layer.forward_weighted_with_offsets(indices, offsets, &self.per_sample_weights)?,
             max.forward_with_offsets(indices, offsets)?,
             self.collection.forward_jagged(indices, offsets, layout)?,
         ];

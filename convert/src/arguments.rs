@@ -115,6 +115,8 @@ pub struct Request {
     pub rows: Vec<usize>,
     pub columns: usize,
     pub config: HashedEmbeddingBagConfig,
+    /// Of [`Kind::Fit`].
+    pub compression: f64,
     pub uma_chunk_size: usize,
 }
 
@@ -128,6 +130,7 @@ fn parser(kind: Kind) -> impl Fn(&str) -> Result<Request> + Clone {
             rows: vec![],
             columns: 0,
             config: HashedEmbeddingBagConfig::default(),
+            compression: 1.0 / 64.0,
             uma_chunk_size: 1,
         };
         if kind != Kind::Fit {
@@ -184,7 +187,7 @@ impl Request {
             "val_offset" => config.first_row = number(key, value)?,
             "compression" => {
                 let (over, under) = value.split_once('/').unwrap_or((value, "1"));
-                config.compression = number::<f64>(key, over)? / number::<f64>(key, under)?;
+                self.compression = number::<f64>(key, over)? / number::<f64>(key, under)?;
             }
             _ => bail!("option {key:?} is not implemented"),
         }

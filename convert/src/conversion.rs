@@ -6,7 +6,9 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 use candle_hashed_embedding_bag::checkpoint::{self, Layer};
-use candle_hashed_embedding_bag::{HashedEmbeddingBag, HashedEmbeddingBagCollection, StateDict};
+use candle_hashed_embedding_bag::{
+    HashedEmbeddingBag, HashedEmbeddingBagCollection, HashedEmbeddingConfig, StateDict,
+};
 
 use crate::arguments::{Kind, Request};
 
@@ -89,6 +91,10 @@ impl Request {
                 device,
             )?),
             Kind::Embedding => {
+                let config = HashedEmbeddingConfig {
+                    padding_idx: config.padding_idx,
+                    ..Default::default()
+                };
                 let layer = state.hashed_embedding(&name, first()?, columns, config, device)?;
                 name = join(&name, "hashed_embedding_bag");
                 BagOrCollection::Bag(layer.bag().clone())
@@ -105,7 +111,8 @@ impl Request {
             Kind::Fit => {
                 let key = join(&name, "weight");
                 let table = state.take(&key, device)?;
-                let (bag, error) = HashedEmbeddingBag::fit(&table, config).context(key)?;
+                let (bag, error) =
+                    HashedEmbeddingBag::fit(&table, self.compression, config).context(key)?;
                 fit_error = Some(error);
                 BagOrCollection::Bag(bag)
             }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_hashed_embedding_bag::{Checkpoint, Hash, Mode, Overflow, StateDict};
+use candle_hashed_embedding_bag::{Balanced, Checkpoint, Hash, Mix, Mode, Overflow, StateDict};
 use comfy_table::{presets, Table};
 
 use crate::conversion::{join, rest};
@@ -126,19 +126,19 @@ fn ensure_finite(parameter: &str, weight: &Tensor) -> Result<()> {
 }
 
 fn describe(hash: Hash) -> String {
+    let blocks = |family, seed| {
+        let signed = if hash.signed() { "signed" } else { "unsigned" };
+        format!("{family}, seed {seed}, block {}, {signed}", hash.block())
+    };
     match hash {
         hash if hash == Hash::original() => "HashedEmbeddingBag's".to_string(),
-        Hash::Affine(affine) if affine.overflow() == Overflow::Refuse => {
+        Hash::Affine(affine) if affine.overflow == Overflow::Refuse => {
             format!("ROBE's, block {}", hash.block())
         }
         Hash::Affine(_) => format!("affine, block {}", hash.block()),
-        Hash::Mix(mix) => format!(
-            "{}, seed {}, block {}, {}",
-            if mix.balanced() { "balanced" } else { "mix" },
-            mix.seed(),
-            hash.block(),
-            if hash.signed() { "signed" } else { "unsigned" }
-        ),
+        Hash::Balanced(Balanced { seed, .. }) => blocks("balanced", seed),
+        Hash::Mix(Mix { seed, .. }) => blocks("mix", seed),
+        other => format!("{other:?}"),
     }
 }
 

@@ -1,8 +1,9 @@
 //! The description of the hashed layers: the JSON that a checkpoint holds in its metadata, and the layers it stands for.
 
 use crate::collection::HashedEmbeddingBagCollection;
+use crate::config::HashedEmbeddingBagConfig;
 use crate::hash::Hash;
-use crate::layer::{HashedEmbeddingBag, HashedEmbeddingBagConfig};
+use crate::layer::HashedEmbeddingBag;
 use crate::op::Mode;
 use candle_core::{bail, Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -44,10 +45,10 @@ impl From<&HashedEmbeddingBag> for LayerSpec {
         Self {
             num_embeddings: layer.num_embeddings(),
             embedding_dim: layer.embedding_dim(),
-            mode: layer.mode(),
-            padding_idx: layer.padding_idx(),
-            include_last_offset: layer.include_last_offset(),
-            first_row: layer.first_row(),
+            mode: layer.config().mode,
+            padding_idx: layer.config().padding_idx,
+            include_last_offset: layer.config().include_last_offset,
+            first_row: layer.config().first_row,
             hash: layer.hash(),
         }
     }
@@ -112,9 +113,9 @@ impl From<&HashedEmbeddingBagCollection> for CollectionSpec {
         Self {
             tables: tables.collect(),
             embedding_dim: collection.embedding_dim(),
-            mode: collection.mode(),
-            padding_idx: collection.padding_idx(),
-            include_last_offset: collection.include_last_offset(),
+            mode: collection.config().mode,
+            padding_idx: collection.config().padding_idx,
+            include_last_offset: collection.config().include_last_offset,
             hash: collection.hash(),
         }
     }

@@ -37,10 +37,9 @@ mod robe;
 mod source;
 
 use crate::checkpoint::file::{join, TensorInfo};
+use crate::config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig};
 use crate::hash::Hash;
-use crate::layer::{
-    HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagConfig, HASHED_WEIGHT, INNER_BAG,
-};
+use crate::layer::{HashedEmbedding, HashedEmbeddingBag, HASHED_WEIGHT, INNER_BAG};
 use candle_core::{bail, Device, Error, Result, Tensor};
 use source::Source;
 use std::collections::BTreeSet;
@@ -154,7 +153,7 @@ impl StateDict {
 
     /// Takes the `HashedEmbeddingBag` at `prefix` (`""`: the state dict is the module's own): `hashed_weight`, 1-D.
     ///
-    /// The hash is [`Hash::original`]; leave that of the config `None`. `config.compression` is ignored.
+    /// The hash is [`Hash::original`]; leave that of the config `None`.
     ///
     /// # Errors
     /// [What is refused](Self#what-is-refused), and the errors of [`HashedEmbeddingBag::new`].
@@ -185,11 +184,11 @@ impl StateDict {
         prefix: &str,
         num_embeddings: usize,
         embedding_dim: usize,
-        config: HashedEmbeddingBagConfig,
+        config: HashedEmbeddingConfig,
         device: &Device,
     ) -> Result<HashedEmbedding> {
         self.module(prefix, &[&join(INNER_BAG, HASHED_WEIGHT)])?;
-        let inner = join(prefix, INNER_BAG);
+        let (inner, config) = (join(prefix, INNER_BAG), config.into());
         self.hashed_embedding_bag(&inner, num_embeddings, embedding_dim, config, device)
             .map(HashedEmbedding::from)
     }

@@ -3,8 +3,9 @@
 use super::{named, with_hash, Module, StateDict};
 use crate::checkpoint::file::join;
 use crate::collection::HashedEmbeddingBagCollection;
+use crate::config::HashedEmbeddingBagConfig;
 use crate::hash::Hash;
-use crate::layer::{HashedEmbeddingBag, HashedEmbeddingBagConfig, HASHED_WEIGHT};
+use crate::layer::{HashedEmbeddingBag, HASHED_WEIGHT};
 use candle_core::{bail, DType, Device, Result, Tensor};
 use safetensors::View;
 use std::collections::BTreeSet;

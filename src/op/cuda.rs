@@ -4,12 +4,14 @@
 //! the table of its kernels. The dtypes of indices and offsets are arguments.
 
 use super::{cpu, Backend, Gradient, Lookup, Mode, Operands, View};
-use crate::bags::{BoundsCheck, Division};
-use crate::hash::{AffineSlots, Divisor, MixSlots, Slots};
+use crate::bags::Division;
+use crate::bounds::BoundsCheck;
+use crate::error::{bail, NAME};
+use crate::hash::{AffineSlots, BlockSlots, Divisor, Slots};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::{
-    bail, CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor,
+    CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor,
 };
 use cudarc::driver::{
     CudaEvent, CudaFunction, CudaSlice, CudaStream, CudaView, DeviceRepr, LaunchArgs, LaunchConfig,
@@ -70,8 +72,8 @@ impl Family {
     fn of(slots: &Slots) -> Self {
         match slots {
             Slots::Affine(_) => Self::Affine,
-            Slots::Mix(mix) if mix.is_balanced() => Self::Balanced,
             Slots::Mix(_) => Self::Mix,
+            Slots::Balanced(_) => Self::Balanced,
         }
     }
 
@@ -138,7 +140,7 @@ struct BagParams {
 // SAFETY: plain `#[repr(C)]` integers, the twins of the C structs named above and in src/hash.rs.
 unsafe impl DeviceRepr for BagParams {}
 // SAFETY: as above.
-unsafe impl DeviceRepr for MixSlots {}
+unsafe impl DeviceRepr for BlockSlots {}
 // SAFETY: as above.
 unsafe impl DeviceRepr for AffineSlots {}
 
@@ -149,10 +151,7 @@ static NULL: u64 = 0;
 fn view<'a, T: CudaDType>((storage, layout): View<'a, CudaStorage>) -> Result<CudaView<'a, T>> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(storage.as_cuda_slice::<T>()?.slice(start..end)),
-        None => Err(candle_core::Error::RequiresContiguous {
-            op: "hashed-embedding-bag",
-        }
-        .bt()),
+        None => Err(candle_core::Error::RequiresContiguous { op: NAME }.bt()),
     }
 }
 
@@ -241,11 +240,9 @@ impl Sharing {
             && !weighted;
         let (suffix, width, share) = match (lookup.table.slots, pass) {
             (Slots::Affine(_), _) => ("", 1, 1),
-            (Slots::Mix(mix), _) if is_fixed && mix.block.is_multiple_of(4) => {
-                ("_scalar_share4", 1, 4)
-            }
-            (Slots::Mix(mix), pass) => {
-                let block = mix.block as usize;
+            (slots, _) if is_fixed && slots.block().is_multiple_of(4) => ("_scalar_share4", 1, 4),
+            (slots, pass) => {
+                let block = slots.block();
                 if is_fixed || !aligned || !block.is_multiple_of(wide) {
                     ("_scalar", 1, 1)
                 } else if matches!(pass, Pass::GradPerSampleWeights(_)) {
@@ -337,7 +334,7 @@ fn launch<T: Element, R>(
     let Lookup { table, bags, .. } = lookup;
     if bags.nnz > MAX_INDICES {
         let nnz = bags.nnz;
-        bail!("hashed-embedding-bag: at most {MAX_INDICES} indices on CUDA, got {nnz}");
+        bail!("at most {MAX_INDICES} indices on CUDA, got {nnz}");
     }
     let indices = IndexView::new(operands.indices)?;
     let offsets = operands.offsets.map(IndexView::new).transpose()?;
@@ -446,8 +443,8 @@ impl<T: Element> Launch<'_, T> {
     fn push_bags<'b>(&'b self, args: &mut LaunchArgs<'b>) {
         args.arg(&self.params); // Bags bags
         match &self.lookup.table.slots {
-            Slots::Mix(mix) => args.arg(mix), // Hash slots
-            Slots::Affine(affine) => args.arg(affine),
+            Slots::Mix(slots) | Slots::Balanced(slots) => args.arg(slots), // Hash slots
+            Slots::Affine(slots) => args.arg(slots),
         };
         args.arg(&self.embedding_dim); // uint32_t embedding_dim
     }
@@ -485,7 +482,7 @@ impl<T: Element> Launch<'_, T> {
         if let Some(check) = check {
             if check.wait()? {
                 check_bounds(self.lookup, self.operands)?;
-                bail!("hashed-embedding-bag: indices or offsets changed during the lookup");
+                bail!("indices or offsets changed during the lookup");
             }
         }
         launched?;
@@ -601,7 +598,7 @@ impl<T: Element> Launch<'_, T> {
         let terms = bags.nnz as u128 * table.embedding_dim.div_ceil(table.slots.block()) as u128;
         let log2_terms = terms.next_power_of_two().trailing_zeros();
         if log2_terms > 60 {
-            bail!("hashed-embedding-bag: {terms} terms are too many for a deterministic gradient");
+            bail!("{terms} terms are too many for a deterministic gradient");
         }
         let grids = size_of::<T::Acc>() / 4;
         let units = device.alloc_zeros::<i64>(grids * len)?;
@@ -766,7 +763,7 @@ impl CustomOp1 for ContiguousI32 {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        bail!("{}: no cpu implementation, candle has its own", self.name())
+        bail!("contiguous-i32 has no CPU implementation; candle has its own")
     }
 
     fn cuda_fwd(&self, storage: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
@@ -777,7 +774,7 @@ impl CustomOp1 for ContiguousI32 {
             rank: rank as u32,
         };
         if rank > shape.dims.len() {
-            bail!("hashed-embedding-bag: indices must have rank 8 at most, got {rank}");
+            bail!("indices must have rank 8 at most, got {rank}");
         }
         for d in 0..rank {
             shape.dims[d] = layout.dims()[d] as i64;
@@ -818,7 +815,7 @@ impl Backend for Cuda {
         match storage {
             Storage::Cuda(storage) => Ok(storage),
             Storage::Cpu(_) | Storage::Metal(_) => {
-                bail!("hashed-embedding-bag: expected a tensor on CUDA, got one elsewhere")
+                bail!("expected a tensor on CUDA, got one elsewhere")
             }
         }
     }

@@ -6,8 +6,10 @@
 //! of output that must equal the first.
 
 use super::{GradPerSampleWeights, GradWeight, Gradient, Lookup, Mode, Offsets, Table, Ternary};
-use crate::bags::{BagShape, BoundsCheck, JaggedLayout, Tables};
+use crate::bags::{BagShape, JaggedLayout};
+use crate::bounds::BoundsCheck;
 use crate::hash::Hash;
+use crate::tables::Tables;
 use candle_core::{DType, Device, Result, Tensor};
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -76,7 +78,7 @@ impl<'a> Call<'a> {
             self.indices,
             offsets,
             self.samples,
-            self.table,
+            self.table.clone(),
             BoundsCheck::Error,
             Gradient::Fastest,
         )
@@ -175,14 +177,14 @@ fn indices(bits: u32, device: &Device) -> Result<()> {
     const BAG_LEN: usize = 16;
     let (period, len) = (1 << (bits - 12), 1 << 20);
     let weight = halves(len, device)?;
-    let table = table(Hash::mix(0, 4, true)?, len, 4)?;
+    let table = table(Hash::mix(4), len, 4)?;
     let lookup = |repeats: usize, ragged: bool, gradient: Gradient| -> Result<[Tensor; 3]> {
         let nnz = period * repeats;
         let indices = rows(period, repeats, device)?;
         let shape = (nnz / BAG_LEN, BAG_LEN);
         // The weights are rows of another lookup, one value after the other.
         let samples = {
-            let table = self::table(Hash::mix(1, 16, true)?, len, BAG_LEN)?;
+            let table = self::table(Hash::mix(16), len, BAG_LEN)?;
             let indices = rows(period / BAG_LEN, repeats, device)?.unsqueeze(1)?;
             Call::rows(&weight, &indices, &table).forward()?
         };
@@ -232,7 +234,7 @@ fn parameters(bits: u32, device: &Device) -> Result<()> {
     for (hash, gradient) in [
         (Hash::default_for(DIM), Gradient::Fastest),
         (Hash::default_for(DIM), Gradient::Deterministic),
-        (Hash::mix(3, 1, true)?, Gradient::Fastest),
+        (Hash::mix(1), Gradient::Fastest),
         (Hash::original(), Gradient::Fastest),
     ] {
         if hash.check_len(len).is_err() {

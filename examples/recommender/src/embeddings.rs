@@ -55,7 +55,7 @@ impl Embeddings {
             (0..rows.len()).partition(|&table| plain[table]);
         // In a plain table no two values share a parameter. Even with as many parameters as values, a hash that mixes would
         // let some share and leave a third of the parameters unused.
-        let identity = Hash::identity(config.embedding_dim)?;
+        let identity = Hash::identity(config.embedding_dim);
         let kinds = [(small, identity, 1.0), (large, config.hash, share)];
 
         let mut collections = Vec::new();
@@ -64,7 +64,6 @@ impl Embeddings {
                 continue;
             }
             let bag = HashedEmbeddingBagConfig {
-                compression,
                 // The mean, so that a film of six genres does not count for more than one of two.
                 mode: Mode::Mean,
                 hash: Some(hash),
@@ -72,8 +71,8 @@ impl Embeddings {
                 ..Default::default()
             };
             let named = tables.iter().map(|&table| schema.tables[table]);
-            let dim = config.embedding_dim;
-            let collection = hashed_embedding_bag_collection(named, dim, bag, vb.pp(name))?;
+            let (dim, vb) = (config.embedding_dim, vb.pp(name));
+            let collection = hashed_embedding_bag_collection(named, dim, compression, bag, vb)?;
             collections.push(Collection {
                 name,
                 tables,

@@ -283,12 +283,11 @@ impl Fit {
     fn embedding_config(&self, compression: f64, hash: HashChoice) -> Result<EmbeddingConfig> {
         let embedding_dim = usize::from(self.embedding_dim.get());
         let hash = match hash {
-            HashChoice::Default => Ok(Hash::default_for(embedding_dim)),
-            HashChoice::Balanced { block } => Hash::balanced(0, block, true),
-            HashChoice::Mix { block } => Hash::mix(0, block, true),
-            HashChoice::Original => Ok(Hash::original()),
-        }
-        .with_context(|| hash.to_string())?;
+            HashChoice::Default => Hash::default_for(embedding_dim),
+            HashChoice::Balanced { block } => Hash::balanced(block),
+            HashChoice::Mix { block } => Hash::mix(block),
+            HashChoice::Original => Hash::original(),
+        };
         Ok(EmbeddingConfig {
             embedding_dim,
             compression,

@@ -339,7 +339,7 @@ fn embeddings_are_those_of_the_layer() {
                 collection.unwrap().table(table).ok()
             })
             .unwrap();
-        assert!(layer.include_last_offset());
+        assert!(layer.config().include_last_offset);
         let offsets = [&starts[..], &[indices.len() as i64]].concat();
         let expected = layer
             .forward_with_offsets(

@@ -4,12 +4,14 @@ use super::combine::Load;
 use super::scalar::Accumulator;
 use super::window::{Blocks, Span, Window};
 use super::{slice, MIN_VALUES_PER_THREAD};
-use crate::bags::{BadRow, BagShape, BoundsCheck, Index};
+use crate::bags::{BagShape, Index};
+use crate::bounds::{BadRow, BoundsCheck};
+use crate::error::bail;
 use crate::hash::Locate;
 use crate::op::{Lookup, Mode, Operands, View};
 use crate::parallel::Team;
 use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, DType, Error, Result};
+use candle_core::{CpuStorage, DType, Error, Result};
 use std::ops::Range;
 
 /// So that a thread which comes late, or has heavier bags, leaves its share to others.
@@ -157,7 +159,7 @@ impl<'a, T: Load, H: Locate> Call<'a, T, H> {
         let end = hash.slot(hash.last_place(), hash.block()) + hash.block();
         if end > hashed_weight.len() {
             let len = hashed_weight.len();
-            bail!("hashed-embedding-bag: hashed_weight must hold {end} values, got {len}");
+            bail!("hashed_weight must hold {end} values, got {len}");
         }
         Ok(Self {
             rows: BagRows {

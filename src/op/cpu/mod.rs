@@ -22,12 +22,13 @@ mod winners;
 
 use super::{Backend, Lookup, Operands, View};
 #[cfg(feature = "cuda")]
-use crate::bags::BadRow;
-use crate::bags::{check_offsets, BoundsCheck};
+use crate::bounds::BadRow;
+use crate::bounds::{check_offsets, BoundsCheck};
+use crate::error::{bail, NAME};
 use crate::hash::{AffineRows, Locate, Slots};
 use call::{with_slice, Call, Indices};
 use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType};
+use candle_core::{CpuStorage, DType, Result, Storage, WithDType};
 use combine::Load;
 use half::{bf16, f16};
 
@@ -44,7 +45,7 @@ impl Backend for Cpu {
         match storage {
             Storage::Cpu(storage) => Ok(storage),
             Storage::Cuda(_) | Storage::Metal(_) => {
-                bail!("hashed-embedding-bag: expected a tensor on the CPU, got one elsewhere")
+                bail!("expected a tensor on the CPU, got one elsewhere")
             }
         }
     }
@@ -78,10 +79,7 @@ impl Backend for Cpu {
 fn slice<'a, T: WithDType>((storage, layout): View<'a, CpuStorage>) -> Result<&'a [T]> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
-        None => Err(candle_core::Error::RequiresContiguous {
-            op: "hashed-embedding-bag",
-        }
-        .bt()),
+        None => Err(candle_core::Error::RequiresContiguous { op: NAME }.bt()),
     }
 }
 
@@ -128,7 +126,9 @@ fn run(pass: impl Pass, lookup: &Lookup, operands: &Operands<CpuStorage>) -> Res
         operands: &Operands<CpuStorage>,
     ) -> Result<CpuStorage> {
         match lookup.table.slots {
-            Slots::Mix(hash) => pass.run(&Call::<T, _>::new(lookup, hash, operands)?),
+            Slots::Mix(hash) | Slots::Balanced(hash) => {
+                pass.run(&Call::<T, _>::new(lookup, hash, operands)?)
+            }
             Slots::Affine(hash) => pass.run(&Call::<T, _>::new(
                 lookup,
                 AffineRows::from(hash),

@@ -198,7 +198,7 @@ async fn embed(State(app): State<Arc<App>>, Input(input): Input<Embed>) -> Answe
     at_most("offsets", input.offsets.len(), app.batcher.max_rows())?;
     let rows = table.num_embeddings();
     for (i, &index) in input.indices.iter().enumerate() {
-        if Some(index) != table.padding_idx() {
+        if Some(index) != table.config().padding_idx {
             in_range(format!("indices[{i}]"), index, 0, rows as i64 - 1)?;
         }
     }

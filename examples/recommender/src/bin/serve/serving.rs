@@ -124,7 +124,10 @@ impl Model {
                 offsets,
             } => {
                 let layer = self.table(table).context("no such table")?;
-                let end = layer.include_last_offset().then_some(indices.len() as i64);
+                let end = layer
+                    .config()
+                    .include_last_offset
+                    .then_some(indices.len() as i64);
                 let offsets: Vec<i64> = offsets.iter().copied().chain(end).collect();
                 let indices = list(indices, &self.device)?;
                 let offsets = list(&offsets, &self.device)?;
