@@ -540,14 +540,14 @@ impl Slots {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct MixSlots {
-    key: u64,
+    pub(crate) key: u64,
     /// `2^64 / num_blocks`, rounded up
-    reciprocal: u64,
-    num_blocks: u32,
+    pub(crate) reciprocal: u64,
+    pub(crate) num_blocks: u32,
     pub(crate) block: u32,
-    sign_mask: u32,
+    pub(crate) sign_mask: u32,
     /// Of a balanced hash; 0 for random places.
-    stride: u32,
+    pub(crate) stride: u32,
 }
 
 /// The smallest number from 7 on that has no divisor in common with `num_blocks`.
@@ -674,12 +674,12 @@ impl MixSlots {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct AffineSlots {
-    a: u64,
-    b: u64,
-    c: u64,
-    modulus: Divisor,
-    starts: Divisor,
-    block: u32,
+    pub(crate) a: u64,
+    pub(crate) b: u64,
+    pub(crate) c: u64,
+    pub(crate) modulus: Divisor,
+    pub(crate) starts: Divisor,
+    pub(crate) block: u32,
 }
 
 impl AffineSlots {
@@ -857,9 +857,9 @@ const fn ordered(x: u64) -> i64 {
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Divisor {
-    value: u64,
+    pub(crate) value: u64,
     /// `floor((2^64 - 1) / value)`
-    reciprocal: u64,
+    pub(crate) reciprocal: u64,
 }
 
 impl Divisor {

@@ -2,7 +2,7 @@
 //! sign(row, column) * hashed_weight[slot(row, column)]`.
 //!
 //! Every check of shapes and dtypes stands here, once. What passes becomes a small struct, [`Lookup`], and a set of
-//! contiguous [`Operands`]; `cpu/` and `cuda.rs` trust both.
+//! contiguous [`Operands`]; `cpu/` and `cuda/` trust both.
 //!
 //! | op | kind | arguments | result |
 //! |---|---|---|---|
@@ -16,10 +16,12 @@
 //! keeps the arguments of the forward and nothing else; it hashes again.
 
 mod cpu;
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", test))]
 mod cuda;
+// Needs ops that are not public.
 #[cfg(test)]
-mod large;
+#[path = "../../tests/in_crate/past_32_bits.rs"]
+mod past_32_bits;
 
 use crate::bags::{BagShape, BoundsCheck, JaggedLayout, Tables};
 use crate::hash::Slots;
