@@ -4,8 +4,9 @@
 //! src/op/cuda/instances.rs: from it this script writes, into OUT_DIR,
 //!
 //! * `constants.cuh`, the numbers and struct layouts of src/op/cuda/abi.rs, for kernels/ to include;
-//! * a `.cu` file for each module, with one line per kernel, and its PTX;
-//! * `modules.rs`, which src/op/cuda/modules.rs includes.
+//! * a `.cu` file for each module, with one line per kernel;
+//! * from that a `.fatbin` file, machine code for the architecture that is built for, and PTX for later ones;
+//! * `modules.rs`, which src/op/cuda/modules.rs includes: the fatbins by name.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -28,7 +29,8 @@ mod cuda {
     use super::instances::{self, BagKernel, Dtype, Family, Kernel, Module, Pass, Pooling};
     use std::fmt::Write;
     use std::path::{Path, PathBuf};
-    use std::{env, fs};
+    use std::process::Command;
+    use std::{env, fs, thread};
 
     pub fn compile_kernels() {
         for path in ["kernels", "src/op/cuda/abi.rs", "src/op/cuda/instances.rs"] {
@@ -48,11 +50,13 @@ mod cuda {
             .collect();
         // It copies the headers beside the sources, where those find them.
         bindgen_cuda::Builder::default()
-            .kernel_paths(sources)
+            .kernel_paths(sources.clone())
             .include_paths_glob("kernels/*.cuh")
             .arg("--std=c++17")
             .build_ptx()
             .expect("nvcc compiles the kernels");
+        let ptx_files: Vec<_> = sources.iter().map(|s| s.with_extension("ptx")).collect();
+        assemble(&ptx_files);
         write(&out_dir.join("modules.rs"), &module_list(&modules));
     }
 
@@ -66,6 +70,55 @@ mod cuda {
                 fs::remove_file(entry.path()).expect("a stale PTX file can be removed");
             }
         }
+    }
+
+    /// Makes a fatbin of each PTX file. Left to the driver, translating PTX costs seconds of the first call.
+    fn assemble(ptx_files: &[PathBuf]) {
+        // Older compilers know only one compression, which leaves files four times as large.
+        let help = nvcc(&["--help"]);
+        let smallest: &[&str] = if help.contains("--compress-mode") {
+            &["--compress-mode", "size"]
+        } else {
+            &[]
+        };
+        let jobs = env::var("NUM_JOBS").expect("cargo sets NUM_JOBS");
+        let jobs: usize = jobs.parse().expect("NUM_JOBS is a number");
+        thread::scope(|scope| {
+            for job in 0..jobs {
+                scope.spawn(move || {
+                    for ptx in ptx_files.iter().skip(job).step_by(jobs) {
+                        let fatbin = ptx.with_extension("fatbin");
+                        let (from, to) = (ptx.to_string_lossy(), fatbin.to_string_lossy());
+                        let arch = format!("--gpu-architecture={}", architecture(ptx));
+                        nvcc(&[&["--fatbin", &arch, "-o", &to, &from], smallest].concat());
+                    }
+                });
+            }
+        });
+    }
+
+    /// The architecture that bindgen_cuda compiled for, `sm_90` say.
+    fn architecture(ptx: &Path) -> String {
+        let text = fs::read_to_string(ptx).expect("bindgen_cuda writes PTX to OUT_DIR");
+        let target = text.lines().find_map(|line| line.strip_prefix(".target "));
+        let target = target.expect("PTX names its target");
+        target.split(',').next().unwrap_or(target).trim().into()
+    }
+
+    /// Runs nvcc and returns what it prints.
+    fn nvcc(args: &[&str]) -> String {
+        let output = Command::new("nvcc").args(args).output();
+        let output = output.expect("nvcc can be started");
+        let (stdout, stderr) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        assert!(
+            output.status.success(),
+            "nvcc {}:\n{stdout}{stderr}",
+            args.join(" ")
+        );
+        stdout.into()
     }
 
     fn write(path: &Path, text: &str) {
@@ -84,14 +137,14 @@ mod cuda {
         modules
     }
 
-    /// Maps the name of a module to its PTX.
+    /// Every module's name and fatbin.
     fn module_list(modules: &[(Module, Vec<Kernel>)]) -> String {
         let mut text = String::from("[\n");
         for (module, _) in modules {
             let name = module.name();
             writeln!(
                 text,
-                r#"("{name}", include_str!(concat!(env!("OUT_DIR"), "/{name}.ptx"))),"#
+                r#"("{name}", include_bytes!(concat!(env!("OUT_DIR"), "/{name}.fatbin"))),"#
             )
             .expect("a string can be written");
         }

@@ -1,14 +1,17 @@
 //! Loads kernels: a module at the first use of one of its kernels, once per GPU.
+//!
+//! candle can load PTX only, which the driver first has to translate; these are fatbins, with machine code.
 
 use super::instances::{Kernel, Module};
 use candle_core::cuda_backend::WrapErr;
-use candle_core::Result;
+use candle_core::{bail, Result};
 use cudarc::driver::{CudaContext, CudaFunction, CudaModule};
+use cudarc::nvrtc::Ptx;
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 
-/// Every module's PTX by its name.
-static PTX: &[(&str, &str)] = &include!(concat!(env!("OUT_DIR"), "/modules.rs"));
+/// Every module's name and fatbin.
+static FATBINS: &[(&str, &[u8])] = &include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
 /// The handle of a CUDA context, which all of candle's devices on one GPU share. It stays valid because what is loaded in a
 /// context keeps it alive.
@@ -31,6 +34,7 @@ pub fn load(kernel: Kernel, context: &Arc<CudaContext>) -> Result<CudaFunction> 
         return Ok(function.clone());
     }
     drop(loaded);
+    context.bind_to_thread().w()?;
     let mut loaded = LOADED.write().unwrap_or_else(PoisonError::into_inner);
     let module = kernel.module();
     let loaded_module = match loaded.modules.get(&(handle, module)) {
@@ -49,8 +53,15 @@ pub fn load(kernel: Kernel, context: &Arc<CudaContext>) -> Result<CudaFunction> 
 
 fn load_module(module: Module, context: &Arc<CudaContext>) -> Result<Arc<CudaModule>> {
     let name = module.name();
-    let Some((_, ptx)) = PTX.iter().find(|(of, _)| *of == name) else {
-        candle_core::bail!("hashed-embedding-bag: there is no CUDA module {name}");
+    let Some((_, fatbin)) = FATBINS.iter().find(|(of, _)| *of == name) else {
+        bail!("hashed-embedding-bag: there is no CUDA module {name}");
     };
-    context.load_module((*ptx).into()).w()
+    let image = Ptx::from_binary(fatbin.to_vec());
+    context.load_module(image).w().map_err(|e| {
+        // bindgen_cuda sets the variable.
+        let built_for = env!("CUDA_COMPUTE_CAP");
+        e.context(format!(
+            "hashed-embedding-bag: loading the CUDA module {name}, built for compute capability {built_for} and later"
+        ))
+    })
 }
