@@ -45,6 +45,7 @@ mod cuda {
             .map(|(module, kernels)| {
                 let source = out_dir.join(module.name()).with_extension("cu");
                 write(&source, &module_source(*module, kernels));
+                backdate(&source);
                 source
             })
             .collect();
@@ -119,6 +120,16 @@ mod cuda {
             args.join(" ")
         );
         stdout.into()
+    }
+
+    /// bindgen_cuda tells cargo to run this script again when a source changes. As these sources are written while it runs,
+    /// they would always seem to have changed since, so they get the age of this file.
+    fn backdate(source: &Path) {
+        let age = fs::metadata("build.rs").and_then(|build| build.modified());
+        let age = age.expect("build.rs has a time of modification");
+        let file = fs::File::options().write(true).open(source);
+        file.and_then(|file| file.set_modified(age))
+            .expect("OUT_DIR can be written");
     }
 
     fn write(path: &Path, text: &str) {
