@@ -2,7 +2,7 @@
 //! sign(row, column) * hashed_weight[slot(row, column)]`.
 //!
 //! `lookup.rs` checks every shape and dtype, once. What passes becomes a small struct, [`Lookup`], and a set of contiguous
-//! [`Operands`]; the two backends, `cpu` and `cuda`, trust both.
+//! [`Operands`]; the two backends, `cpu/` and `cuda/`, trust both.
 //!
 //! | op | kind | arguments | result |
 //! |---|---|---|---|
@@ -16,11 +16,13 @@
 //! keeps the arguments of the forward and nothing else; it hashes again.
 
 mod cpu;
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", test))]
 mod cuda;
-#[cfg(test)]
-mod large;
 mod lookup;
+// Needs ops that are not public.
+#[cfg(test)]
+#[path = "../../tests/in_crate/past_32_bits.rs"]
+mod past_32_bits;
 
 pub(crate) use lookup::{
     check_dtype, check_output, check_weights_shape, contiguous_indices, hashed_embedding_bag,

@@ -1,20 +1,26 @@
 //! Sizes past 32 bits: outputs, indices and parameters of more than 2^32 elements, forward and backward.
 //!
-//! Those of 2^32 need a GPU of 141 GB (`cargo test --release --features cuda --lib -- --ignored past_32_bits
-//! --test-threads 1`); the same code runs small on the CPU, which shows that it is right. candle's own kernels count in 32
-//! bits, so they only ever see parts here, and what is large is made by lookups: a period of rows that repeats gives periods
-//! of output that must equal the first.
+//! Those of 2^32 need a GPU of 141 GB: `cargo test --release --features cuda --lib -- --ignored past_32_bits --test-threads 1`.
+//! The same code runs small on the CPU, which shows that the tests themselves are right.
+//!
+//! candle's own kernels count in 32 bits, so they only ever see parts here. What is large is made by lookups: rows that repeat
+//! with a period give output that repeats, and every period must equal the first. candle's autograd adds each gradient to
+//! zeros by such a kernel, so the backward ops are called directly; they are not public, which is why this file is compiled
+//! as a module of `src/op`.
 
-use super::{GradPerSampleWeights, GradWeight, Gradient, Lookup, Mode, Offsets, Table, Ternary};
 use crate::bags::{BagShape, JaggedLayout};
 use crate::bounds::BoundsCheck;
 use crate::hash::Hash;
+use crate::op::lookup::Lookup;
+use crate::op::{
+    hashed_embedding_bag, GradPerSampleWeights, GradWeight, Gradient, Mode, Offsets, Table, Ternary,
+};
 use crate::tables::Tables;
 use candle_core::{DType, Device, Result, Tensor};
 use std::collections::HashMap;
 use std::sync::Arc;
 
-/// A period and this many more make 2^bits elements and a few.
+/// So many periods of 2^(bits - 6) elements are more than 2^bits.
 const REPEATS: usize = 65;
 const ROWS: usize = 10_000_000;
 const DIM: usize = 64;
@@ -73,7 +79,7 @@ impl<'a> Call<'a> {
             include_last_offset: false,
             layout: JaggedLayout::BatchMajor,
         });
-        super::hashed_embedding_bag(
+        hashed_embedding_bag(
             self.weight,
             self.indices,
             offsets,
