@@ -1,7 +1,7 @@
 //! Compiles the kernels to PTX in OUT_DIR when the feature `cuda` is on; without it nothing here needs a CUDA tool.
 //!
 //! Each pass, hash and dtype of `hashed_weight` is a module of its own, made of a line of kernels/instances.cuh;
-//! src/op/cuda.rs includes them by the same names.
+//! src/op/cuda.rs includes them by the same names. kernels/indices.cu and kernels/optimizer.cu are modules as they are.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
@@ -24,7 +24,9 @@ fn compile_kernels() {
             fs::remove_file(entry.path()).expect("a stale PTX file can be removed");
         }
     }
-    let mut sources = vec![PathBuf::from("kernels/indices.cu")];
+    let mut sources: Vec<PathBuf> = ["indices", "optimizer"]
+        .map(|name| format!("kernels/{name}.cu").into())
+        .into();
     for pass in ["forward", "backward", "deterministic"] {
         for hash in ["affine", "mix", "balanced"] {
             for (dtype, name) in [
