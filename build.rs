@@ -26,7 +26,7 @@ mod instances;
 #[cfg(feature = "cuda")]
 mod cuda {
     use super::abi::{IndexType, StructLayout, LONG_BAG, MAX_RANK, STRUCTS};
-    use super::instances::{self, BagKernel, Dtype, Family, Kernel, Module, Pass, Pooling};
+    use super::instances::{self, BagKernel, Dtype, Family, Kernel, Module, Pass, Pooling, Rule};
     use std::fmt::Write;
     use std::path::{Path, PathBuf};
     use std::process::Command;
@@ -203,6 +203,7 @@ enum IndexType : uint32_t {{ {} }};
             Module::Bags(Pass::BackwardFixedPoint, ..) | Module::FixedPoint => "fixed_point",
             Module::Bounds => "bounds",
             Module::Contiguous => "contiguous",
+            Module::Optimizer(_) => "optimizer",
         };
         let kernels: String = kernels
             .iter()
@@ -224,6 +225,18 @@ enum IndexType : uint32_t {{ {} }};
             }
             Kernel::CheckBounds => format!("CHECK_BOUNDS_KERNEL({start})\n"),
             Kernel::CopyI32 => format!("COPY_I32_KERNEL({start})\n"),
+            Kernel::OptimizerStep(rule, dtype) => {
+                let rule = match rule {
+                    Rule::AdamW => "AdamW",
+                    Rule::Adagrad => "Adagrad",
+                    Rule::Sgd => "Sgd",
+                    Rule::Momentum => "Momentum",
+                };
+                format!(
+                    "OPTIMIZER_STEP_KERNEL({start}, {rule}, {})\n",
+                    c_type(dtype)
+                )
+            }
         }
     }
 

@@ -10,6 +10,7 @@
 //! | look up many tables at once, over one parameter | [`hashed_embedding_bag_collection()`], [`HashedEmbeddingBagCollection`] |
 //! | look up single rows | [`hashed_embedding()`], [`HashedEmbedding`] |
 //! | choose where values go, or match weights trained in PyTorch | [`Hash`](enum@Hash) |
+//! | train in one pass over memory per step, and resume | [`optim::AdamW`], [`optim::Adagrad`], [`optim::Sgd`] |
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
 //! | open what PyTorch saved | [`StateDict`] |
 //! | make a hashed layer of a table that was not hashed | [`HashedEmbeddingBag::fit`] |
@@ -55,6 +56,7 @@ mod hash;
 pub mod import;
 mod layer;
 mod op;
+pub mod optim;
 mod parallel;
 mod tables;
 

@@ -17,7 +17,7 @@
 
 mod cpu;
 #[cfg(any(feature = "cuda", test))]
-mod cuda;
+pub(crate) mod cuda;
 mod lookup;
 // Needs ops that are not public.
 #[cfg(test)]

@@ -65,6 +65,15 @@ pub struct BagKernel {
     pub plain: bool,
 }
 
+/// How an optimiser updates a value; see `src/optim/rules.rs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Rule {
+    AdamW,
+    Adagrad,
+    Sgd,
+    Momentum,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Kernel {
     Bags(BagKernel),
@@ -74,6 +83,8 @@ pub enum Kernel {
     FromFixedPoint(Dtype),
     CheckBounds,
     CopyI32,
+    /// A step of an optimiser, for parameters of the dtype.
+    OptimizerStep(Rule, Dtype),
 }
 
 /// Kernels that are compiled and loaded together. Several, so that a process only loads the dtypes and families it uses.
@@ -84,6 +95,7 @@ pub enum Module {
     FixedPoint,
     Bounds,
     Contiguous,
+    Optimizer(Dtype),
 }
 
 impl Family {
@@ -159,6 +171,19 @@ impl Pooling {
             Self::Sum => "sum",
             Self::Weighted => "weighted",
             Self::Max => "max",
+        }
+    }
+}
+
+impl Rule {
+    const ALL: [Self; 4] = [Self::AdamW, Self::Adagrad, Self::Sgd, Self::Momentum];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::AdamW => "adamw",
+            Self::Adagrad => "adagrad",
+            Self::Sgd => "sgd",
+            Self::Momentum => "momentum",
         }
     }
 }
@@ -243,6 +268,7 @@ impl Kernel {
             Self::FromFixedPoint(dtype) => format!("from_fixed_point_{}", dtype.name()),
             Self::CheckBounds => "check_bounds".into(),
             Self::CopyI32 => "copy_i32".into(),
+            Self::OptimizerStep(rule, dtype) => format!("{}_{}", rule.name(), dtype.name()),
         };
         format!("hashed_embedding_bag_{name}")
     }
@@ -258,7 +284,8 @@ impl Kernel {
             Self::Bags(BagKernel {
                 pooling: Pooling::Max,
                 ..
-            }) => 256,
+            })
+            | Self::OptimizerStep(..) => 256,
             // Many, because they share the sums of slots that come up often.
             _ => 512,
         }
@@ -276,6 +303,7 @@ impl Kernel {
             Self::LargestMagnitude(_) | Self::FromFixedPoint(_) => Module::FixedPoint,
             Self::CheckBounds => Module::Bounds,
             Self::CopyI32 => Module::Contiguous,
+            Self::OptimizerStep(_, dtype) => Module::Optimizer(dtype),
         }
     }
 }
@@ -290,6 +318,7 @@ impl Module {
             Self::FixedPoint => "fixed_point".into(),
             Self::Bounds => "bounds".into(),
             Self::Contiguous => "contiguous".into(),
+            Self::Optimizer(dtype) => format!("optimizer_{}", dtype.name()),
         }
     }
 }
@@ -299,6 +328,9 @@ pub fn all() -> Vec<Kernel> {
     let mut kernels = vec![Kernel::CheckBounds, Kernel::CopyI32];
     kernels.extend(Dtype::ALL.map(Kernel::LargestMagnitude));
     kernels.extend([Dtype::F32, Dtype::F64].map(Kernel::FromFixedPoint));
+    for dtype in Dtype::ALL {
+        kernels.extend(Rule::ALL.map(|rule| Kernel::OptimizerStep(rule, dtype)));
+    }
     for family in Family::ALL {
         for dtype in Dtype::ALL {
             for pass in Pass::ALL {

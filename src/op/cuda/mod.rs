@@ -34,7 +34,9 @@ mod fixed_point;
 #[cfg(feature = "cuda")]
 mod launch;
 #[cfg(feature = "cuda")]
-mod modules;
+pub(crate) mod modules;
 
+#[cfg(feature = "cuda")]
+pub(crate) use instances::{Dtype, Kernel, Rule, WIDEST_ACCESS};
 #[cfg(feature = "cuda")]
 pub(super) use {backend::Cuda, contiguous::ContiguousI32};
