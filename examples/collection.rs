@@ -19,11 +19,13 @@ fn main() -> Result<()> {
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
     let tables = [("user", 1_000_000), ("movie", 60_000), ("genre", 20)];
     let config = HashedEmbeddingBagConfig {
-        compression: 1.0 / 64.0,
         mode: Mode::Mean,
         ..Default::default()
     };
-    let collection = hashed_embedding_bag_collection(tables, EMBEDDING_DIM, config, vb)?;
+    // A 64th of the values of the three tables.
+    let compression = 1.0 / 64.0;
+    let collection =
+        hashed_embedding_bag_collection(tables, EMBEDDING_DIM, compression, config, vb)?;
     let rows: usize = collection.tables().map(|(_, rows)| rows).sum();
     println!(
         "{} tables of {rows} rows of {EMBEDDING_DIM} columns in {} values",

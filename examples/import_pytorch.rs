@@ -18,7 +18,7 @@
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Module, Tensor};
-use candle_hashed_embedding_bag::{checkpoint, Checkpoint, HashedEmbeddingBagConfig, StateDict};
+use candle_hashed_embedding_bag::{checkpoint, Checkpoint, HashedEmbeddingConfig, StateDict};
 use candle_nn::Linear;
 
 const STATE_DICT: &str = concat!(
@@ -32,7 +32,7 @@ fn main() -> Result<()> {
     println!("entries: {}", state.keys().collect::<Vec<_>>().join(", "));
 
     // A state dict does not say how large a virtual table is: you do. The hash is that of the PyTorch module.
-    let config = HashedEmbeddingBagConfig::default();
+    let config = HashedEmbeddingConfig::default();
     let words = state.hashed_embedding("words", 3000, 10, config, &device)?;
     let head = ["head.weight", "head.bias"]
         .into_iter()

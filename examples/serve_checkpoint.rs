@@ -84,10 +84,6 @@ fn lookup(layer: &HashedEmbeddingBag, request: u64) -> Result<Vec<f32>> {
 fn save_a_model(path: &Path) -> Result<()> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-    let config = candle_hashed_embedding_bag::HashedEmbeddingBagConfig {
-        compression: 1.0 / 64.0,
-        ..Default::default()
-    };
-    let layer = hashed_embedding_bag(1_000_000, 64, config, vb)?;
+    let layer = hashed_embedding_bag(1_000_000, 64, 1.0 / 64.0, Default::default(), vb)?;
     Ok(checkpoint::save(path, [], [("items", &layer)])?)
 }

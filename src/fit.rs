@@ -80,7 +80,7 @@ struct Fit<'a, H: Locate> {
     embedding_dim: usize,
     hash: H,
     /// The constants of each column block.
-    column_blocks: Vec<H::Run>,
+    column_blocks: Vec<H::ColumnBlock>,
     first_row: usize,
     /// The row that does not count.
     padding: Option<usize>,
@@ -109,7 +109,9 @@ impl<'a, H: Locate> Fit<'a, H> {
             num_embeddings,
             embedding_dim,
             hash,
-            column_blocks: (0..column_blocks).map(|block| hash.run(block)).collect(),
+            column_blocks: (0..column_blocks)
+                .map(|block| hash.column_block(block))
+                .collect(),
             first_row: config.first_row,
             padding: config.padding_idx.and_then(|row| row.try_into().ok()),
         })

@@ -42,13 +42,14 @@ fn is_zero(n: &usize) -> bool {
 
 impl From<&HashedEmbeddingBag> for LayerSpec {
     fn from(layer: &HashedEmbeddingBag) -> Self {
+        let config = layer.config();
         Self {
             num_embeddings: layer.num_embeddings(),
             embedding_dim: layer.embedding_dim(),
-            mode: layer.config().mode,
-            padding_idx: layer.config().padding_idx,
-            include_last_offset: layer.config().include_last_offset,
-            first_row: layer.config().first_row,
+            mode: config.mode,
+            padding_idx: config.padding_idx,
+            include_last_offset: config.include_last_offset,
+            first_row: config.first_row,
             hash: layer.hash(),
         }
     }
@@ -106,6 +107,7 @@ pub struct TableSpec {
 
 impl From<&HashedEmbeddingBagCollection> for CollectionSpec {
     fn from(collection: &HashedEmbeddingBagCollection) -> Self {
+        let config = collection.config();
         let tables = collection.tables().map(|(name, num_embeddings)| TableSpec {
             name: name.to_string(),
             num_embeddings,
@@ -113,9 +115,9 @@ impl From<&HashedEmbeddingBagCollection> for CollectionSpec {
         Self {
             tables: tables.collect(),
             embedding_dim: collection.embedding_dim(),
-            mode: collection.config().mode,
-            padding_idx: collection.config().padding_idx,
-            include_last_offset: collection.config().include_last_offset,
+            mode: config.mode,
+            padding_idx: config.padding_idx,
+            include_last_offset: config.include_last_offset,
             hash: collection.hash(),
         }
     }

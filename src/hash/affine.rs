@@ -114,7 +114,7 @@ pub(crate) struct AffineRows {
 
 /// The block's share of the sum, for sums that do not wrap and for sums that do.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct AffineRun {
+pub(crate) struct AffineBlock {
     /// `column_block * b mod 2^64`
     sum: u64,
     plain: AffineShare,
@@ -142,7 +142,7 @@ impl From<AffineSlots> for AffineRows {
 
 /// A place is the first slot of a block.
 impl Locate for AffineRows {
-    type Run = AffineRun;
+    type ColumnBlock = AffineBlock;
     type Place = u64;
     const SIGNED: bool = false;
 
@@ -151,11 +151,11 @@ impl Locate for AffineRows {
         self.slots.block as usize
     }
 
-    fn run(&self, column_block: u64) -> AffineRun {
-        let sum = column_block.wrapping_mul(self.slots.b);
+    fn column_block(&self, number: u64) -> AffineBlock {
+        let sum = number.wrapping_mul(self.slots.b);
         let modulus = self.slots.modulus;
         let rest = modulus.rem(sum);
-        AffineRun {
+        AffineBlock {
             sum,
             plain: self.slots.share(rest),
             wrapped: self.slots.share(sub_mod(rest, self.wrapped, modulus.value)),
@@ -163,7 +163,13 @@ impl Locate for AffineRows {
     }
 
     #[inline(always)]
-    fn locate(&self, rows: &[u64], column_blocks: &[AffineRun], places: &mut [u64], _: &mut [u32]) {
+    fn locate(
+        &self,
+        rows: &[u64],
+        column_blocks: &[AffineBlock],
+        places: &mut [u64],
+        _: &mut [u32],
+    ) {
         let AffineSlots {
             a,
             c,
@@ -195,7 +201,7 @@ impl Locate for AffineRows {
                 }
                 continue;
             }
-            let AffineRun { plain, wrapped, .. } = *share;
+            let AffineBlock { plain, wrapped, .. } = *share;
             let (sum, end) = (ordered(share.sum), starts.value as i64);
             for i in 0..n {
                 let wraps = sum > sums[i];
@@ -266,7 +272,7 @@ mod tests {
                 panic!("{hash:?} suits {len}");
             };
             let rows = AffineRows::from(slots);
-            let column_blocks: Vec<_> = (0..40).map(|block| rows.run(block)).collect();
+            let column_blocks: Vec<_> = (0..40).map(|block| rows.column_block(block)).collect();
             let at: Vec<u64> = (0..20).map(|_| draw(64)).collect();
             let mut places = vec![0; column_blocks.len() * at.len()];
             rows.locate(&at, &column_blocks, &mut places, &mut []);

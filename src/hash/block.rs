@@ -24,7 +24,7 @@ pub(crate) struct BlockSlots {
 /// A place is a block number.
 impl Locate for BlockSlots {
     /// What [`mix::start`] or [`balanced::start`] gives.
-    type Run = u64;
+    type ColumnBlock = u64;
     type Place = u32;
     const SIGNED: bool = true;
 
@@ -34,11 +34,11 @@ impl Locate for BlockSlots {
     }
 
     #[inline(always)]
-    fn run(&self, column_block: u64) -> u64 {
+    fn column_block(&self, number: u64) -> u64 {
         if self.is_balanced() {
-            balanced::start(self.key, column_block)
+            balanced::start(self.key, number)
         } else {
-            mix::start(self.key, column_block)
+            mix::start(self.key, number)
         }
     }
 

@@ -217,7 +217,7 @@ impl Hash {
         let (start, signs) = match slots {
             Slots::Balanced(slots) | Slots::Mix(slots) => {
                 let (mut place, mut signs) = ([0], [0]);
-                let column_block = slots.run(column_block);
+                let column_block = slots.column_block(column_block);
                 slots.locate(&[row as u64], &[column_block], &mut place, &mut signs);
                 (slots.slot(place[0], block), signs[0])
             }
@@ -344,7 +344,7 @@ pub(crate) const MAX_ROWS: usize = 256;
 /// loops over either can be vectorised.
 pub(crate) trait Locate: Copy + Send + Sync {
     /// What is the same for one column block of every row, computed once per lookup.
-    type Run: Copy + Send + Sync;
+    type ColumnBlock: Copy + Send + Sync;
     /// Where a column block starts; [`slot`](Self::slot) translates it. Larger places have larger slots.
     type Place: Copy + Default + Ord + Send + Sync;
     /// Whether values may have signs; otherwise [`locate`](Self::locate) writes none.
@@ -352,8 +352,8 @@ pub(crate) trait Locate: Copy + Send + Sync {
 
     /// Consecutive columns that share a hash.
     fn block(&self) -> usize;
-    /// The constants of a column block.
-    fn run(&self, column_block: u64) -> Self::Run;
+    /// The constants of column block `number`.
+    fn column_block(&self, number: u64) -> Self::ColumnBlock;
     /// Locates some column blocks of some rows, at most [`MAX_ROWS`]: the place, and a sign bit for each column, of column
     /// block `i` of row `j` are written at `i * rows.len() + j`.
     ///
@@ -361,7 +361,7 @@ pub(crate) trait Locate: Copy + Send + Sync {
     fn locate(
         &self,
         rows: &[u64],
-        column_blocks: &[Self::Run],
+        column_blocks: &[Self::ColumnBlock],
         places: &mut [Self::Place],
         signs: &mut [u32],
     );

@@ -142,7 +142,7 @@ pub(super) struct Call<'a, T, H: Locate> {
     pub rows: BagRows<'a>,
     pub hash: H,
     /// What the hash knows of each block of columns.
-    pub column_blocks: Vec<H::Run>,
+    pub column_blocks: Vec<H::ColumnBlock>,
     pub hashed_weight: &'a [T],
     per_sample_weights: Option<&'a [T]>,
 }
@@ -167,7 +167,9 @@ impl<'a, T: Load, H: Locate> Call<'a, T, H> {
                 indices: Indices::new(operands.indices)?,
                 offsets: operands.offsets.map(Indices::new).transpose()?,
             },
-            column_blocks: (0..column_blocks as u64).map(|i| hash.run(i)).collect(),
+            column_blocks: (0..column_blocks as u64)
+                .map(|i| hash.column_block(i))
+                .collect(),
             hash,
             hashed_weight,
             per_sample_weights: operands.per_sample_weights.map(slice).transpose()?,

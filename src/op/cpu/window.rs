@@ -37,7 +37,7 @@ impl From<Range<usize>> for Span {
 pub(super) struct Window<'a, H: Locate> {
     source: BagRows<'a>,
     hash: H,
-    column_blocks: &'a [H::Run],
+    column_blocks: &'a [H::ColumnBlock],
     /// Rows per window.
     capacity: usize,
     /// Column block `b` of row `i` at `b * rows + i`, and enough behind it for the arrays of a [`Blocks`].
@@ -112,7 +112,12 @@ impl<P: Copy> Blocks<'_, P> {
 }
 
 impl<'a, H: Locate> Window<'a, H> {
-    pub fn new(source: BagRows<'a>, hash: H, column_blocks: &'a [H::Run], span: Span) -> Self {
+    pub fn new(
+        source: BagRows<'a>,
+        hash: H,
+        column_blocks: &'a [H::ColumnBlock],
+        span: Span,
+    ) -> Self {
         let capacity = Self::capacity(column_blocks.len());
         // Little to look up needs little memory.
         let rows = match &span.part {
@@ -289,7 +294,7 @@ impl<'a, H: Locate> Window<'a, H> {
 struct Hashing<'a, H: Locate> {
     hash: &'a H,
     rows: &'a [u64],
-    column_blocks: &'a [H::Run],
+    column_blocks: &'a [H::ColumnBlock],
     places: &'a mut [H::Place],
     signs: &'a mut [u32],
 }
