@@ -26,7 +26,7 @@
 //! let device = Device::Cpu;
 //! let vars = VarMap::new();
 //! let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
-//! let layer = hashed_embedding_bag(1000, 16, Default::default(), vb.pp("items"))?;
+//! let layer = hashed_embedding_bag(1000, 16, 0.1, Default::default(), vb.pp("items"))?;
 //! let linear = candle_nn::linear(16, 1, vb.pp("head"))?;
 //!
 //! let folder = tempfile::tempdir()?;
