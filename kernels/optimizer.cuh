@@ -123,7 +123,7 @@ __device__ __forceinline__ void update(T *params, const T *grads, Acc<T> *state0
 template <typename T, typename Rule>
 __device__ __forceinline__ void step(T *params, const T *grads, Acc<T> *state0, Acc<T> *state1, const Rule &rule,
                                      uint64_t n, bool aligned) {
-  constexpr int V = WIDE<T>;
+  constexpr int V = 16 / sizeof(T);  // accesses of 16 bytes
   const uint64_t thread = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x;
   const uint64_t threads = gridDim.x * uint64_t(blockDim.x);
   const uint64_t vectors = aligned ? n / V : 0;

@@ -474,7 +474,8 @@ fn gradients_may_be_views() -> Result<()> {
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
-    struct Reported<'a>(std::cell::RefCell<&'a mut dyn FnMut(&[f64])>);
+    type Report<'a> = std::cell::RefCell<&'a mut dyn FnMut(&[f64])>;
+    struct Reported<'a>(Report<'a>);
     impl Body for Reported<'_> {
         fn run<P: Params>(&self, _: &str, params: P) -> Result<()> {
             for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
@@ -613,35 +614,35 @@ fn hyper_parameters_out_of_range_are_errors() -> Result<()> {
                 lr: -1.0,
                 ..adamw()
             },
-            "adamw: lr must be finite and at least 0, got -1",
+            "hashed-embedding-bag: adamw: lr must be finite and at least 0, got -1",
         ),
         (
             ParamsAdamW {
                 eps: f64::NAN,
                 ..adamw()
             },
-            "adamw: eps must be finite and at least 0, got NaN",
+            "hashed-embedding-bag: adamw: eps must be finite and at least 0, got NaN",
         ),
         (
             ParamsAdamW {
                 weight_decay: -0.5,
                 ..adamw()
             },
-            "adamw: weight_decay must be finite and at least 0, got -0.5",
+            "hashed-embedding-bag: adamw: weight_decay must be finite and at least 0, got -0.5",
         ),
         (
             ParamsAdamW {
                 beta1: 1.0,
                 ..adamw()
             },
-            "adamw: beta1 must lie in [0, 1), got 1",
+            "hashed-embedding-bag: adamw: beta1 must lie in [0, 1), got 1",
         ),
         (
             ParamsAdamW {
                 beta2: -0.1,
                 ..adamw()
             },
-            "adamw: beta2 must lie in [0, 1), got -0.1",
+            "hashed-embedding-bag: adamw: beta2 must lie in [0, 1), got -0.1",
         ),
     ] {
         assert_eq!(error(params), want);
@@ -653,14 +654,14 @@ fn hyper_parameters_out_of_range_are_errors() -> Result<()> {
                 lr_decay: -1.0,
                 ..adagrad()
             },
-            "adagrad: lr_decay must be finite and at least 0, got -1",
+            "hashed-embedding-bag: adagrad: lr_decay must be finite and at least 0, got -1",
         ),
         (
             ParamsAdagrad {
                 initial_accumulator_value: f64::INFINITY,
                 ..adagrad()
             },
-            "adagrad: initial_accumulator_value must be finite and at least 0, got inf",
+            "hashed-embedding-bag: adagrad: initial_accumulator_value must be finite and at least 0, got inf",
         ),
     ] {
         assert_eq!(error(params), want);
@@ -672,28 +673,28 @@ fn hyper_parameters_out_of_range_are_errors() -> Result<()> {
                 momentum: -0.9,
                 ..sgd()
             },
-            "sgd: momentum must be finite and at least 0, got -0.9",
+            "hashed-embedding-bag: sgd: momentum must be finite and at least 0, got -0.9",
         ),
         (
             ParamsSgd {
                 dampening: f64::NAN,
                 ..sgd()
             },
-            "sgd: dampening must be finite, got NaN",
+            "hashed-embedding-bag: sgd: dampening must be finite, got NaN",
         ),
         (
             ParamsSgd {
                 nesterov: true,
                 ..sgd()
             },
-            "sgd: nesterov needs a momentum and no dampening, got momentum 0 and dampening 0",
+            "hashed-embedding-bag: sgd: nesterov needs a momentum and no dampening, got momentum 0 and dampening 0",
         ),
         (
             ParamsSgd {
                 nesterov: true,
                 ..momentum()
             },
-            "sgd: nesterov needs a momentum and no dampening, got momentum 0.8 and dampening 0.4",
+            "hashed-embedding-bag: sgd: nesterov needs a momentum and no dampening, got momentum 0.8 and dampening 0.4",
         ),
     ] {
         assert_eq!(error(params), want);
@@ -705,7 +706,7 @@ fn hyper_parameters_out_of_range_are_errors() -> Result<()> {
     let step = optimizer.backward_step(&var.sum_all()?);
     assert_eq!(
         message(step),
-        "sgd: lr must be finite and at least 0, got NaN"
+        "hashed-embedding-bag: sgd: lr must be finite and at least 0, got NaN"
     );
     Ok(())
 }
@@ -717,15 +718,18 @@ fn parameters_that_cannot_be_updated_are_errors() -> Result<()> {
     let tied = Adagrad::with_names([("a", a.clone()), ("b", a.clone())], adagrad());
     assert_eq!(
         message(tied),
-        "adagrad: parameter b is the same variable as a"
+        "hashed-embedding-bag: adagrad: parameter b is the same variable as a"
     );
     let b = variable(2, 3, DType::F32, device)?;
     let twice = Adagrad::with_names([("a", a), ("a", b)], adagrad());
-    assert_eq!(message(twice), "adagrad: parameter a appears twice");
+    assert_eq!(
+        message(twice),
+        "hashed-embedding-bag: adagrad: parameter a appears twice"
+    );
     let eight_bits = Var::zeros(4, DType::F8E4M3, device)?;
     assert_eq!(
         message(Sgd::new(vec![eight_bits], sgd())),
-        "sgd: parameter 0 must have one of the dtypes [F16, BF16, F32, F64], got F8E4M3"
+        "hashed-embedding-bag: sgd: parameter 0 must have one of the dtypes [F16, BF16, F32, F64], got F8E4M3"
     );
     Ok(())
 }
@@ -748,13 +752,15 @@ fn gradients_that_do_not_fit_are_errors_and_change_nothing() -> Result<()> {
             (six.reshape((2, 3))?, "shape [6], got [2, 3]".to_string()),
         ] {
             let step = optimizer.step(&gradients(&[(&first, &good), (&second, &grad)])?);
-            let want = format!("adamw: gradient of parameter second must have {want}");
+            let want = format!(
+                "hashed-embedding-bag: adamw: gradient of parameter second must have {want}"
+            );
             assert_eq!(message(step), want);
         }
         if !device.is_cpu() {
             let step = optimizer.step(&gradients(&[(&second, &six.to_device(&Device::Cpu)?)])?);
             let want =
-                "adamw: gradient of parameter second must have device Cuda { gpu_id: 0 }, got Cpu";
+                "hashed-embedding-bag: adamw: gradient of parameter second must have device Cuda { gpu_id: 0 }, got Cpu";
             assert_eq!(message(step), want);
         }
         assert_same_bits(&first, &before, "the other parameter")?;
@@ -808,7 +814,7 @@ fn state_that_does_not_fit_is_an_error_and_changes_nothing() -> Result<()> {
         ] {
             assert_eq!(
                 message(optimizer.load_state(state)),
-                format!("adamw: {want}")
+                format!("hashed-embedding-bag: adamw: {want}")
             );
         }
         for ((key, got), (_, want)) in optimizer.state()?.iter().zip(&before) {

@@ -222,7 +222,7 @@ mod tests {
         };
         for n in [0, 1, 7, 8, 100] {
             let values = |scale: f32| -> Vec<f32> {
-                let value = |i| (i as f32 * 0.7).sin() * scale;
+                let value = |i| ((i + 1) as f32 * 0.7).sin() * scale;
                 (0..n).map(value).collect()
             };
             let arrays = || {

@@ -65,7 +65,7 @@ pub(super) fn step<T: ParamDType>(
         AnyRule::Sgd(_) => (Rule::Sgd, 0),
         AnyRule::Momentum(_) => (Rule::Momentum, 1),
     };
-    let kernel = Kernel::OptimizerStep(name, T::DTYPE);
+    let kernel = Kernel::OptimizerStep(name, <T as ParamDType>::DTYPE);
     let stream = param.device().cuda_stream();
     let function = modules::load(kernel, stream.context())?;
     let mut param = param.as_cuda_slice_mut::<T>()?.slice_mut(param_at);

@@ -65,12 +65,13 @@ mod cpu;
 mod cuda;
 mod rules;
 
+use crate::error::bail;
 use crate::op::WEIGHT_DTYPES;
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
 use candle_core::op::BackpropOp;
 use candle_core::{
-    bail, CpuStorage, DType, Device, Error, InplaceOp2, Layout, Result, Storage, Tensor, Var,
+    CpuStorage, DType, Device, Error, InplaceOp2, Layout, Result, Storage, Tensor, Var,
 };
 use candle_nn::{Optimizer, VarMap};
 use half::{bf16, f16};

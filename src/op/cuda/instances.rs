@@ -176,7 +176,7 @@ impl Pooling {
 }
 
 impl Rule {
-    const ALL: [Self; 4] = [Self::AdamW, Self::Adagrad, Self::Sgd, Self::Momentum];
+    pub const ALL: [Self; 4] = [Self::AdamW, Self::Adagrad, Self::Sgd, Self::Momentum];
 
     fn name(self) -> &'static str {
         match self {

@@ -111,7 +111,7 @@ pub fn strided_blocks(kernel: Kernel, n: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use super::super::instances::{self, Module, WIDEST_ACCESS};
+    use super::super::instances::{self, Module, Rule, WIDEST_ACCESS};
     use super::*;
     use crate::bags::{BagShape, JaggedLayout};
     use crate::bounds::BoundsCheck;
@@ -251,6 +251,8 @@ mod tests {
         for dtype in Dtype::ALL {
             used.insert(Kernel::LargestMagnitude(dtype));
             used.insert(Kernel::FromFixedPoint(dtype.accumulator()));
+            // What optimisers launch, each for every dtype.
+            used.extend(Rule::ALL.map(|rule| Kernel::OptimizerStep(rule, dtype)));
         }
         let unused: Vec<_> = table.difference(&used).collect();
         assert!(unused.is_empty(), "{unused:?}");
