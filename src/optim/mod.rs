@@ -40,7 +40,7 @@
 //! let device = Device::Cpu;
 //! let vars = VarMap::new();
 //! let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
-//! let layer = hashed_embedding_bag(1_000_000, 16, Default::default(), vb.pp("items"))?;
+//! let layer = hashed_embedding_bag(1_000_000, 16, 1.0 / 64.0, Default::default(), vb.pp("items"))?;
 //! let indices = Tensor::new(&[[7u32, 999_999], [7, 7]], &device)?;
 //!
 //! let params = ParamsAdagrad { lr: 0.05, ..Default::default() };

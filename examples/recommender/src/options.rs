@@ -319,7 +319,12 @@ impl FromStr for HashChoice {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> Result<Self> {
-        let number = |block: &str| block.parse().context("its block is no number");
+        let number = |block: &str| -> Result<usize> {
+            let block = block.parse().context("its block is no number")?;
+            // A hash is checked where it is bound to a length; any one block would do.
+            Hash::balanced(block).check_len(block)?;
+            Ok(block)
+        };
         Ok(match text.split_once(':') {
             None if text == "default" => Self::Default,
             None if text == "original" => Self::Original,
@@ -407,7 +412,15 @@ mod tests {
         for text in ["default", "balanced:4", "mix:8", "original"] {
             assert_eq!(text.parse::<HashChoice>()?.to_string(), text);
         }
-        for wrong in ["", "mix", "mix:", "balanced:-1", "original:8"] {
+        for wrong in [
+            "",
+            "mix",
+            "mix:",
+            "mix:0",
+            "balanced:33",
+            "balanced:-1",
+            "original:8",
+        ] {
             assert!(wrong.parse::<HashChoice>().is_err(), "{wrong}");
         }
         Ok(())
