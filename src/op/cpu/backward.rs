@@ -110,7 +110,7 @@ impl<const BLOCK: usize, T: Load, H: Locate> Loop for Add<'_, BLOCK, T, H> {
         let (block, embedding_dim) = (call.block::<BLOCK>(), call.embedding_dim());
         let column_blocks = call.column_blocks.len();
         let mut founds = [Found::default(), Found::default()];
-        let mut window = call.window(self.bags.clone().into());
+        let mut window = call.window(self.bags.clone());
         while let Some((bag, rows)) = window.take_next() {
             let grads = &grad_output[bag * embedding_dim..(bag + 1) * embedding_dim];
             let scale = call.mean_scale(bag);
@@ -164,7 +164,7 @@ impl<const BLOCK: usize, T: Load, H: Locate> Add<'_, BLOCK, T, H> {
     /// What multiplies the terms of row `row`.
     #[inline(always)]
     fn scale(&self, terms: &Terms<T, H::Place>, row: usize) -> Option<T::Acc> {
-        let weight = || self.call.sample_weight(terms.rows.positions[row]);
+        let weight = || self.call.sample_weight(terms.rows, row);
         terms.scale.or_else(weight)
     }
 

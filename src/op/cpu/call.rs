@@ -2,7 +2,7 @@
 
 use super::combine::Load;
 use super::scalar::Accumulator;
-use super::window::{Blocks, Span, Window};
+use super::window::{Blocks, Rows, Window};
 use super::{slice, MIN_VALUES_PER_THREAD};
 use crate::bags::{BagShape, Index};
 use crate::bounds::{BadRow, BoundsCheck};
@@ -148,9 +148,13 @@ pub(super) struct Call<'a, T, H: Locate> {
 }
 
 impl<'a, T: Load, H: Locate> Call<'a, T, H> {
-    /// Bit `i` is set where blocks of `i` columns have loops of their own; see [`with_block`]. Affine hashes, whose blocks
-    /// are seldom longer than 1, have none.
-    pub const CONSTANT_BLOCKS: u64 = if H::SIGNED { T::CONSTANT_BLOCKS } else { 0 };
+    /// Bit `i` is set where blocks of `i` columns have loops of their own; see [`with_block`]. Blocks of affine hashes are seldom
+    /// longer than 1.
+    pub const CONSTANT_BLOCKS: u64 = if H::SIGNED {
+        T::CONSTANT_BLOCKS
+    } else {
+        T::CONSTANT_BLOCKS & 1 << 1
+    };
 
     pub fn new(lookup: &'a Lookup, hash: H, operands: &Operands<'a, CpuStorage>) -> Result<Self> {
         let column_blocks = lookup.table.embedding_dim.div_ceil(hash.block());
@@ -214,16 +218,21 @@ impl<'a, T: Load, H: Locate> Call<'a, T, H> {
         self.per_sample_weights.is_some()
     }
 
-    /// The per-sample weight of the index at `position`.
+    /// The per-sample weight of row `i`.
     #[inline(always)]
-    pub fn sample_weight(&self, position: usize) -> Option<T::Acc> {
+    pub fn sample_weight(&self, rows: &Rows<H::Place>, i: usize) -> Option<T::Acc> {
         let weights = self.per_sample_weights?;
-        Some(weights[position].widen())
+        Some(weights[rows.position(i)].widen())
     }
 
-    /// The rows of some bags, hashed.
-    pub fn window(&self, span: Span) -> Window<'_, H> {
-        Window::new(self.rows, self.hash, &self.column_blocks, span)
+    /// The rows of some bags, hashed; with their positions where there are per-sample weights.
+    pub fn window(&self, bags: Range<usize>) -> Window<'_, H> {
+        self.window_noting(bags, self.is_weighted())
+    }
+
+    /// The same, with the positions of rows if `positions`.
+    pub fn window_noting(&self, bags: Range<usize>, positions: bool) -> Window<'_, H> {
+        Window::new(self.rows, self.hash, &self.column_blocks, bags, positions)
     }
 
     /// The length of a block: BLOCK, which is that of the hash or 0 for a block that has no loop of its own.
@@ -301,7 +310,7 @@ macro_rules! with_block {
             ($value:literal, $chosen:ident) => {{
                 const $block: usize = $value;
                 // Constant, so that what is not asked for is not compiled.
-                if $block > 1 && Call::<$T, $H>::CONSTANT_BLOCKS >> $block & 1 == 0 {
+                if $block > 0 && Call::<$T, $H>::CONSTANT_BLOCKS >> $block & 1 == 0 {
                     unreachable!("Blocked::of chooses constant blocks")
                 }
                 let $lanes = $chosen;

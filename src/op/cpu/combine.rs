@@ -111,12 +111,12 @@ pub(super) trait Load: Scalar<Acc: Vector> {
 
     #[inline(always)]
     fn widen16<L: Lanes>(_: L, values: &[Self; 16]) -> [Self::Acc; 16] {
-        values.map(Self::widen)
+        Self::widen_all(values)
     }
 }
 
 impl Load for f32 {
-    const CONSTANT_BLOCKS: u64 = 1 << 4 | 1 << 8 | 1 << 16 | 1 << 32;
+    const CONSTANT_BLOCKS: u64 = 1 << 1 | 1 << 4 | 1 << 8 | 1 << 16 | 1 << 32;
 }
 
 impl Load for f64 {
@@ -224,7 +224,7 @@ pub(super) fn combine<C: Combine, T: Load, L: Lanes>(
     let (into8, into) = into.as_chunks_mut::<8>();
     let (from8, from) = from.as_chunks::<8>();
     for (into, from) in into8.iter_mut().zip(from8) {
-        C::eight(lanes, into, &scaled(from.map(T::widen), scale), signs);
+        C::eight(lanes, into, &scaled(T::widen_all(from), scale), signs);
         signs >>= 8;
     }
     for (i, (into, &from)) in into.iter_mut().zip(from).enumerate() {

@@ -68,7 +68,7 @@ impl<const BLOCK: usize, T: Load, H: Locate> Pool<'_, BLOCK, T, H> {
     fn pool<C: Combine, L: Lanes>(self, lanes: L) {
         let (call, embedding_dim) = (self.call, self.call.embedding_dim());
         let last = self.first + self.output.len() / embedding_dim;
-        let mut window = call.window((self.first..last).into());
+        let mut window = call.window(self.first..last);
         let mut pooled = vec![T::Acc::ZERO; embedding_dim];
         for (bag, output) in (self.first..last).zip(self.output.chunks_exact_mut(embedding_dim)) {
             let mut count = 0;
@@ -124,7 +124,7 @@ fn pool_rows<const BLOCK: usize, C: Combine, T: Load, H: Locate, L: Lanes>(
         for i in 0..rows.len() {
             let (slot, signs) = call.locate(&blocks, i, block);
             let values = &call.hashed_weight[slot..slot + pooled.len()];
-            let scale = call.sample_weight(rows.positions[i]);
+            let scale = call.sample_weight(rows, i);
             combine::<C, _, _>(lanes, pooled, values, signs, scale);
         }
     }
@@ -155,7 +155,7 @@ fn pool_blocks<
     }
     for i in 0..rows.len() {
         let scale = if WEIGHTED {
-            call.sample_weight(rows.positions[i])
+            call.sample_weight(rows, i)
         } else {
             None
         };

@@ -97,13 +97,13 @@ impl Blocked {
     /// `constants` has bit `i` set where a block of `i` columns has a loop of its own.
     #[inline(always)]
     pub fn of(block: usize, constants: u64) -> Self {
-        if block == 1 {
+        let has_constant = block < 64 && constants >> block & 1 == 1;
+        if has_constant && block == 1 {
             return Self::One(Portable);
         }
         let Some(lanes) = Wide::detect() else {
             return Self::AnyPortable(Portable);
         };
-        let has_constant = block < 64 && constants >> block & 1 == 1;
         #[cfg(target_arch = "x86_64")]
         if let (true, Some(lanes)) = (has_constant, x86::Avx512::detect()) {
             match block {
@@ -186,7 +186,7 @@ impl Lanes for Portable {
 
     #[inline(always)]
     fn widen16(self, values: &[f16; 16]) -> [f32; 16] {
-        values.map(f16::widen)
+        f16::widen_all(values)
     }
 }
 

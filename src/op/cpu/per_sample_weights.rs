@@ -40,7 +40,7 @@ fn dots<T: Load, H: Locate>(
     bags: Range<usize>,
 ) -> Vec<(usize, T)> {
     let (block, embedding_dim) = (call.hash.block(), call.embedding_dim());
-    let mut window = call.window(bags.into());
+    let mut window = call.window_noting(bags, true);
     let mut sums = [T::Acc::ZERO; MAX_ROWS];
     let mut dots = vec![];
     while let Some((bag, rows)) = window.take_next() {
@@ -58,7 +58,7 @@ fn dots<T: Load, H: Locate>(
             }
         }
         let sums = sums.iter().map(|sum| T::from_f64(sum.to_f64()));
-        dots.extend(rows.positions.iter().copied().zip(sums));
+        dots.extend((0..rows.len()).map(|i| rows.position(i)).zip(sums));
     }
     dots
 }

@@ -15,6 +15,16 @@ pub(super) trait Scalar: WithDType {
 
     fn widen(self) -> Self::Acc;
 
+    /// Some values, widened. A loop, because `map` of an array is a call that is not always inlined.
+    #[inline(always)]
+    fn widen_all<const N: usize>(values: &[Self; N]) -> [Self::Acc; N] {
+        let mut wide = [Self::Acc::ZERO; N];
+        for (wide, value) in wide.iter_mut().zip(values) {
+            *wide = value.widen();
+        }
+        wide
+    }
+
     /// `to[i] = from[i]`, rounded.
     fn narrow(from: &[Self::Acc], to: &mut [MaybeUninit<Self>]);
 }
@@ -51,7 +61,9 @@ fn write<T: Copy>(from: &[T], to: &mut [MaybeUninit<T>]) {
     // A few at a time: for so few, a call of memmove takes longer than the copy.
     let ((to, to_rest), (from, from_rest)) = (to.as_chunks_mut::<16>(), from.as_chunks::<16>());
     for (to, from) in to.iter_mut().zip(from) {
-        *to = from.map(MaybeUninit::new);
+        for (to, &from) in to.iter_mut().zip(from) {
+            to.write(from);
+        }
     }
     for (to, &from) in to_rest.iter_mut().zip(from_rest) {
         to.write(from);

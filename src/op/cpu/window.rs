@@ -19,21 +19,7 @@ pub(super) const READ_AHEAD: usize = 6;
 /// The same for a block that is added to, which waits longer for what others have written.
 pub(super) const ADD_AHEAD: usize = 16;
 
-/// Some bags, or a part of one, in the order of the output.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Span {
-    pub bags: Range<usize>,
-    /// Of the only bag, the part to be read, as positions; `None` for whole bags.
-    pub part: Option<Range<usize>>,
-}
-
-impl From<Range<usize>> for Span {
-    fn from(bags: Range<usize>) -> Self {
-        Self { bags, part: None }
-    }
-}
-
-/// The hashed rows of the bags of a span, a window at a time.
+/// The hashed rows of consecutive bags, a window at a time.
 pub(super) struct Window<'a, H: Locate> {
     source: BagRows<'a>,
     hash: H,
@@ -44,15 +30,17 @@ pub(super) struct Window<'a, H: Locate> {
     places: Vec<H::Place>,
     signs: Vec<u32>,
     rows: usize,
-    /// Where in `indices` the rows stand.
+    /// Where in `indices` the rows stand, for those who ask for it.
     positions: [usize; MAX_ROWS],
+    notes_positions: bool,
     /// Which rows of the window are of which bag, in order; from `next_segment` on not yet taken.
     segments: Vec<Segment>,
     next_segment: usize,
     /// The length of bags that all have one, lie one behind the other, look into one table and have no padding.
     plain_bag_len: Option<usize>,
-    /// What is left to read: positions of bag `unread.bags.start`, and the bags from there on.
-    unread: Span,
+    /// The bags that are left to read; of the first perhaps only some positions.
+    unread: Range<usize>,
+    unread_part: Option<Range<usize>>,
 }
 
 /// Consecutive rows of a window that are of one bag.
@@ -66,8 +54,10 @@ pub(super) struct Rows<'a, P> {
     places: &'a [P],
     signs: &'a [u32],
     stride: usize,
+    len: usize,
     /// Where in `indices` the rows stand.
-    pub positions: &'a [usize],
+    positions: &'a [usize; MAX_ROWS],
+    first: usize,
 }
 
 /// Where one block of columns of each of some rows lies. Arrays, whatever the number of rows: so the loops, whose rows are at
@@ -81,7 +71,13 @@ impl<P: Copy> Rows<'_, P> {
     /// How many; at most [`MAX_ROWS`].
     #[inline(always)]
     pub fn len(&self) -> usize {
-        self.positions.len().min(MAX_ROWS)
+        self.len.min(MAX_ROWS)
+    }
+
+    /// Where in `indices` row `i` stands; meaningless in a window that does not note it.
+    #[inline(always)]
+    pub fn position(&self, i: usize) -> usize {
+        self.positions[self.first + i]
     }
 
     /// Column block `block` of each row.
@@ -116,18 +112,14 @@ impl<'a, H: Locate> Window<'a, H> {
         source: BagRows<'a>,
         hash: H,
         column_blocks: &'a [H::ColumnBlock],
-        span: Span,
+        bags: Range<usize>,
+        notes_positions: bool,
     ) -> Self {
-        let capacity = Self::capacity(column_blocks.len());
+        let capacity = (NEAR_PLACES / column_blocks.len()).clamp(8, MAX_ROWS);
         // Little to look up needs little memory.
-        let rows = match &span.part {
-            Some(part) => part.len(),
-            None => match source.lookup.bags.bag_len() {
-                Some(bag_len) => span.bags.len().saturating_mul(bag_len),
-                // Offsets that are not checked may let bags overlap.
-                None => source.nnz().saturating_mul(span.bags.len()),
-            },
-        };
+        let bag_len = source.lookup.bags.bag_len();
+        // Offsets that are not checked may let bags overlap.
+        let rows = bag_len.unwrap_or(source.nnz()).saturating_mul(bags.len());
         let len = column_blocks.len() * capacity.min(rows) + MAX_ROWS + ADD_AHEAD;
         Self {
             source,
@@ -138,17 +130,13 @@ impl<'a, H: Locate> Window<'a, H> {
             signs: vec![0; len],
             rows: 0,
             positions: [0; MAX_ROWS],
-            segments: Vec::with_capacity(MAX_ROWS.min(span.bags.len())),
+            notes_positions,
+            segments: Vec::with_capacity(MAX_ROWS.min(bags.len())),
             next_segment: 0,
-            plain_bag_len: source.plain_bag_len().filter(|_| span.part.is_none()),
-            unread: span,
+            plain_bag_len: source.plain_bag_len(),
+            unread: bags,
+            unread_part: None,
         }
-    }
-
-    /// Rows per window: a number that depends on the columns alone, so that a long bag is cut in the same places by every
-    /// division of work.
-    pub fn capacity(column_blocks: usize) -> usize {
-        (NEAR_PLACES / column_blocks).clamp(8, MAX_ROWS)
     }
 
     /// The next rows of `bag`, as many as there are in the window; `None` when none are left. Bags are asked for in order.
@@ -156,7 +144,7 @@ impl<'a, H: Locate> Window<'a, H> {
     pub fn take(&mut self, bag: usize) -> Option<Rows<'_, H::Place>> {
         if self.is_taken() {
             // An unread bag that comes later says that this one has been read.
-            if self.unread.bags.start > bag || self.unread.bags.is_empty() {
+            if self.unread.start > bag || self.unread.is_empty() {
                 return None;
             }
             self.fill();
@@ -173,7 +161,7 @@ impl<'a, H: Locate> Window<'a, H> {
     #[inline(always)]
     pub fn take_next(&mut self) -> Option<(usize, Rows<'_, H::Place>)> {
         while self.is_taken() {
-            if self.unread.bags.is_empty() {
+            if self.unread.is_empty() {
                 return None;
             }
             self.fill();
@@ -195,7 +183,9 @@ impl<'a, H: Locate> Window<'a, H> {
             places: &self.places[rows.start..],
             signs: &self.signs[rows.start..],
             stride: self.rows,
-            positions: &self.positions[rows.clone()],
+            len: rows.len(),
+            positions: &self.positions,
+            first: rows.start,
         }
     }
 
@@ -212,8 +202,10 @@ impl<'a, H: Locate> Window<'a, H> {
         self.source.read(bag, positions.clone(), rows);
         let noted = &mut self.positions[first..first + read];
         if self.source.lookup.table.padding_idx.is_none() {
-            for (to, position) in noted.iter_mut().zip(positions) {
-                *to = position;
+            if self.notes_positions {
+                for (to, position) in noted.iter_mut().zip(positions) {
+                    *to = position;
+                }
             }
             return read;
         }
@@ -233,11 +225,11 @@ impl<'a, H: Locate> Window<'a, H> {
         let mut rows = [0; MAX_ROWS];
         // Rows, and how many more indices may be read.
         let (mut n, mut room) = (0, self.capacity);
-        while room > 0 && !self.unread.bags.is_empty() {
-            let bag = self.unread.bags.start;
+        while room > 0 && !self.unread.is_empty() {
+            let bag = self.unread.start;
             if let Some(bag_len) = self.plain_bag_len {
                 // Bags of one length lie one behind the other and are read at once.
-                let bags = (room / bag_len).min(self.unread.bags.len());
+                let bags = (room / bag_len).min(self.unread.len());
                 if bags > 0 {
                     let (start, read) = (bag * bag_len, bags * bag_len);
                     let segments = (bag..bag + bags).zip((n..).step_by(bag_len));
@@ -246,18 +238,18 @@ impl<'a, H: Locate> Window<'a, H> {
                         rows: first..first + bag_len,
                     }));
                     n += self.read(bag, start..start + read, &mut rows[n..], n);
-                    self.unread.bags.start += bags;
+                    self.unread.start += bags;
                     room -= read;
                     continue;
                 }
             }
-            let positions = match self.unread.part.take() {
+            let positions = match self.unread_part.take() {
                 Some(part) => part,
                 None => self.source.range(bag),
             };
             if positions.len() > room && room < self.capacity {
-                // Only a bag longer than a window is cut, and in the same places wherever it begins.
-                self.unread.part = Some(positions);
+                // Only a bag longer than a window is cut: the sums of others stay in registers.
+                self.unread_part = Some(positions);
                 break;
             }
             let end = positions.start + positions.len().min(room);
@@ -271,9 +263,9 @@ impl<'a, H: Locate> Window<'a, H> {
                 });
             }
             if end < positions.end {
-                self.unread.part = Some(end..positions.end);
+                self.unread_part = Some(end..positions.end);
             } else {
-                self.unread.bags.start += 1;
+                self.unread.start += 1;
             }
         }
         self.rows = n;

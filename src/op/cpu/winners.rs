@@ -2,7 +2,7 @@
 
 use super::call::Call;
 use super::combine::{Load, Vector};
-use super::lanes::{prefetch, raise_noting, up_to_avx2, Lanes, Loop, Portable};
+use super::lanes::{prefetch, raise_noting, up_to_avx2, Lanes, Loop};
 use super::scalar::{Accumulator, Scalar};
 use super::window::Blocks;
 use super::MIN_VALUES_PER_THREAD;
@@ -29,8 +29,8 @@ fn find<T: Load, H: Locate>(call: &Call<T, H>) -> Vec<Winner> {
     let tasks = winners.chunks_mut(task * embedding_dim).enumerate();
     team.for_each(tasks, |(i, winners)| {
         let first = i * task;
-        if call.hash.block() == 1 {
-            Portable.run(Contests::<1, _, _> {
+        if call.hash.block() == 1 && Call::<T, H>::CONSTANT_BLOCKS >> 1 & 1 == 1 {
+            up_to_avx2(Contests::<1, _, _> {
                 call,
                 first,
                 winners,
@@ -87,7 +87,7 @@ impl<const BLOCK: usize, T: Load, H: Locate> Loop for Contests<'_, BLOCK, T, H> 
         let (call, embedding_dim) = (self.call, self.call.embedding_dim());
         let block = call.block::<BLOCK>();
         let last = self.first + self.winners.len() / embedding_dim;
-        let mut window = call.window((self.first..last).into());
+        let mut window = call.window(self.first..last);
         let mut best = vec![T::Acc::ZERO; embedding_dim];
         let winners_of_bags = self.winners.chunks_exact_mut(embedding_dim);
         for (bag, winners) in (self.first..last).zip(winners_of_bags) {
@@ -138,7 +138,7 @@ impl<const BLOCK: usize, T: Load, H: Locate> Contest<'_, BLOCK, T, H> {
     #[inline(always)]
     fn values<const N: usize>(&self, row: usize, at: usize) -> ([T::Acc; N], u32) {
         let (values, signs) = self.call.values_at::<BLOCK, N>(&self.blocks, row, at);
-        (values.map(T::widen), signs)
+        (T::widen_all(values), signs)
     }
 
     /// Finds the winners of the N columns from `at` on; in registers, where N is 8.
@@ -156,7 +156,9 @@ impl<const BLOCK: usize, T: Load, H: Locate> Contest<'_, BLOCK, T, H> {
         sums.copy_from_slice(&best[at..at + N]);
         if self.is_first {
             let (values, signs) = self.values::<N>(0, at);
-            sums = std::array::from_fn(|i| values[i].flip(signs, i));
+            for (i, (sum, value)) in sums.iter_mut().zip(values).enumerate() {
+                *sum = value.flip(signs, i);
+            }
             (of, start) = ([0; N], 1);
         }
         for row in start..self.rows {
