@@ -2,7 +2,7 @@
 
 use super::call::Call;
 use super::combine::{Load, Vector};
-use super::lanes::{prefetch, raise_noting, up_to_avx2, Lanes, Loop};
+use super::lanes::{prefetch, raise_noting, up_to_avx2, widest, Lanes, Loop};
 use super::scalar::{Accumulator, Scalar};
 use super::window::Blocks;
 use super::MIN_VALUES_PER_THREAD;
@@ -30,7 +30,7 @@ fn find<T: Load, H: Locate>(call: &Call<T, H>) -> Vec<Winner> {
     team.for_each(tasks, |(i, winners)| {
         let first = i * task;
         if call.hash.block() == 1 && Call::<T, H>::CONSTANT_BLOCKS >> 1 & 1 == 1 {
-            up_to_avx2(Contests::<1, _, _> {
+            widest(Contests::<1, _, _> {
                 call,
                 first,
                 winners,
