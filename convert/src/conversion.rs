@@ -12,8 +12,8 @@ use candle_hashed_embedding_bag::{
 
 use crate::arguments::{Kind, Request};
 
-/// Writes the layers that `requests` describe to `checkpoint`, and with `others` all other tensors of `state` too.
-/// Returns what there is to say of layers that are fitted.
+/// Writes the layers that `requests` describe to `checkpoint`, and with `others` all other tensors of `state` that candle has
+/// a dtype for. Returns what there is to say of layers that are fitted and of tensors that are left out.
 pub fn convert<'a>(
     mut state: StateDict,
     requests: impl Iterator<Item = &'a Request>,
@@ -33,7 +33,8 @@ pub fn convert<'a>(
         layers.push(layer);
     }
     let others = match others {
-        true => rest(&mut state).context("--layers-only leaves out what is no hashed layer")?,
+        true => rest(&mut state, &mut report)
+            .context("--layers-only leaves out what is no hashed layer")?,
         false => vec![],
     };
     let layers = layers.iter().map(|layer| (&layer.name, &layer.layer));
@@ -41,15 +42,24 @@ pub fn convert<'a>(
     Ok(report)
 }
 
-/// Takes all that is left in a state dict.
-pub fn rest(state: &mut StateDict) -> Result<Vec<(String, Tensor)>> {
+/// Takes all that is left in a state dict, except tensors of dtypes that candle lacks, which the report names.
+fn rest(state: &mut StateDict, report: &mut String) -> Result<Vec<(String, Tensor)>> {
     let keys: Vec<_> = state.keys().map(str::to_string).collect();
-    keys.into_iter()
-        .map(|key| {
-            let tensor = state.take(&key, &Device::Cpu)?;
-            Ok((key, tensor))
-        })
-        .collect()
+    let mut tensors = vec![];
+    for key in keys {
+        let info = state.tensor_info(&key)?;
+        if info.candle_dtype.is_none() {
+            writeln!(
+                report,
+                "{key:?} is left out: candle has no dtype for {}",
+                info.dtype
+            )?;
+            continue;
+        }
+        let tensor = state.take(&key, &Device::Cpu)?;
+        tensors.push((key, tensor));
+    }
+    Ok(tensors)
 }
 
 /// A layer of the checkpoint to be written.

@@ -5,18 +5,33 @@ use std::path::Path;
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_hashed_embedding_bag::{Balanced, Checkpoint, Hash, Mix, Mode, Overflow, StateDict};
+use candle_hashed_embedding_bag::{
+    Balanced, Checkpoint, Hash, Mix, Mode, Overflow, StateDict, TensorInfo,
+};
 use comfy_table::{presets, Table};
 
-use crate::conversion::{join, rest};
+use crate::conversion::join;
 
-/// The entries of a state dict.
-pub fn list(mut state: StateDict) -> Result<String> {
+/// The entries of a state dict; their values are not read.
+pub fn list(state: StateDict) -> Result<String> {
     let mut table = new_table(&["entry", "dtype", "shape"]);
-    for (key, tensor) in rest(&mut state)? {
-        table.add_row(tensor_row(&key, &tensor));
+    let mut notes = String::new();
+    for key in state.keys() {
+        match state.tensor_info(key) {
+            Ok(info) => {
+                if info.candle_dtype.is_none() {
+                    writeln!(notes, "{key:?}: candle has no dtype for {}", info.dtype)?;
+                }
+                table.add_row(tensor_row(key, &info));
+            }
+            // A tensor without dtype and shape of its own, such as a sparse one.
+            Err(error) => {
+                writeln!(notes, "{error}")?;
+                table.add_row([key, "-", "-"]);
+            }
+        }
     }
-    Ok(format!("{table}\n"))
+    Ok(format!("{table}\n{notes}"))
 }
 
 /// What a checkpoint holds.
@@ -38,7 +53,7 @@ pub fn inspect(path: &Path) -> Result<String> {
     let mut others = new_table(&["other tensor", "dtype", "shape"]);
     let names = checkpoint.tensor_names();
     for name in names.filter(|name| !parameters.contains(name)) {
-        others.add_row(tensor_row(&name, &checkpoint.tensor(&name, &Device::Cpu)?));
+        others.add_row(tensor_row(&name, &checkpoint.tensor_info(&name)?));
     }
     if !others.is_empty() {
         writeln!(report, "{others}")?;
@@ -150,7 +165,7 @@ fn new_table(header: &[&str]) -> Table {
     table
 }
 
-fn tensor_row(key: &str, tensor: &Tensor) -> [String; 3] {
-    let dims = format!("{:?}", tensor.dims());
-    [key.to_string(), tensor.dtype().as_str().to_string(), dims]
+fn tensor_row(key: &str, info: &TensorInfo) -> [String; 3] {
+    let dims = format!("{:?}", info.shape);
+    [key.to_string(), info.dtype.clone(), dims]
 }

@@ -210,6 +210,44 @@ fn listing() -> Result<()> {
 }
 
 #[test]
+fn what_candle_has_no_dtype_for_is_listed_and_left_out() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let said = convert(&folder, "tests/golden/structures/dtypes.pth")?;
+    assert_says(
+        &said,
+        &[
+            "mask bool [3]",
+            "codes i8 [1, 2]",
+            "sparse - -",
+            "user.hashed_weight f32 [40]",
+            "\"mask\": candle has no dtype for bool",
+            "import: sparse: a tensor made by _rebuild_sparse_tensor, which is not read",
+        ],
+    );
+    let arguments = "tests/golden/structures/dtypes.pth {}/out --bag user:10x4";
+    // Tensors of other kinds cannot be left out by their dtype.
+    let said = refused(&folder, arguments)?;
+    assert_says(&said, &["import: meta: a tensor made by"]);
+    convert(&folder, &format!("{arguments} --layers-only"))?;
+
+    let arguments = "tests/golden/structures/lacking.pth {}/out --bag user:10x4";
+    let said = convert(&folder, arguments)?;
+    assert_says(
+        &said,
+        &[
+            "\"mask\" is left out: candle has no dtype for bool",
+            "\"codes\" is left out: candle has no dtype for i8",
+            "user.hashed_weight 10 4 sum",
+            "head.weight f32 [2, 4]",
+        ],
+    );
+    let opened = Checkpoint::open(folder.path().join("out"))?;
+    let names: Vec<_> = opened.tensor_names().collect();
+    assert_eq!(names, ["head.bias", "head.weight", "user.hashed_weight"]);
+    Ok(())
+}
+
+#[test]
 fn a_closed_standard_output_is_no_error() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let mut process = command(&folder, "tests/golden/robe.pth")

@@ -14,7 +14,7 @@ pub(super) const METADATA_KEY: &str = "hashed_embedding_bag";
 /// The version of the description that is written, and the only one that is read.
 const VERSION: u64 = 1;
 
-/// What a checkpoint says of one hashed layer: all but its parameter.
+/// The description of one hashed layer: everything but its parameter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -29,7 +29,7 @@ pub struct LayerSpec {
     pub padding_idx: Option<i64>,
     /// Whether offsets hold the end of the last bag.
     pub include_last_offset: bool,
-    /// What is added to each index before it is hashed; written where it is not 0.
+    /// Added to each index before it is hashed; written only where it is not 0.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub first_row: usize,
     /// Where virtual elements find their slots.
@@ -75,7 +75,7 @@ impl LayerSpec {
     }
 }
 
-/// What a checkpoint says of one collection: all but its parameter.
+/// The description of one collection: everything but its parameter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]

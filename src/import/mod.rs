@@ -230,7 +230,7 @@ impl StateDict {
         read(key).map_err(|e| named(key, e))
     }
 
-    /// The error that there is no such entry. Where one has the same name under a longer prefix, it says so.
+    /// The error for an entry that does not exist. It names entries that would match with a longer prefix, or but for wrappers.
     fn missing(&self, key: &str) -> Error {
         let longer = |other: &&str| (other.strip_suffix(key)).is_some_and(|p| p.ends_with('.'));
         let same = |other: &&str| without_wrappers(other).eq(without_wrappers(key));

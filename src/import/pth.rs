@@ -128,7 +128,7 @@ struct Files {
     zip: ZipArchive<Cursor<Bytes>>,
     /// The length of the archive.
     len: usize,
-    /// Those that have been asked for: where their bytes lie, or what is wrong with them.
+    /// Files that have been asked for: where their bytes lie, or what is wrong with them.
     located: HashMap<String, std::result::Result<Range<usize>, String>>,
 }
 
@@ -501,7 +501,7 @@ fn dtype_of(name: &str) -> std::result::Result<Dtype, String> {
 // ---- values ----
 
 impl View {
-    /// The tensor, contiguous, from the bytes of its storage.
+    /// Makes the tensor, contiguous, from the bytes of its storage.
     fn load(&self, storage: &[u8], device: &Device) -> Result<Tensor> {
         let dtype = match &self.dtype {
             Ok(dtype) => *dtype,

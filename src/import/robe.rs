@@ -10,29 +10,29 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 use safetensors::View;
 use std::collections::BTreeSet;
 
-/// The entries of ROBE's modules, besides `hashed_weight`.
+/// Entries of ROBE's modules, besides `hashed_weight`.
 const WEIGHT: &str = "weight";
 const RANDOM_NUMBERS: &str = "random_numbers";
 const SIGNATURE: &str = "signature";
 
-/// What the helpers of ROBE's CPU module hold for a column, of a chunk size and `random_numbers`.
+/// The value that a helper tensor of ROBE's CPU module holds for a column, given the chunk size and `random_numbers`.
 type Helper = fn(column: i64, chunk: i64, numbers: &[i64]) -> i64;
 const HELPERS: [(&str, Helper); 4] = [
     ("helper_E1sR", |_, _, numbers| numbers[3]),
     ("helper_Eidx_base", |column, chunk, _| column / chunk),
     ("helper_Eidx_offset", |column, chunk, _| column % chunk),
-    // Of the versions before chunks.
+    // In versions of ROBE that had no chunks yet.
     ("helper_Eidx", |column, chunk, _| column / chunk),
 ];
 
-/// Which of its two modules it is, and what it calls its parameter.
+/// ROBE has two modules, one for GPUs and one for the CPU, which name the parameter differently.
 impl Module {
-    /// Whether it is the one for the CPU.
+    /// Whether this is the module for the CPU.
     fn has_helpers(&self) -> bool {
         HELPERS.iter().any(|(name, _)| self.has(name))
     }
 
-    /// The name of the parameter, for the message that it is missing.
+    /// The key of the parameter, for the error that it is missing.
     fn parameter(&self) -> String {
         let name = if self.has_helpers() {
             WEIGHT
@@ -42,7 +42,7 @@ impl Module {
         self.key(name)
     }
 
-    /// The names of the parameter that are there.
+    /// The keys under which the parameter is there.
     fn parameters(&self) -> impl Iterator<Item = String> + '_ {
         let names = [HASHED_WEIGHT, WEIGHT].into_iter();
         names
@@ -164,7 +164,7 @@ impl StateDict {
         Ok((numbers, hash))
     }
 
-    /// The random numbers of a ROBE module, and a check of the signature that its GPU module has beside them.
+    /// The random numbers of a ROBE module; the signature that the GPU module has beside them is checked.
     fn random_numbers(&self, module: &Module) -> Result<Vec<i64>> {
         let key = module.key(RANDOM_NUMBERS);
         if module.has_helpers() {
@@ -184,7 +184,7 @@ impl StateDict {
         Ok(numbers)
     }
 
-    /// The helpers of ROBE's CPU module, where there are, against the arguments.
+    /// Checks the helper tensors of ROBE's CPU module, if any, against the arguments.
     fn check_helpers(
         &self,
         module: &Module,
@@ -226,7 +226,7 @@ impl StateDict {
         tensor.to_vec1()
     }
 
-    /// The parameter that all of `keys` name, and the first of them; where there are none, `name` is missing.
+    /// The parameter that all of `keys` must be names of, with the first of them. Without any, `name` is reported missing.
     fn parameter(
         &self,
         mut keys: impl Iterator<Item = String>,

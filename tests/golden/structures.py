@@ -133,6 +133,14 @@ def dtypes():
     return state
 
 
+def lacking():
+    """The two dtypes that candle lacks and models use most."""
+    state = state_dict()
+    state["mask"] = torch.tensor([True, False, True])
+    state["codes"] = torch.tensor([[-1, 2]], dtype=torch.int8)
+    return state
+
+
 def wrapped():
     """As DistributedDataParallel and torch.compile name the entries, compile around the model and around one part of it."""
     state = state_dict(prefix="module._orig_mod.")
@@ -150,6 +158,7 @@ def main():
     write("objects", objects())
     write("nested", nested())
     write("dtypes", dtypes())
+    write("lacking", lacking())
     write("wrapped", wrapped())
     # The protocols that torch.save takes besides its default, 2.
     write("protocol4", objects(), pickle_protocol=4)
