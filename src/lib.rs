@@ -71,7 +71,11 @@ pub use import::StateDict;
 pub use layer::{hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag};
 pub use op::{Gradient, Mode};
 
-/// Compiles and runs the README's Rust.
+/// Compiles and runs the Rust of the documents.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod documents {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/pytorch.md")]
+    struct PyTorch;
+}
