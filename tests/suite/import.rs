@@ -1,11 +1,9 @@
 //! What importing a state dict refuses and by which name, what it reads besides, and that no file makes it panic.
-//! The numbers that come out are the business of tests/golden.rs.
+//! The numbers that come out are the business of golden.rs.
 
-mod common;
-
+use crate::common::{message, to_vec, Draws};
 use candle_core::{DType, Device, Result, Tensor};
 use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBagConfig, StateDict};
-use common::{message, to_vec, Draws};
 use safetensors::{Dtype, View};
 use std::collections::{BTreeMap, HashMap};
 use std::io::{Cursor, Read, Write};

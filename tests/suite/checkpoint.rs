@@ -1,14 +1,15 @@
 //! Checkpoints: round trips, the exact description, and everything that opening refuses.
 
-mod common;
-
+use crate::common::strategies::{check, dtypes, tables};
+use crate::common::{floats, integers, message, on_each_device, to_vec, Draws};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
     checkpoint, hashed_embedding, hashed_embedding_bag, Checkpoint, Hash, HashedEmbeddingBag,
     HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, Mix, Mode,
 };
 use candle_nn::{VarBuilder, VarMap};
-use common::{integers, message, on_each_device, to_vec};
+use proptest::collection::vec;
+use proptest::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -532,4 +533,42 @@ fn opening_refuses_other_files() {
         std::fs::write(&path, &whole[..len]).unwrap();
         assert!(Checkpoint::open(&path).is_err());
     }
+}
+
+/// What is saved is what is opened: every layer under every name, to the bit.
+#[test]
+fn checkpoints_round_trip() {
+    let layers = vec(
+        (".{0,6}", tables(), any::<bool>(), dtypes(), any::<u32>()),
+        0..4,
+    );
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    check(layers, |layers, device| {
+        let mut saved = std::collections::BTreeMap::new();
+        for (name, table, include_last_offset, dtype, seed) in layers {
+            let weight = Draws::new((*seed).into()).halves(table.len);
+            let config = HashedEmbeddingBagConfig {
+                include_last_offset: *include_last_offset,
+                ..table.config()
+            };
+            let weight = floats(&weight, *dtype, device)?;
+            let (rows, columns) = (table.num_embeddings, table.embedding_dim);
+            let layer = HashedEmbeddingBag::new(weight, rows, columns, config)?;
+            saved.insert(name.clone(), layer);
+        }
+        checkpoint::save(&path, [], saved.iter())?;
+        let opened = Checkpoint::open(&path)?;
+        assert!(opened.layers().map(|(name, _)| name).eq(saved.keys()));
+        for (name, layer) in &saved {
+            let dtype = layer.hashed_weight().dtype();
+            let again = opened.hashed_embedding_bag(name, dtype, device)?;
+            let all = |layer: &HashedEmbeddingBag| -> Result<_> {
+                let sizes = (layer.num_embeddings(), layer.embedding_dim());
+                Ok((sizes, layer.config(), to_vec(layer.hashed_weight())?))
+            };
+            assert_eq!(all(&again)?, all(layer)?);
+        }
+        Ok(())
+    });
 }

@@ -1,13 +1,11 @@
 //! Outputs and gradients that PyTorch computed (tests/golden/make.py), from the state dicts that it saved.
 
-mod common;
-
+use crate::common::{on_each_device, to_vec};
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
     checkpoint, Checkpoint, Hash, HashedEmbedding, HashedEmbeddingBag,
     HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout, Mix, Mode, StateDict,
 };
-use common::{on_each_device, to_vec};
 use std::collections::HashMap;
 
 const MODES: [(&str, Mode); 3] = [("sum", Mode::Sum), ("mean", Mode::Mean), ("max", Mode::Max)];

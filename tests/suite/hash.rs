@@ -1,22 +1,58 @@
 //! The hash functions: published vectors, laws, and what constructors refuse.
+//!
+//! The vectors hold for [`Hash::slot`] and, on each device, for lookups in a `hashed_weight` whose values tell their slots:
+//! so they tie src/hash/ and kernels/hash.cuh to each other.
 
-mod common;
-
-use candle_core::{DType, Device, Tensor};
+use crate::common::strategies::{check, embedding_dims, hashes, len_for, numbers};
+use crate::common::{
+    every_hash, floats, integers, message, naive_slot, on_each_device, to_vec, whole_blocks,
+};
+use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
-    hashed_embedding_bag, Affine, Balanced, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig,
-    Mix, Overflow,
+    hashed_embedding_bag, Affine, Balanced, BoundsCheck, Hash, HashedEmbedding, HashedEmbeddingBag,
+    HashedEmbeddingBagConfig, HashedEmbeddingConfig, Mix, Overflow,
 };
 use candle_nn::VarBuilder;
-use common::message;
+use proptest::collection::vec;
+use proptest::prelude::*;
 
 /// A length so large that `mod len` changes nothing.
 const VAST: usize = 1 << 60;
 
+/// Element `(row, column)` has this slot and sign, by [`Hash::slot`] and in lookups on each device.
+fn assert_slots(hash: Hash, len: usize, elements: &[(i64, usize, usize, i8)]) -> Result<()> {
+    for &(row, column, slot, sign) in elements {
+        let what = format!("{hash:?} row {row} column {column} of {len}");
+        assert_eq!(hash.slot(row, column, len)?, (slot, sign), "{what}");
+    }
+    on_each_device(|device| {
+        // From 1, so that every value has a sign; exact in either dtype.
+        let weight: Vec<f64> = (1..=len).map(|slot| slot as f64).collect();
+        let columns = elements.iter().map(|(_, column, ..)| column + 1).max();
+        let config = HashedEmbeddingConfig {
+            hash: Some(hash),
+            bounds_check: BoundsCheck::Off,
+            ..Default::default()
+        };
+        for dtype in [DType::F64, DType::F32] {
+            let weight = floats(&weight, dtype, device)?;
+            let embedding = HashedEmbedding::new(weight, 100, columns.unwrap_or(1), config)?;
+            let rows: Vec<i64> = elements.iter().map(|(row, ..)| *row).collect();
+            let out = embedding.forward(&integers(&rows, DType::I64, device)?)?;
+            for (i, &(row, column, slot, sign)) in elements.iter().enumerate() {
+                let value = to_vec(&out.get(i)?)?[column];
+                let what = format!("{hash:?} row {row} column {column} of {len}");
+                assert_eq!(value, (slot + 1) as f64 * f64::from(sign), "{what}");
+            }
+        }
+        Ok(())
+    })
+}
+
 #[test]
-fn original_vectors() {
+fn original_vectors() -> Result<()> {
     let hash = Hash::original();
-    for (row, column, want) in [
+    let vectors = [
         (0, 0, 104_729),
         (0, 1, 57_857_966_404_956),
         (1, 0, 9_824_621_266),
@@ -24,38 +60,51 @@ fn original_vectors() {
         (-1, 0, 26_276_226_730_497),
         (1 << 31, 5, 57_531_701_859_461),
         (1 << 40, 127, 33_819_236_586_390),
-    ] {
-        assert_eq!(hash.slot(row, column, VAST).unwrap(), (want, 1));
-        for len in [1, 2, 1600, 1_000_003] {
-            assert_eq!(hash.slot(row, column, len).unwrap(), (want % len, 1));
-        }
+    ];
+    for (row, column, want) in vectors {
+        assert_eq!(hash.slot(row, column, VAST)?, (want, 1));
     }
+    for len in [1, 2, 1600, 1_000_003] {
+        assert_slots(
+            hash,
+            len,
+            &vectors.map(|(row, column, want)| (row, column, want % len, 1)),
+        )?;
+    }
+    Ok(())
 }
 
 #[test]
-fn robe_vectors() {
+fn robe_vectors() -> Result<()> {
     // The first numbers of the module's default seed.
     let numbers = [2_038_074_743, 634_329_019, 1_825_252_241, 871_205_356];
     let hash = Hash::robe(&numbers, 1).unwrap();
-    for (row, column, want) in [
+    let vectors = [
         (0, 0, 634_329_019),
         (0, 1, 421_506_517),
         (1, 0, 1_505_534_375),
         (2, 3, 1_738_272_225),
-    ] {
-        assert_eq!(hash.slot(row, column, VAST).unwrap(), (want, 1));
+    ];
+    for (row, column, want) in vectors {
+        assert_eq!(hash.slot(row, column, VAST)?, (want, 1));
     }
+    let len = 1_000_003;
+    assert_slots(
+        hash,
+        len,
+        &vectors.map(|(row, column, want)| (row, column, want % len, 1)),
+    )?;
     // In blocks, columns of one block are neighbours, and the first slot leaves room for the whole block.
     let blocks = Hash::robe(&numbers, 8).unwrap();
     for (row, column) in [(0, 0), (1, 7), (2, 29), (5, 64)] {
         let (start, _) = hash.slot(row, column / 8, 1000 - 8 + 1).unwrap();
-        let (slot, _) = blocks.slot(row, column, 1000).unwrap();
-        assert_eq!(slot, start + column % 8);
+        assert_slots(blocks, 1000, &[(row, column, start + column % 8, 1)])?;
     }
+    Ok(())
 }
 
 #[test]
-fn mix_vectors() {
+fn mix_vectors() -> Result<()> {
     let (len, block) = (1_280_000, 16);
     for (seed, row, run, want) in [
         (0, 0, 0, 1_130_624),
@@ -68,29 +117,21 @@ fn mix_vectors() {
         let hash = Hash::from(Mix {
             seed,
             block,
-            signed: true,
-        });
-        for within in 0..block {
-            let (slot, _) = hash.slot(row, run * block + within, len).unwrap();
-            assert_eq!(slot, want + within);
-        }
-    }
-    // h of (0, 0, 0) ends in 0xcdaf: its low bits are the signs.
-    let hash = Hash::mix(block);
-    for within in 0..block {
-        let (_, sign) = hash.slot(0, within, len).unwrap();
-        assert_eq!(sign, if (0xcdaf >> within) & 1 == 1 { -1 } else { 1 });
-        let unsigned = Hash::from(Mix {
-            seed: 0,
-            block,
             signed: false,
         });
-        assert_eq!(unsigned.slot(0, within, len).unwrap().1, 1);
+        let elements = (0..block).map(|within| (row, run * block + within, want + within, 1));
+        assert_slots(hash, len, &elements.collect::<Vec<_>>())?;
     }
+    // h of (0, 0, 0) ends in 0xcdaf: its low bits are the signs.
+    let elements = (0..block).map(|within| {
+        let sign = if (0xcdaf >> within) & 1 == 1 { -1 } else { 1 };
+        (0, within, 1_130_624 + within, sign)
+    });
+    assert_slots(Hash::mix(block), len, &elements.collect::<Vec<_>>())
 }
 
 #[test]
-fn balanced_vectors() {
+fn balanced_vectors() -> Result<()> {
     let (len, block) = (1_280_000, 16);
     for (seed, row, run, want, signs) in [
         (0, 0, 0, 115_536, 0x083fa657u32),
@@ -105,12 +146,13 @@ fn balanced_vectors() {
             block,
             signed: true,
         });
-        for within in 0..block {
+        let elements = (0..block).map(|within| {
             let sign = if (signs >> within) & 1 == 1 { -1 } else { 1 };
-            let slot = hash.slot(row, run * block + within, len).unwrap();
-            assert_eq!(slot, (want + within, sign));
-        }
+            (row, run * block + within, want + within, sign)
+        });
+        assert_slots(hash, len, &elements.collect::<Vec<_>>())?;
     }
+    Ok(())
 }
 
 #[test]
@@ -346,4 +388,54 @@ fn identity_is_a_plain_table() {
             assert_eq!(slot, (row * 6 + column, 1));
         }
     }
+}
+
+/// Every hash family, also at rows past 2^32: what is looked up lies where the formulas say.
+#[test]
+fn slots_are_the_same_everywhere() -> Result<()> {
+    let rows = [0, 1, 2, -1, 1 << 31, 1 << 40, i64::MAX, i64::MIN];
+    for hash in every_hash() {
+        let len = whole_blocks(&hash, 100_003);
+        let elements = rows
+            .into_iter()
+            .flat_map(|row| (0..70).map(move |column| (row, column)));
+        let elements = elements.map(|(row, column)| {
+            let (slot, sign) = naive_slot(&hash, row, column, len);
+            (row, column, slot, sign as i8)
+        });
+        assert_slots(hash, len, &elements.collect::<Vec<_>>())?;
+    }
+    Ok(())
+}
+
+/// The slot of any element of any table, also past 2^32 slots, rows and columns: the arithmetic is that of the formulas.
+#[test]
+fn slots_are_the_formulas() {
+    let lens = || (1..61u32, any::<u64>()).prop_map(|(bits, len)| (len >> (64 - bits)) as usize);
+    let strategy = (
+        embedding_dims(),
+        lens(),
+        vec((any::<i64>(), numbers()), 1..20),
+    )
+        .prop_flat_map(|(dim, len, places)| (hashes(dim), Just(len), Just(places)));
+    let runner = |(hash, size, places): &(Hash, usize, Vec<(i64, u64)>), _: &Device| {
+        // All but affine hashes have at most 2^32 - 1 blocks.
+        let most = match hash {
+            Hash::Affine(_) => usize::MAX,
+            _ => hash.block() * (u32::MAX as usize - 1),
+        };
+        let len = len_for(hash, (*size).min(most));
+        for &(row, column) in places {
+            let (slot, sign) = hash.slot(row, column as usize, len)?;
+            assert!(slot < len);
+            let naive = naive_slot(hash, row, column as usize, len);
+            assert_eq!(
+                (slot, f64::from(sign)),
+                naive,
+                "row {row} column {column} of {len}"
+            );
+        }
+        Ok(())
+    };
+    check(strategy, runner);
 }

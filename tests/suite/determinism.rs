@@ -1,12 +1,10 @@
 //! `Gradient::Deterministic`: the same bits in every run, close to the exact sum, and no number made finite.
 
-mod common;
-
+use crate::common::{floats, on_each_device, to_vec, Draws};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
     Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode,
 };
-use common::{floats, on_each_device, to_vec, Draws};
 
 const DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 const NUM_BAGS: usize = 200;

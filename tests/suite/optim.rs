@@ -1,7 +1,9 @@
 //! The optimisers: equal to candle-nn's and torch's, resumed bit for bit, the same on every device and number of threads.
 
-mod common;
-
+use crate::common::{
+    assert_equal, cuda, floats, message, on_each_device, same_on_any_number_of_threads, to_vec,
+    Draws,
+};
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::hashed_embedding_bag;
@@ -9,10 +11,6 @@ use candle_hashed_embedding_bag::optim::{
     Adagrad, AdamW, InPlace, Params, ParamsAdagrad, ParamsAdamW, ParamsSgd, Sgd,
 };
 use candle_nn::{Optimizer, VarBuilder, VarMap};
-use common::{
-    assert_equal, cuda, floats, message, on_each_device, same_on_any_number_of_threads, to_vec,
-    Draws,
-};
 use std::collections::HashMap;
 
 /// Values between -1 and 1.
@@ -489,9 +487,10 @@ fn results_do_not_depend_on_the_number_of_threads() -> Result<()> {
             Ok(())
         }
     }
-    same_on_any_number_of_threads("results_do_not_depend_on_the_number_of_threads", |report| {
-        for_each_optimizer(Reported(std::cell::RefCell::new(report)))
-    })
+    same_on_any_number_of_threads(
+        "optim::results_do_not_depend_on_the_number_of_threads",
+        |report| for_each_optimizer(Reported(std::cell::RefCell::new(report))),
+    )
 }
 
 #[test]

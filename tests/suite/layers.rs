@@ -1,7 +1,6 @@
 //! A layer as a value: its configuration, the same layer on another weight, its rows as a table, and how it is initialised.
 
-mod common;
-
+use crate::common::{floats, integers, message, on_each_device, to_vec, Draws};
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
     hashed_embedding, hashed_embedding_bag, hashed_embedding_bag_collection, BoundsCheck, Gradient,
@@ -9,7 +8,6 @@ use candle_hashed_embedding_bag::{
     HashedEmbeddingBagConfig, HashedEmbeddingConfig, HashedWeightConfig, JaggedLayout, Mode,
 };
 use candle_nn::{Init, VarBuilder, VarMap};
-use common::{floats, integers, message, on_each_device, to_vec, Draws};
 
 const TABLES: [(&str, usize); 2] = [("user", 30), ("movie", 20)];
 

@@ -1,0 +1,157 @@
+//! Making layers: the length, name and initial values of the parameter, the accessors, and what is refused.
+
+use crate::common::{affine, layer, message, mix, robe, to_vec, SIGNED};
+use candle_core::{DType, Device, Result, Tensor};
+use candle_hashed_embedding_bag::{
+    hashed_embedding, hashed_embedding_bag, BoundsCheck, Gradient, Hash, HashedEmbeddingBagConfig,
+    Mode,
+};
+use candle_nn::{VarBuilder, VarMap};
+
+/// The length rule, the name and the initial values of the variable, and the accessors.
+#[test]
+fn the_parameter_has_its_length_name_and_initial_values() -> Result<()> {
+    let device = &Device::Cpu;
+    for (num_embeddings, embedding_dim, compression, hash, len) in [
+        (1000, 16, 0.1, None, 1600),
+        (1000, 16, 0.1, Some(Hash::original()), 1600),
+        (1000, 16, 1.0 / 64.0, None, 256),
+        (1000, 16, 1.0 / 64.0, Some(Hash::original()), 250),
+        (10, 3, 1e-9, Some(Hash::original()), 1),
+        (10, 16, 1e-9, None, 8),
+        (10, 16, 1e-9, Some(affine(1, 1, 1, 7, 5)), 5),
+        (7, 3, 1.0, None, 22),
+        (7, 3, 0.5, Some(Hash::original()), 10),
+    ] {
+        let vars = VarMap::new();
+        let vb = VarBuilder::from_varmap(&vars, DType::F64, device).pp("items");
+        let config = HashedEmbeddingBagConfig {
+            mode: Mode::Mean,
+            hash,
+            padding_idx: Some(3),
+            include_last_offset: true,
+            first_row: 0,
+            bounds_check: BoundsCheck::Off,
+            gradient: Gradient::Deterministic,
+        };
+        let bag = hashed_embedding_bag(num_embeddings, embedding_dim, compression, config, vb)?;
+        assert_eq!(bag.hashed_weight().dims(), [len]);
+        assert_eq!(bag.num_embeddings(), num_embeddings);
+        assert_eq!(bag.embedding_dim(), embedding_dim);
+        let table = (num_embeddings * embedding_dim) as f64;
+        assert_eq!(bag.compression(), len as f64 / table);
+        let hash = hash.unwrap_or(Hash::default_for(embedding_dim));
+        assert_eq!(bag.hash(), hash);
+        let hash = Some(hash);
+        assert_eq!(bag.config(), HashedEmbeddingBagConfig { hash, ..config });
+        let bag = bag.with_bounds_check(BoundsCheck::Error);
+        assert_eq!(bag.config().bounds_check, BoundsCheck::Error);
+
+        let data = vars.data().lock().unwrap();
+        assert_eq!(data.keys().collect::<Vec<_>>(), ["items.hashed_weight"]);
+        let bound = (1.0 / num_embeddings as f64).sqrt();
+        let values = to_vec(bag.hashed_weight())?;
+        assert!(values.iter().all(|x| x.abs() <= bound));
+        if len > 100 {
+            assert!(values.iter().any(|&x| x > 0.8 * bound));
+            assert!(values.iter().any(|&x| x < -0.8 * bound));
+        }
+    }
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
+    hashed_embedding(10, 4, 0.5, Default::default(), vb)?;
+    let data = vars.data().lock().unwrap();
+    let names: Vec<_> = data.keys().collect();
+    assert_eq!(names, ["hashed_embedding_bag.hashed_weight"]);
+    Ok(())
+}
+
+#[test]
+fn a_hashed_weight_that_does_not_suit_is_refused() -> Result<()> {
+    let new = |shape: &[usize], dtype, num_embeddings, embedding_dim, hash| {
+        let config = HashedEmbeddingBagConfig {
+            hash,
+            ..Default::default()
+        };
+        let weight = Tensor::zeros(shape, dtype, &Device::Cpu)?;
+        layer(&weight, num_embeddings, embedding_dim, config)
+    };
+    assert_eq!(
+        message(new(&[4, 4], DType::F32, 10, 4, None)),
+        "hashed-embedding-bag: hashed_weight must have rank 1, got [4, 4]"
+    );
+    assert_eq!(
+        message(new(&[16], DType::I64, 10, 4, None)),
+        "hashed-embedding-bag: hashed_weight must have dtype f16 or bf16 or f32 or f64, got i64"
+    );
+    assert_eq!(
+        message(new(&[16], DType::F32, 0, 4, None)),
+        "hashed-embedding-bag: num_embeddings must lie in 1..2^63, got 0"
+    );
+    assert_eq!(
+        message(new(&[16], DType::F32, 10, 0, None)),
+        "hashed-embedding-bag: embedding_dim must lie in 1..2^31, got 0"
+    );
+    assert_eq!(
+        message(new(&[18], DType::F32, 10, 4, None)),
+        "hashed-embedding-bag: the length of hashed_weight must be a multiple of the block, got 18 and block 4"
+    );
+    assert!(new(&[16], DType::F32, 10_000_000_000, 4, Some(robe(1))).is_ok());
+    assert_eq!(
+        message(new(&[16], DType::F32, 11_000_000_000, 4, Some(robe(1)))),
+        "hashed-embedding-bag: 11000000000 rows of 4 columns overflow the signed 64-bit arithmetic of this hash"
+    );
+    assert!(new(&[16], DType::F32, 1 << 62, 4, Some(Hash::original())).is_ok());
+    Ok(())
+}
+
+#[test]
+fn a_compression_that_does_not_suit_is_refused_before_anything_is_made() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    for compression in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        assert_eq!(
+            message(hashed_embedding_bag(
+                10,
+                4,
+                compression,
+                Default::default(),
+                vb.clone()
+            )),
+            format!("hashed-embedding-bag: compression must lie in (0, 1], got {compression}")
+        );
+    }
+    let refused = message(hashed_embedding_bag(
+        10,
+        4,
+        64.0,
+        Default::default(),
+        vb.clone(),
+    ));
+    assert_eq!(
+        refused,
+        "hashed-embedding-bag: compression must lie in (0, 1], got 64: it is the length of hashed_weight over the size of \
+         the table; for one that is 64 times smaller, pass 1.0 / 64.0"
+    );
+    let refused = message(hashed_embedding_bag(
+        1 << 60,
+        4,
+        1.0,
+        Default::default(),
+        vb.clone(),
+    ));
+    assert!(
+        refused.contains("makes hashed_weight too large"),
+        "{refused}"
+    );
+    let config = HashedEmbeddingBagConfig {
+        hash: Some(mix(0, 1, SIGNED)),
+        ..Default::default()
+    };
+    assert_eq!(
+        message(hashed_embedding_bag(1 << 33, 1, 1.0, config, vb.clone())),
+        "hashed-embedding-bag: hashed_weight must hold fewer than 2^32 blocks, got 8589934592 of 1 values"
+    );
+    assert!(vars.all_vars().is_empty());
+    Ok(())
+}
