@@ -1,4 +1,4 @@
-// Looks for offsets and rows that are out of range: the twin of the checks in src/bags.rs, which find out afterwards
+// Looks for offsets and rows that are out of range: the twin of the checks in src/bounds.rs, which find out afterwards
 // what is wrong and where.
 //
 // The kernel runs before the lookup, which is safe whatever it is given, so that the host can wait for the check and

@@ -16,7 +16,7 @@ use super::mix::{self, finalize};
 use super::MAX_ROWS;
 
 /// A member of the balanced family: as many rows in every block as in any other, at places that depend on
-/// `(seed, column / block)` and on where the rows stand in the table. The README has the formula.
+/// `(seed, column / block)` and on where the rows stand in the table. docs/format.md has the formula.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Balanced {
     /// Two layers with different seeds fold their tables differently.
