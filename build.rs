@@ -1,51 +1,288 @@
-//! Compiles the kernels to PTX in OUT_DIR when the feature `cuda` is on; without it nothing here needs a CUDA tool.
+//! Compiles the CUDA kernels when the feature `cuda` is on; without it nothing here needs a CUDA tool.
 //!
-//! Each pass, hash and dtype of `hashed_weight` is a module of its own, made of a line of kernels/instances.cuh;
-//! src/op/cuda.rs includes them by the same names.
+//! The code of the kernels is in kernels/. Which of them are compiled, and for how many threads, is a table in
+//! src/op/cuda/instances.rs: from it this script writes, into OUT_DIR,
+//!
+//! * `constants.cuh`, the numbers and struct layouts of src/op/cuda/abi.rs, for kernels/ to include;
+//! * a `.cu` file for each module, with one line per kernel;
+//! * from that a `.fatbin` file, machine code for the architecture that is built for, and PTX for later ones;
+//! * `modules.rs`, which src/op/cuda/modules.rs includes: the fatbins by name.
 
 fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     #[cfg(feature = "cuda")]
-    compile_kernels();
+    cuda::compile_kernels();
 }
 
 #[cfg(feature = "cuda")]
-fn compile_kernels() {
-    use std::{env, fs, path::PathBuf};
+#[path = "src/op/cuda/abi.rs"]
+#[allow(dead_code)]
+mod abi;
+#[cfg(feature = "cuda")]
+#[path = "src/op/cuda/instances.rs"]
+#[allow(dead_code)]
+mod instances;
 
-    println!("cargo:rerun-if-changed=kernels");
-    // bindgen_cuda keeps a PTX that is newer than its .cu, even when a header or CUDA_COMPUTE_CAP has changed since.
-    let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
-    for entry in fs::read_dir(&out_dir)
-        .expect("OUT_DIR is readable")
-        .flatten()
-    {
-        if entry.path().extension().is_some_and(|e| e == "ptx") {
-            fs::remove_file(entry.path()).expect("a stale PTX file can be removed");
+#[cfg(feature = "cuda")]
+mod cuda {
+    use super::abi::{IndexType, StructLayout, LONG_BAG, MAX_RANK, STRUCTS};
+    use super::instances::{self, BagKernel, Dtype, Family, Kernel, Module, Pass, Pooling, Rule};
+    use std::fmt::Write;
+    use std::path::{Path, PathBuf};
+    use std::process::Command;
+    use std::{env, fs, thread};
+
+    pub fn compile_kernels() {
+        for path in ["kernels", "src/op/cuda/abi.rs", "src/op/cuda/instances.rs"] {
+            println!("cargo:rerun-if-changed={path}");
         }
+        let out_dir = PathBuf::from(env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+        remove_stale_ptx(&out_dir);
+        write(&out_dir.join("constants.cuh"), &constants());
+        let modules = modules();
+        let sources: Vec<_> = modules
+            .iter()
+            .map(|(module, kernels)| {
+                let source = out_dir.join(module.name()).with_extension("cu");
+                write(&source, &module_source(*module, kernels));
+                backdate(&source);
+                source
+            })
+            .collect();
+        // It copies the headers beside the sources, where those find them.
+        bindgen_cuda::Builder::default()
+            .kernel_paths(sources.clone())
+            .include_paths_glob("kernels/*.cuh")
+            .arg("--std=c++17")
+            .build_ptx()
+            .expect("nvcc compiles the kernels");
+        let ptx_files: Vec<_> = sources.iter().map(|s| s.with_extension("ptx")).collect();
+        assemble(&ptx_files);
+        write(&out_dir.join("modules.rs"), &module_list(&modules));
     }
-    let mut sources = vec![PathBuf::from("kernels/indices.cu")];
-    for pass in ["forward", "backward", "deterministic"] {
-        for hash in ["affine", "mix", "balanced"] {
-            for (dtype, name) in [
-                ("float", "f32"),
-                ("double", "f64"),
-                ("__half", "f16"),
-                ("__nv_bfloat16", "bf16"),
-            ] {
-                let instances = format!("{pass}_{hash}").to_uppercase();
-                let source = out_dir.join(format!("{pass}_{hash}_{name}.cu"));
-                let text = format!("#include \"instances.cuh\"\n{instances}({dtype}, {name})\n");
-                fs::write(&source, text).expect("OUT_DIR can be written");
-                sources.push(source);
+
+    /// bindgen_cuda keeps a PTX file that is newer than its source, even when a header or CUDA_COMPUTE_CAP has changed.
+    fn remove_stale_ptx(out_dir: &Path) {
+        for entry in fs::read_dir(out_dir)
+            .expect("OUT_DIR can be read")
+            .flatten()
+        {
+            if entry.path().extension().is_some_and(|e| e == "ptx") {
+                fs::remove_file(entry.path()).expect("a stale PTX file can be removed");
             }
         }
     }
-    bindgen_cuda::Builder::default()
-        .kernel_paths(sources)
-        .include_paths_glob("kernels/*.cuh")
-        .arg("-Ikernels")
-        .arg("--std=c++17")
-        .build_ptx()
-        .expect("nvcc compiles the kernels");
+
+    /// Makes a fatbin of each PTX file. Left to the driver, translating PTX costs seconds of the first call.
+    fn assemble(ptx_files: &[PathBuf]) {
+        // Older compilers know only one compression, which leaves files four times as large.
+        let help = nvcc(&["--help"]);
+        let smallest: &[&str] = if help.contains("--compress-mode") {
+            &["--compress-mode", "size"]
+        } else {
+            &[]
+        };
+        let jobs = env::var("NUM_JOBS").expect("cargo sets NUM_JOBS");
+        let jobs: usize = jobs.parse().expect("NUM_JOBS is a number");
+        thread::scope(|scope| {
+            for job in 0..jobs {
+                scope.spawn(move || {
+                    for ptx in ptx_files.iter().skip(job).step_by(jobs) {
+                        let fatbin = ptx.with_extension("fatbin");
+                        let (from, to) = (ptx.to_string_lossy(), fatbin.to_string_lossy());
+                        let arch = format!("--gpu-architecture={}", architecture(ptx));
+                        nvcc(&[&["--fatbin", &arch, "-o", &to, &from], smallest].concat());
+                    }
+                });
+            }
+        });
+    }
+
+    /// The architecture that bindgen_cuda compiled for, `sm_90` say.
+    fn architecture(ptx: &Path) -> String {
+        let text = fs::read_to_string(ptx).expect("bindgen_cuda writes PTX to OUT_DIR");
+        let target = text.lines().find_map(|line| line.strip_prefix(".target "));
+        let target = target.expect("PTX names its target");
+        target.split(',').next().unwrap_or(target).trim().into()
+    }
+
+    /// Runs nvcc and returns what it prints.
+    fn nvcc(args: &[&str]) -> String {
+        let output = Command::new("nvcc").args(args).output();
+        let output = output.expect("nvcc can be started");
+        let (stdout, stderr) = (
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr),
+        );
+        assert!(
+            output.status.success(),
+            "nvcc {}:\n{stdout}{stderr}",
+            args.join(" ")
+        );
+        stdout.into()
+    }
+
+    /// bindgen_cuda tells cargo to run this script again when a source changes. As these sources are written while it runs,
+    /// they would always seem to have changed since, so they get the age of this file.
+    fn backdate(source: &Path) {
+        let age = fs::metadata("build.rs").and_then(|build| build.modified());
+        let age = age.expect("build.rs has a time of modification");
+        let file = fs::File::options().write(true).open(source);
+        file.and_then(|file| file.set_modified(age))
+            .expect("OUT_DIR can be written");
+    }
+
+    fn write(path: &Path, text: &str) {
+        fs::write(path, text).expect("OUT_DIR can be written");
+    }
+
+    /// Every module with its kernels.
+    fn modules() -> Vec<(Module, Vec<Kernel>)> {
+        let mut modules: Vec<(Module, Vec<Kernel>)> = vec![];
+        for kernel in instances::all() {
+            match modules.iter_mut().find(|(m, _)| *m == kernel.module()) {
+                Some((_, kernels)) => kernels.push(kernel),
+                None => modules.push((kernel.module(), vec![kernel])),
+            }
+        }
+        modules
+    }
+
+    /// Every module's name and fatbin.
+    fn module_list(modules: &[(Module, Vec<Kernel>)]) -> String {
+        let mut text = String::from("[\n");
+        for (module, _) in modules {
+            let name = module.name();
+            writeln!(
+                text,
+                r#"("{name}", include_bytes!(concat!(env!("OUT_DIR"), "/{name}.fatbin"))),"#
+            )
+            .expect("a string can be written");
+        }
+        text + "]\n"
+    }
+
+    fn constants() -> String {
+        let index_types: Vec<_> = IndexType::ALL
+            .map(|t| format!("{t:?} = {}", t as u32).to_uppercase())
+            .into();
+        let layouts: String = STRUCTS.iter().map(|layout| layout_check(layout)).collect();
+        format!(
+            "// Written by build.rs from src/op/cuda/abi.rs.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+constexpr int64_t LONG_BAG = {LONG_BAG};
+constexpr int MAX_RANK = {MAX_RANK};
+
+enum IndexType : uint32_t {{ {} }};
+
+// Asserts that a struct has the layout of its twin in Rust.
+#define CHECK_LAYOUT(STRUCT) CHECK_LAYOUT_OF_##STRUCT
+{layouts}",
+            index_types.join(", ")
+        )
+    }
+
+    fn layout_check(layout: &StructLayout) -> String {
+        let StructLayout { name, size, fields } = layout;
+        let fields: String = fields
+            .iter()
+            .map(|(field, offset)| format!(" && offsetof({name}, {field}) == {offset}"))
+            .collect();
+        format!(
+            "#define CHECK_LAYOUT_OF_{name} \\\n  static_assert(sizeof({name}) == {size}{fields}, \"{name} differs from its twin in Rust\")\n"
+        )
+    }
+
+    fn module_source(module: Module, kernels: &[Kernel]) -> String {
+        let header = match module {
+            Module::Bags(Pass::Forward, ..) => "forward",
+            Module::Bags(Pass::Backward | Pass::BackwardPerSampleWeights, ..) => "backward",
+            Module::Bags(Pass::BackwardFixedPoint, ..) | Module::FixedPoint => "fixed_point",
+            Module::Bounds => "bounds",
+            Module::Contiguous => "contiguous",
+            Module::Optimizer(_) => "optimizer",
+        };
+        let kernels: String = kernels
+            .iter()
+            .map(|&kernel| kernel_source(kernel))
+            .collect();
+        format!("#include \"{header}.cuh\"\n{kernels}")
+    }
+
+    /// A line that defines the kernel, by a macro of kernels/.
+    fn kernel_source(kernel: Kernel) -> String {
+        let start = format!("{}, {}", kernel.name(), kernel.threads());
+        match kernel {
+            Kernel::Bags(bags) => bag_kernel_source(bags, &start),
+            Kernel::LargestMagnitude(dtype) => {
+                format!("LARGEST_MAGNITUDE_KERNEL({start}, {})\n", c_type(dtype))
+            }
+            Kernel::FromFixedPoint(dtype) => {
+                format!("FROM_FIXED_POINT_KERNEL({start}, {})\n", c_type(dtype))
+            }
+            Kernel::CheckBounds => format!("CHECK_BOUNDS_KERNEL({start})\n"),
+            Kernel::CopyI32 => format!("COPY_I32_KERNEL({start})\n"),
+            Kernel::OptimizerStep(rule, dtype) => {
+                let rule = match rule {
+                    Rule::AdamW => "AdamW",
+                    Rule::Adagrad => "Adagrad",
+                    Rule::Sgd => "Sgd",
+                    Rule::Momentum => "Momentum",
+                };
+                format!(
+                    "OPTIMIZER_STEP_KERNEL({start}, {rule}, {})\n",
+                    c_type(dtype)
+                )
+            }
+        }
+    }
+
+    fn bag_kernel_source(kernel: BagKernel, start: &str) -> String {
+        let BagKernel {
+            width,
+            share,
+            plain,
+            ..
+        } = kernel;
+        let t = c_type(kernel.dtype);
+        let hash = match kernel.family {
+            Family::Affine => "AffineSlots",
+            Family::Mix => "MixSlots",
+            Family::Balanced => "BalancedSlots",
+        };
+        let pooling = match kernel.pooling {
+            Pooling::Sum => "SUM",
+            Pooling::Weighted => "WEIGHTED",
+            Pooling::Max => "MAX",
+        };
+        let blocks = kernel
+            .blocks_per_multiprocessor()
+            .map_or(String::new(), |blocks| format!("{blocks}, "));
+        match kernel.pass {
+            Pass::Forward => {
+                format!("FORWARD_KERNEL({start}, {blocks}{pooling}, {t}, {hash}, {width}, {share}, {plain})\n")
+            }
+            Pass::Backward => {
+                format!("BACKWARD_KERNEL({start}, {pooling}, {t}, {hash}, {width}, {share})\n")
+            }
+            Pass::BackwardFixedPoint => {
+                format!("BACKWARD_FIXED_POINT_KERNEL({start}, {pooling}, {t}, {hash}, {width}, {share})\n")
+            }
+            Pass::BackwardPerSampleWeights => {
+                format!("BACKWARD_PER_SAMPLE_WEIGHTS_KERNEL({start}, {t}, {hash}, {width})\n")
+            }
+        }
+    }
+
+    fn c_type(dtype: Dtype) -> &'static str {
+        match dtype {
+            Dtype::F16 => "__half",
+            Dtype::Bf16 => "__nv_bfloat16",
+            Dtype::F32 => "float",
+            Dtype::F64 => "double",
+        }
+    }
 }

@@ -1,4 +1,4 @@
-//! The lookups on the CPU, in gathered values per second: `cargo bench`.
+//! The lookups on the CPU, in gathered values per second: `cargo bench -p benches`.
 //!
 //! Names read `forward/default sum f32 64`: pass, hash, mode, dtype, embedding_dim. benches/peers/torch_cpu.py looks up the
 //! same rows with torch and prints the ratios. `CANDLE_NUM_THREADS=1` measures one thread.

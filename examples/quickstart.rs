@@ -19,11 +19,10 @@ fn main() -> Result<()> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
     let config = HashedEmbeddingBagConfig {
-        compression: 0.1,
         mode: Mode::Sum,
         ..Default::default()
     };
-    let layer = hashed_embedding_bag(1000, 16, config, vb.pp("categories"))?;
+    let layer = hashed_embedding_bag(1000, 16, 0.1, config, vb.pp("categories"))?;
     println!(
         "{} rows of {} columns in {} values, {:?}, on {:?}",
         layer.num_embeddings(),

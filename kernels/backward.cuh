@@ -1,5 +1,5 @@
-// Gradients. Nothing is stored between forward and backward: rows are hashed again, and for max the largest values are
-// found again.
+// Gradients of hashed_weight and per_sample_weights. Nothing is stored between forward and backward: rows are hashed
+// again, and for max the largest values are found again.
 #pragma once
 #include "forward.cuh"
 
@@ -9,27 +9,26 @@ __device__ __forceinline__ bool wins(A x, A best) {
   return x > best || (x != x && best == best);
 }
 
-// Where a thread block puts its additions to grad_weight, in floats. They are atomic: see add_atomic for what that means for
-// the last bits.
+// Adds to grad_weight in floats, atomically; see add_atomic for what that means for the last bits.
 //
-// Sums of V consecutive slots that come up again and again are kept in shared memory until the end: where a few rows are most
-// of the traffic, their additions would otherwise wait in line at one place of the L2. A line is claimed by the first slots
-// that come to it twice in a row; all others go to memory at once.
-template <int THREADS, int V, typename A, bool KEEPS>
+// With CACHED, sums of slots that come up again and again are kept in shared memory until the end: where a few rows are
+// most of the traffic, their additions would otherwise queue at one address of the L2. A line holds V consecutive
+// slots. It is claimed by the first slots that come to it twice in a row; all others go to memory at once.
+template <int THREADS, int V, typename A, bool CACHED>
 struct FloatSums {
-  static constexpr uint32_t LINES = KEEPS ? 1024 : 1;
+  static constexpr uint32_t LINES = CACHED ? 1024 : 1;
   static constexpr uint32_t NONE = ~0u;
 
   struct Lines {
     alignas(16) A sums[LINES][V];
-    alignas(8) uint2 tags[LINES];  // the number of the slots that claimed a line, and of those seen last
+    alignas(8) uint2 tags[LINES];  // x: the vector of slots that claimed the line; y: the one seen last
   };
 
   A *grad_weight;
   Lines &lines;
 
   __device__ __forceinline__ void begin() {
-    if (!KEEPS) return;
+    if (!CACHED) return;
     for (uint32_t line = threadIdx.x; line < LINES; line += THREADS) {
       lines.tags[line] = {NONE, NONE};
 #pragma unroll
@@ -38,10 +37,11 @@ struct FloatSums {
     __syncthreads();
   }
 
-  // x[v] to the slot of column `within + v` of the block at `place`
+  // Adds x[v] to the slot of column `within + v` of the block at `place`.
   template <typename Hash>
   __device__ __forceinline__ void add(const Hash &hash, typename Hash::Place place, uint32_t within, const A (&x)[V]) {
-    if (!KEEPS || !keep(hash.template vector<V>(place, within), x)) add_atomic<V>(hash.at(grad_weight + within, place), x);
+    if (!CACHED || !keep(hash.template vector<V>(place, within), x))
+      add_atomic<V>(hash.at(grad_weight + within, place), x);
   }
 
   template <typename Hash>
@@ -50,7 +50,7 @@ struct FloatSums {
   }
 
   __device__ __forceinline__ void end() {
-    if (!KEEPS) return;
+    if (!CACHED) return;
     __syncthreads();
     for (uint32_t line = threadIdx.x; line < LINES; line += THREADS) {
       uint32_t number = lines.tags[line].x;
@@ -59,7 +59,7 @@ struct FloatSums {
   }
 
 private:
-  // Adds to a line of its own the slots from `number * V` on have; whether they have one.
+  // Adds to the line of slots `number * V` … + V - 1; false where they have none.
   __device__ __forceinline__ bool keep(uint64_t number, const A (&x)[V]) {
     if (number >= NONE) return false;
     uint32_t line = number % LINES;
@@ -67,7 +67,7 @@ private:
     if (tag.x != number) {
       if (tag.x != NONE) return false;
       if (tag.y != number) {
-        // Others may look at it meanwhile: what they see is a hint.
+        // Other threads may read it meanwhile; it is only a hint.
         atomicExch(&lines.tags[line].y, uint32_t(number));
         return false;
       }
@@ -83,9 +83,9 @@ private:
 // grad_weight[slot] += sign * scale * grad_output[bag, column], with scale 1, the weight of the sample, or 1 / count.
 // For max only the winner of each column gets the gradient.
 //
-// Bags and columns are divided as in Forward, under the same assumptions, and grad_weight is 16-byte aligned. `Sums` says how
-// the additions of many threads become one sum.
-template <int THREADS, Mode MODE, int V, typename T, typename Hash, typename Sums>
+// Bags and columns are divided as in Forward, under the same assumptions, and grad_weight is 16-byte aligned. `Sums`
+// adds up what many threads contribute to one slot: FloatSums, or FixedPointSums of fixed_point.cuh.
+template <int THREADS, Pooling POOLING, int V, typename T, typename Hash, typename Sums>
 struct Backward {
   using A = Acc<T>;
   using Place = typename Hash::Place;
@@ -94,7 +94,7 @@ struct Backward {
   const T *base;
   const T *per_sample_weights;
   Sums &sums;
-  const Bags &bags;
+  const BagParams &bags;
   const Hash &hash;
   const Inputs &inputs;
   Columns<V> columns;
@@ -103,14 +103,14 @@ struct Backward {
   bool aligned;
 
   A grad[V];
-  // For max, the largest values so far, and where they lie.
+  // For max: the largest values so far, and where they lie.
   A best[V];
   Place winner[V];
   Raw<V, T> raw[BATCH];
 
   __device__ __forceinline__ void begin(int64_t bag) {
     load_row<V>(grad_output + bag * embedding_dim + columns.first, columns.n, aligned, grad);
-    if (MODE == SUM && mean) {
+    if (POOLING == SUM && mean) {
       A scale = A(1) / bags.divisor<A>(inputs.indices, bags.range(inputs.offsets, bag));
 #pragma unroll
       for (int v = 0; v < V; v++) grad[v] *= scale;
@@ -121,7 +121,7 @@ struct Backward {
 
   template <typename Batch>
   __device__ __forceinline__ void load(const Place (&places)[BATCH], Batch) {
-    if (MODE != MAX) return;
+    if (POOLING != MAX) return;
 #pragma unroll
     for (int j = 0; j < BATCH; j++) raw[j] = gather<Batch::all, V>(base, hash, places[j]);
   }
@@ -132,17 +132,17 @@ struct Backward {
     for (int j = 0; j < BATCH; j++) {
       if ((!Batch::all && places[j].is_none()) || columns.n == 0) continue;
       A x[V];
-      if (MODE == MAX) {
+      if (POOLING == MAX) {
         arrive<V, T>(raw[j], places[j], columns.within, x);
 #pragma unroll
         for (int v = 0; v < V; v++) raise(v, x[v], places[j]);
       } else {
-        A scale = MODE == WEIGHTED ? widen(per_sample_weights[i + j]) : A(1);
+        A scale = POOLING == WEIGHTED ? widen(per_sample_weights[i + j]) : A(1);
         auto signs = places[j].template signs_of<V>(columns.within);
 #pragma unroll
         for (int v = 0; v < V; v++)
-          // A column past the last has no gradient, whatever the weight: zero times infinity would be one.
-          x[v] = flip<V>(signs, v, MODE == WEIGHTED && v < columns.n ? scale * grad[v] : grad[v]);
+          // A column past the last has no gradient; zero times an infinite weight would be NaN.
+          x[v] = flip<V>(signs, v, POOLING == WEIGHTED && v < columns.n ? scale * grad[v] : grad[v]);
         sums.add(hash, places[j], columns.within, x);
       }
     }
@@ -156,7 +156,7 @@ struct Backward {
   }
 
   __device__ __forceinline__ void end(int64_t) {
-    if (MODE != MAX) return;
+    if (POOLING != MAX) return;
 #pragma unroll
     for (int v = 0; v < V; v++) {
       if (v >= columns.n || winner[v].is_none()) continue;
@@ -165,9 +165,9 @@ struct Backward {
     }
   }
 
-  // The winners of the groups, in their order: the first of equals stays the first.
+  // Compares the winners of the groups in the order of the groups, so that of equal values the first wins.
   __device__ __forceinline__ void end_together(int64_t bag) {
-    if (MODE != MAX) return;
+    if (POOLING != MAX) return;
     __shared__ A bests[V][THREADS];
     __shared__ Place winners[V][THREADS];
 #pragma unroll
@@ -186,22 +186,26 @@ struct Backward {
   }
 };
 
-template <int THREADS, Mode MODE, int V, int SHARE, typename T, typename Hash, typename Sums>
+template <int THREADS, Pooling POOLING, int V, int SHARE, typename T, typename Hash, typename Sums>
 __device__ __forceinline__ void backward(const T *__restrict__ grad_output, const T *__restrict__ hashed_weight,
                                          const Inputs &inputs, const T *__restrict__ per_sample_weights, Sums &sums,
-                                         const Bags &bags, const Hash &hash, uint32_t embedding_dim, uint32_t mean,
+                                         const BagParams &bags, const Hash &hash, uint32_t embedding_dim, uint32_t mean,
                                          uint32_t grad_output_aligned) {
   uint32_t lane = threadIdx.x % bags.lanes;
   sums.begin();
   for (uint32_t chunk = blockIdx.y; uint64_t(chunk) * bags.lanes * V < embedding_dim; chunk += gridDim.y) {
     Columns<V> columns(hash, chunk * bags.lanes + lane, embedding_dim);
-    Backward<THREADS, MODE, V, T, Hash, Sums> work = {
-        grad_output, hashed_weight + columns.within,
-        per_sample_weights, sums,
-        bags, hash,
-        inputs, columns,
-        embedding_dim, mean,
-        grad_output_aligned && embedding_dim % V == 0};
+    Backward<THREADS, POOLING, V, T, Hash, Sums> work = {grad_output,
+                                                         hashed_weight + columns.within,
+                                                         per_sample_weights,
+                                                         sums,
+                                                         bags,
+                                                         hash,
+                                                         inputs,
+                                                         columns,
+                                                         embedding_dim,
+                                                         mean,
+                                                         grad_output_aligned && embedding_dim % V == 0};
     for_each_batch<THREADS, SHARE, false>(bags, hash, inputs, columns.first / hash.block, work);
   }
   sums.end();
@@ -213,7 +217,7 @@ __device__ __forceinline__ void backward(const T *__restrict__ grad_output, cons
 template <int THREADS, int V, typename T, typename Hash>
 __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict__ grad_output,
                                                             const T *__restrict__ hashed_weight, const Inputs &inputs,
-                                                            T *__restrict__ grad_weights, const Bags &bags,
+                                                            T *__restrict__ grad_weights, const BagParams &bags,
                                                             const Hash &hash, uint32_t embedding_dim,
                                                             uint32_t grad_output_aligned) {
   using A = Acc<T>;
@@ -221,7 +225,8 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
   uint32_t lane = threadIdx.x % bags.lanes;
   int64_t groups = int64_t(gridDim.x) * THREADS / bags.lanes;
   int64_t group = (int64_t(blockIdx.x) * THREADS + threadIdx.x) / bags.lanes;
-  uint32_t mask = (bags.lanes == 32 ? WARP : (1u << bags.lanes) - 1) << (threadIdx.x % 32 / bags.lanes * bags.lanes);
+  uint32_t mask = (bags.lanes == 32 ? FULL_WARP : (1u << bags.lanes) - 1)
+                  << (threadIdx.x % 32 / bags.lanes * bags.lanes);
   for (int64_t bag = group; bag < bags.num_bags; bag += groups) {
     Range range = bags.range(inputs.offsets, bag);
     int64_t first_row = bags.table(inputs.first_rows, bag).first;
@@ -231,7 +236,7 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
       A dot = 0;
       for (uint64_t column = lane * V; column < embedding_dim; column += bags.lanes * V) {
         Columns<V> columns(hash, uint32_t(column / V), embedding_dim);
-        auto place = hash.locate(uint64_t(row), hash.shift(hash.part(columns.first / hash.block), first_row));
+        auto place = hash.locate(uint64_t(row), hash.shift(hash.column_block(columns.first / hash.block), first_row));
         A grad[V], x[V];
         load_row<V>(grad_output + bag * embedding_dim + columns.first, columns.n, aligned, grad);
         arrive<V, T>(gather<true, V>(hashed_weight + columns.within, hash, place), place, columns.within, x);
@@ -244,3 +249,27 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
     }
   }
 }
+
+// Single values, and the one winner of a whole bag, seldom meet another addition to their slot: those sums are not
+// cached.
+#define BACKWARD_KERNEL(NAME, THREADS, POOLING, T, HASH, V, SHARE)                                                     \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      NAME(const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                     \
+           const int64_t *first_rows, const T *per_sample_weights, Acc<T> *grad_weight, BagParams bags, HASH slots,    \
+           uint32_t embedding_dim, uint32_t mean, uint32_t grad_output_aligned) {                                      \
+    using Sums = FloatSums<THREADS, V, Acc<T>, POOLING != MAX && (V > 1)>;                                             \
+    __shared__ Sums::Lines lines;                                                                                      \
+    Sums sums = {grad_weight, lines};                                                                                  \
+    backward<THREADS, POOLING, V, SHARE>(grad_output, hashed_weight, {indices, offsets, first_rows},                   \
+                                         per_sample_weights, sums, bags, slots, embedding_dim, mean,                   \
+                                         grad_output_aligned);                                                         \
+  }
+
+#define BACKWARD_PER_SAMPLE_WEIGHTS_KERNEL(NAME, THREADS, T, HASH, V)                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      NAME(const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                     \
+           const int64_t *first_rows, T *grad_weights, BagParams bags, HASH slots, uint32_t embedding_dim,             \
+           uint32_t grad_output_aligned) {                                                                             \
+    backward_per_sample_weights<THREADS, V>(grad_output, hashed_weight, {indices, offsets, first_rows}, grad_weights,  \
+                                            bags, slots, embedding_dim, grad_output_aligned);                          \
+  }

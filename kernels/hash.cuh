@@ -1,20 +1,26 @@
-// From a virtual element (row, column) to its slot in hashed_weight: the twin of src/hash.rs, tied to it by the shared
-// vectors in tests/hash.rs. All arithmetic is on u64 and wraps; a row is an i64 index reinterpreted as u64.
+// From a virtual element (row, column) to its slot in hashed_weight: the twin of src/hash. Both must place every
+// element alike. All arithmetic is on u64 and wraps; a row is an i64 index reinterpreted as u64.
 //
-// Each offers the same to the loops:
-//   Hash::Place                     where one block of columns lies; Place::none() stands for "no row here"
-//   hash.part(run)                  Hash::Part, the share of block number `run` in the hash: once per thread
-//   hash.shift(part, rows)          the part to use for rows that count from `rows` on
-//   hash.locate(row, part)          the place of that block of that row
-//   hash.at(base, place)            the value `base` points to, but in the block at `place` and not in block or slot 0
-//   hash.vector<V>(place, i)        the number of the V slots that hold columns i … i + V - 1 of the block, all of its V
-//   place.signs_of<V>(i)            the signs of columns i … i + V - 1 of the block
-//   flip<V>(signs, v, x)            x, negated where column v of those is negative
-//   shuffle(mask, place, lane, n)   the place that thread `lane` of a group of n threads holds
+// Every family offers the same to the loops:
+//   Hash::Place                       where one block of columns of one row lies; Place::none() stands for "no row
+//   here" hash.column_block(number)         Hash::ColumnBlock, what the hash needs of a column block: computed once per
+//   thread hash.shift(column_block, rows)    the same for a table whose row 0 is row `rows` of the virtual table
+//   hash.locate(row, column_block)    the place of that column block of that row
+//   hash.at(base, place)              `base` points into block 0 of hashed_weight (affine: counts from slot 0); the
+//   address
+//                                     that corresponds to it at `place`
+//   hash.vector<V>(place, i)          the slots of columns i … i + V - 1 of the block, numbered in units of V slots
+//   place.signs_of<V>(i)              the signs of columns i … i + V - 1 of the block
+//   flip<V>(signs, v, x)              x, negated where the sign of column v of those is negative
+//   shuffle(mask, place, lane, n)     the place that thread `lane` of a group of n threads holds
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
-// Division by a number that is known once and used often: a multiplication and one correction (see Divisor::rem).
+#include "constants.cuh"
+
+// Division by a number that is known once and used often: a multiplication and one correction. The quotient by the
+// reciprocal is exact or one too small; src/hash has the proof.
 struct Divisor {
   uint64_t value;
   uint64_t reciprocal;
@@ -29,37 +35,38 @@ struct Divisor {
     return x - quotient * value >= value ? quotient + 1 : quotient;
   }
 };
+CHECK_LAYOUT(Divisor);
 
-struct MixSigns {
+struct BlockSigns {
   uint32_t top;
 };
 
 template <int V>
-__device__ __forceinline__ float flip(MixSigns signs, int v, float x) {
+__device__ __forceinline__ float flip(BlockSigns signs, int v, float x) {
   return __uint_as_float(__float_as_uint(x) ^ ((signs.top << (V - 1 - v)) & 0x80000000u));
 }
 
 template <int V>
-__device__ __forceinline__ double flip(MixSigns signs, int v, double x) {
+__device__ __forceinline__ double flip(BlockSigns signs, int v, double x) {
   return int32_t(signs.top << (V - 1 - v)) < 0 ? -x : x;
 }
 
-struct MixPlace {
+struct BlockPlace {
   uint32_t block;  // at most 2^32 - 2, since there are fewer than 2^32 blocks
   uint32_t signs;
 
-  static __device__ __forceinline__ MixPlace none() { return {0xFFFFFFFFu, 0}; }
+  static __device__ __forceinline__ BlockPlace none() { return {0xFFFFFFFFu, 0}; }
   __device__ __forceinline__ bool is_none() const { return block == 0xFFFFFFFFu; }
 
-  // The last of them in the highest bit, so that each is a constant shift away from the sign of a float. Blocks longer than
-  // 32 carry no signs: any shift of them is right.
+  // The sign of the last column goes to the highest bit, so that each sign is a constant shift away from the sign bit
+  // of a float. Blocks longer than 32 carry no signs, so for them any shift will do.
   template <int V>
-  __device__ __forceinline__ MixSigns signs_of(uint32_t i) const {
+  __device__ __forceinline__ BlockSigns signs_of(uint32_t i) const {
     return {signs << ((32 - V - i) & 31)};
   }
 };
 
-// What the two hashes that place rows in aligned blocks have in common; twin of MixSlots in src/hash.rs.
+// What the two families that place rows in aligned blocks have in common.
 struct BlockSlots {
   uint64_t key;
   uint64_t reciprocal;
@@ -68,7 +75,7 @@ struct BlockSlots {
   uint32_t sign_mask;
   uint32_t stride;
 
-  using Place = MixPlace;
+  using Place = BlockPlace;
 
   static __device__ __forceinline__ uint64_t finalize(uint64_t h) {
     h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9ull;
@@ -76,9 +83,9 @@ struct BlockSlots {
     return h ^ (h >> 31);
   }
 
-  // Where SplitMix64 starts for block `run` of row 0.
-  __device__ __forceinline__ uint64_t start(uint32_t run) const {
-    return key + (uint64_t(run) + 1) * 0x9E3779B97F4A7C15ull;
+  // The state of SplitMix64 for row 0 of a column block.
+  __device__ __forceinline__ uint64_t start(uint32_t column_block) const {
+    return key + (uint64_t(column_block) + 1) * 0x9E3779B97F4A7C15ull;
   }
 
   // One multiplication and addition: a block of at most 2^24 values is less than 2^32 bytes.
@@ -88,46 +95,54 @@ struct BlockSlots {
     return reinterpret_cast<T *>(reinterpret_cast<uintptr_t>(base) + uint64_t(place.block) * bytes);
   }
 
-  // The number of the vector of V slots that holds column `within` of a block.
   template <int V>
   __device__ __forceinline__ uint64_t vector(Place place, uint32_t within) const {
     return uint64_t(place.block) * (block / V) + within / V;
   }
 };
+CHECK_LAYOUT(BlockSlots);
 
 // Rows at random places.
 struct MixSlots : BlockSlots {
-  using Part = uint64_t;
+  using ColumnBlock = uint64_t;
 
-  __device__ __forceinline__ Part part(uint32_t run) const { return start(run); }
+  __device__ __forceinline__ ColumnBlock column_block(uint32_t number) const { return start(number); }
 
-  __device__ __forceinline__ Part shift(Part part, int64_t rows) const { return part + rows; }
+  __device__ __forceinline__ ColumnBlock shift(ColumnBlock column_block, int64_t rows) const {
+    return column_block + rows;
+  }
 
-  __device__ __forceinline__ Place locate(uint64_t row, Part part) const {
-    uint64_t h = finalize(part + row);
+  __device__ __forceinline__ Place locate(uint64_t row, ColumnBlock column_block) const {
+    uint64_t h = finalize(column_block + row);
     return {__umulhi(uint32_t(h >> 32), num_blocks), uint32_t(h) & sign_mask};
   }
 };
+static_assert(sizeof(MixSlots) == sizeof(BlockSlots), "the host passes BlockSlots");
 
 // As many rows in every block as in any other.
 struct BalancedSlots : BlockSlots {
-  struct Part {
+  struct ColumnBlock {
     uint64_t first_row;
     uint32_t key;
   };
 
-  __device__ __forceinline__ Part part(uint32_t run) const { return {0, uint32_t(finalize(start(run)) >> 32)}; }
+  __device__ __forceinline__ ColumnBlock column_block(uint32_t number) const {
+    return {0, uint32_t(finalize(start(number)) >> 32)};
+  }
 
-  __device__ __forceinline__ Part shift(Part part, int64_t rows) const { return {part.first_row + rows, part.key}; }
+  __device__ __forceinline__ ColumnBlock shift(ColumnBlock column_block, int64_t rows) const {
+    return {column_block.first_row + rows, column_block.key};
+  }
 
-  __device__ __forceinline__ Place locate(uint64_t row, Part part) const {
-    uint64_t x = part.first_row + row;
-    // Bits 32 to 95 of x * reciprocal: below, how far x stands in its stratum of rows; above, which that is.
+  __device__ __forceinline__ Place locate(uint64_t row, ColumnBlock column_block) const {
+    uint64_t x = column_block.first_row + row;
+    // Bits 32 to 95 of x * reciprocal: the lower half tells how far x stands in its stratum of rows, the upper half
+    // which stratum that is.
     uint32_t low = uint32_t(x), high = uint32_t(x >> 32), factor = uint32_t(reciprocal >> 32);
     uint64_t product = mad_wide(low, factor, __umulhi(low, uint32_t(reciprocal)));
     product = mad_wide(high, uint32_t(reciprocal), product);
     uint32_t stratum = uint32_t(product >> 32) + high * factor;
-    uint32_t turn = stratum * 0x9E3779B9u + part.key;
+    uint32_t turn = stratum * 0x9E3779B9u + column_block.key;
     turn = (turn ^ turn >> 15) * 0x846CA68Bu;
     uint32_t signs = (low ^ turn) * 0x7FEB352Du;
     signs = (signs ^ signs >> 15) * 0x846CA68Bu;
@@ -135,15 +150,16 @@ struct BalancedSlots : BlockSlots {
   }
 
 private:
-  // a * b + c in one instruction, where the compiler makes more of it.
+  // a * b + c in one instruction; left to itself, the compiler makes several of it.
   static __device__ __forceinline__ uint64_t mad_wide(uint32_t a, uint32_t b, uint64_t c) {
     uint64_t sum;
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(c));
     return sum;
   }
 };
+static_assert(sizeof(BalancedSlots) == sizeof(BlockSlots), "the host passes BlockSlots");
 
-__device__ __forceinline__ MixPlace shuffle(uint32_t mask, MixPlace place, int lane, int threads) {
+__device__ __forceinline__ BlockPlace shuffle(uint32_t mask, BlockPlace place, int lane, int threads) {
   return {__shfl_sync(mask, place.block, lane, threads), __shfl_sync(mask, place.signs, lane, threads)};
 }
 
@@ -166,6 +182,7 @@ struct AffinePlace {
   }
 };
 
+// The family of HashedEmbeddingBag and ROBE: linear in row and column block, at any slot.
 struct AffineSlots {
   uint64_t a, b, c;
   Divisor modulus;
@@ -173,14 +190,16 @@ struct AffineSlots {
   uint32_t block;
 
   using Place = AffinePlace;
-  using Part = uint64_t;
+  using ColumnBlock = uint64_t;
 
-  __device__ __forceinline__ Part part(uint32_t run) const { return run * b + c; }
+  __device__ __forceinline__ ColumnBlock column_block(uint32_t number) const { return number * b + c; }
 
-  __device__ __forceinline__ Part shift(Part part, int64_t rows) const { return part + rows * a; }
+  __device__ __forceinline__ ColumnBlock shift(ColumnBlock column_block, int64_t rows) const {
+    return column_block + rows * a;
+  }
 
-  __device__ __forceinline__ Place locate(uint64_t row, Part part) const {
-    return {starts.rem(modulus.rem(row * a + part))};
+  __device__ __forceinline__ Place locate(uint64_t row, ColumnBlock column_block) const {
+    return {starts.rem(modulus.rem(row * a + column_block))};
   }
 
   template <typename T>
@@ -193,6 +212,7 @@ struct AffineSlots {
     return (place.first_slot + within) / V;
   }
 };
+CHECK_LAYOUT(AffineSlots);
 
 __device__ __forceinline__ AffinePlace shuffle(uint32_t mask, AffinePlace place, int lane, int threads) {
   return {__shfl_sync(mask, place.first_slot, lane, threads)};

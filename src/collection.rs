@@ -5,11 +5,15 @@
 //! parameter, so a large table may use what a small one leaves free, and a lookup in all of them is one op: on CUDA one
 //! launch, which shifts the rows and checks each against its own table.
 
-use crate::bags::{BoundsCheck, JaggedLayout, Tables};
+use crate::bags::JaggedLayout;
+use crate::bounds::BoundsCheck;
+use crate::config::{HashedEmbeddingBagConfig, HashedWeightConfig};
+use crate::error::bail;
 use crate::hash::Hash;
-use crate::layer::{create, HashedEmbeddingBag, HashedEmbeddingBagConfig};
-use crate::op::{contiguous_indices, Mode};
-use candle_core::{bail, Result, Tensor};
+use crate::layer::{create, HashedEmbeddingBag};
+use crate::op::{check_weights_shape, contiguous_indices};
+use crate::tables::Tables;
+use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
 
@@ -19,26 +23,26 @@ use std::sync::Arc;
 /// * indices: u32, i32 or i64, each in `0..num_embeddings` of its own table, in one of these forms:
 ///   * `(batch, tables)`: one row of each table per sample ([`Module::forward`]);
 ///   * `(batch, tables, bag_len)`: a bag of each, filled up with `padding_idx` ([`Module::forward`]);
-///   * `values` `(nnz,)` and `offsets` `(tables * batch,)`, or `(tables * batch + 1,)` with `include_last_offset`
+///   * `(nnz,)` with `offsets` `(tables * batch,)`, or `(tables * batch + 1,)` with `include_last_offset`
 ///     ([`forward_jagged`](Self::forward_jagged)).
 /// * output: `(batch, tables, embedding_dim)` in the dtype of `hashed_weight`. An empty bag, or one of padding only, is
 ///   zeros.
 ///
 /// It is differentiable in `hashed_weight` when that is a variable. The backward pass stores nothing but its inputs.
 ///
+/// The rows of a table follow those of the tables before it: a trained collection whose tables are in another order, or of which
+/// one has more rows, has other values in all later tables.
+///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
-/// use candle_hashed_embedding_bag::{
-///     hashed_embedding_bag_collection, HashedEmbeddingBagConfig, JaggedLayout,
-/// };
+/// use candle_hashed_embedding_bag::{hashed_embedding_bag_collection, JaggedLayout};
 /// use candle_nn::{VarBuilder, VarMap};
 ///
 /// # fn main() -> candle_core::Result<()> {
 /// let vars = VarMap::new();
 /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-/// let config = HashedEmbeddingBagConfig { compression: 0.1, ..Default::default() };
 /// let tables = [("user", 6000), ("movie", 4000)];
-/// let collection = hashed_embedding_bag_collection(tables, 16, config, vb)?;
+/// let collection = hashed_embedding_bag_collection(tables, 16, 0.1, Default::default(), vb)?;
 /// assert_eq!(collection.hashed_weight().dims(), [16_000]);
 ///
 /// // Three samples, each a user and a movie.
@@ -46,9 +50,9 @@ use std::sync::Arc;
 /// assert_eq!(collection.forward(&indices)?.dims(), [3, 2, 16]);
 ///
 /// // Two samples with one user each, and two movies for the first sample, none for the second.
-/// let values = Tensor::new(&[17u32, 5999, 3999, 5], &Device::Cpu)?;
+/// let indices = Tensor::new(&[17u32, 5999, 3999, 5], &Device::Cpu)?;
 /// let offsets = Tensor::new(&[0u32, 1, 2, 4], &Device::Cpu)?;
-/// let pooled = collection.forward_jagged(&values, &offsets, JaggedLayout::FeatureMajor)?;
+/// let pooled = collection.forward_jagged(&indices, &offsets, JaggedLayout::FeatureMajor)?;
 /// assert_eq!(pooled.dims(), [2, 2, 16]);
 ///
 /// // Movie 4000 does not exist, though the shared parameter has room for more rows.
@@ -64,9 +68,8 @@ pub struct HashedEmbeddingBagCollection {
     bag: HashedEmbeddingBag,
 }
 
-/// A [`HashedEmbeddingBagCollection`] of tables by name and number of rows, with a variable named `hashed_weight`; its
-/// length and initial values are those of [`hashed_embedding_bag`](crate::hashed_embedding_bag()) for one table of all the
-/// rows.
+/// A [`HashedEmbeddingBagCollection`] of tables by name and number of rows, with a variable named `hashed_weight`, made as for
+/// [`hashed_embedding_bag`](crate::hashed_embedding_bag()) with one table of all the rows.
 ///
 /// # Errors
 /// No table, two of one name, one of no rows, a `config.first_row`, and the errors of
@@ -74,11 +77,12 @@ pub struct HashedEmbeddingBagCollection {
 pub fn hashed_embedding_bag_collection<N: Into<String>>(
     tables: impl IntoIterator<Item = (N, usize)>,
     embedding_dim: usize,
+    hashed_weight: impl Into<HashedWeightConfig>,
     config: HashedEmbeddingBagConfig,
     vb: VarBuilder,
 ) -> Result<HashedEmbeddingBagCollection> {
     let tables = named(tables, &config)?;
-    let bag = create(tables, embedding_dim, config, vb)?;
+    let bag = create(tables, embedding_dim, hashed_weight.into(), config, vb)?;
     Ok(HashedEmbeddingBagCollection { bag })
 }
 
@@ -88,7 +92,7 @@ fn named<N: Into<String>>(
 ) -> Result<Tables> {
     if config.first_row != 0 {
         bail!(
-            "hashed-embedding-bag: the tables of a collection start at row 0, got first_row {}",
+            "the tables of a collection start at row 0, got first_row {}",
             config.first_row
         );
     }
@@ -96,7 +100,7 @@ fn named<N: Into<String>>(
 }
 
 impl HashedEmbeddingBagCollection {
-    /// A collection on a `hashed_weight` of your own, `(len,)`; its length rules, `config.compression` is ignored.
+    /// A collection on a `hashed_weight` of your own, `(len,)`.
     ///
     /// # Errors
     /// Those of [`hashed_embedding_bag_collection`] but for the compression, a `hashed_weight` that is not 1-D or no float,
@@ -112,8 +116,9 @@ impl HashedEmbeddingBagCollection {
         Ok(Self { bag })
     }
 
-    /// Pools jagged `values` `(nnz,)` by `offsets` `(tables * batch,)`, or `(tables * batch + 1,)` with
-    /// `include_last_offset`, to `(batch, tables, embedding_dim)`. `layout` is the order of the bags.
+    /// Pools jagged `indices` `(nnz,)` by `offsets` `(tables * batch,)`, or `(tables * batch + 1,)` with
+    /// `include_last_offset`, to `(batch, tables, embedding_dim)`. `layout` is the order of the bags. Both are the `values` and
+    /// `offsets` of TorchRec's `KeyedJaggedTensor`, in [`JaggedLayout::FeatureMajor`] and with `include_last_offset`.
     ///
     /// # Errors
     /// Wrong ranks, dtypes or devices, a number of bags that is no multiple of the number of tables; with
@@ -121,28 +126,69 @@ impl HashedEmbeddingBagCollection {
     /// that do not start at 0, decrease or pass `nnz`.
     pub fn forward_jagged(
         &self,
-        values: &Tensor,
+        indices: &Tensor,
         offsets: &Tensor,
         layout: JaggedLayout,
     ) -> Result<Tensor> {
-        self.by_table(self.bag.lookup(values, Some(offsets), layout, None)?)
+        self.by_table(self.bag.lookup(indices, Some(offsets), layout, None)?)
     }
 
-    /// [`forward_jagged`](Self::forward_jagged) with each row multiplied by its own weight; mode sum only.
-    /// `per_sample_weights` has the shape of `values` and the dtype of `hashed_weight`, and gets a gradient when it is
+    /// Pools bags of each table as [`Module::forward`] does, with each row multiplied by its own weight; mode sum only.
+    /// `per_sample_weights` has the shape of `indices` and the dtype of `hashed_weight`, and gets a gradient when it is
     /// tracked.
     ///
     /// # Errors
-    /// A mode other than sum, a shape or dtype that differs, and those of [`forward_jagged`](Self::forward_jagged).
-    pub fn forward_jagged_weighted(
+    /// A mode other than sum, weights of another shape or dtype, and those of [`Module::forward`].
+    pub fn forward_weighted(
         &self,
-        values: &Tensor,
+        indices: &Tensor,
+        per_sample_weights: &Tensor,
+    ) -> Result<Tensor> {
+        self.lookup(indices, Some(per_sample_weights))
+    }
+
+    /// [`forward_jagged`](Self::forward_jagged) with each row multiplied by its own weight, as in
+    /// [`forward_weighted`](Self::forward_weighted).
+    ///
+    /// # Errors
+    /// A mode other than sum, weights of another shape or dtype, and those of [`forward_jagged`](Self::forward_jagged).
+    pub fn forward_weighted_jagged(
+        &self,
+        indices: &Tensor,
         offsets: &Tensor,
         layout: JaggedLayout,
         per_sample_weights: &Tensor,
     ) -> Result<Tensor> {
         let weights = Some(per_sample_weights);
-        self.by_table(self.bag.lookup(values, Some(offsets), layout, weights)?)
+        self.by_table(self.bag.lookup(indices, Some(offsets), layout, weights)?)
+    }
+
+    /// Looks up bags of one length, with or without weights of their shape.
+    fn lookup(&self, indices: &Tensor, per_sample_weights: Option<&Tensor>) -> Result<Tensor> {
+        let tables = self.bag.tables().len();
+        let (batch, bag_len) = match *indices.dims() {
+            [batch, n] if n == tables => (batch, 1),
+            [batch, n, bag_len] if n == tables => (batch, bag_len),
+            ref dims => bail!(
+                "indices must have shape [batch, {tables}] or [batch, {tables}, bag_len], got {dims:?}"
+            ),
+        };
+        let Some(bags) = batch.checked_mul(tables) else {
+            bail!("{batch} samples of {tables} bags are too many");
+        };
+        let per_sample_weights = match per_sample_weights {
+            Some(weights) => {
+                check_weights_shape(weights, indices)?;
+                Some(weights.reshape((bags, bag_len))?)
+            }
+            None => None,
+        };
+        let indices = contiguous_indices(indices)?.reshape((bags, bag_len))?;
+        let layout = JaggedLayout::BatchMajor;
+        let pooled = self
+            .bag
+            .lookup(&indices, None, layout, per_sample_weights.as_ref())?;
+        self.by_table(pooled)
     }
 
     /// `(batch * tables, embedding_dim)` to `(batch, tables, embedding_dim)`.
@@ -175,15 +221,18 @@ impl HashedEmbeddingBagCollection {
             first_row += num_embeddings;
         }
         let names: Vec<_> = self.tables().map(|(name, _)| name).collect();
-        bail!(
-            "hashed-embedding-bag: no table {name}, only {}",
-            names.join(", ")
-        )
+        bail!("no table {name}, only {}", names.join(", "))
     }
 
     /// The tables, by name and number of rows, in order.
     pub fn tables(&self) -> impl ExactSizeIterator<Item = (&str, usize)> {
         self.bag.tables().iter()
+    }
+
+    /// The configuration of this collection, as [`HashedEmbeddingBagCollection::new`] takes it. Its hash is that in use, also
+    /// where it was left to the default.
+    pub fn config(&self) -> HashedEmbeddingBagConfig {
+        self.bag.config()
     }
 
     /// The parameter, `(len,)`.
@@ -201,54 +250,30 @@ impl HashedEmbeddingBagCollection {
         self.bag.compression()
     }
 
-    /// How the rows of a bag become one.
-    pub fn mode(&self) -> Mode {
-        self.bag.mode()
-    }
-
     /// The hash in use.
     pub fn hash(&self) -> Hash {
         self.bag.hash()
     }
 
-    /// The index that is padding, in every table.
-    pub fn padding_idx(&self) -> Option<i64> {
-        self.bag.padding_idx()
-    }
-
-    /// Whether offsets hold the end of the last bag.
-    pub fn include_last_offset(&self) -> bool {
-        self.bag.include_last_offset()
-    }
-
-    /// What happens with indices and offsets out of range.
-    pub fn bounds_check(&self) -> BoundsCheck {
-        self.bag.bounds_check()
-    }
-
     /// The same collection with other bounds checks, say for one that came from a checkpoint.
     pub fn with_bounds_check(self, bounds_check: BoundsCheck) -> Self {
-        Self {
-            bag: self.bag.with_bounds_check(bounds_check),
-        }
+        let bag = self.bag.with_bounds_check(bounds_check);
+        Self { bag }
+    }
+
+    /// The same collection on another weight of the same length; see [`HashedEmbeddingBag::with_hashed_weight`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::with_hashed_weight`].
+    pub fn with_hashed_weight(&self, hashed_weight: Tensor) -> Result<Self> {
+        let bag = self.bag.with_hashed_weight(hashed_weight)?;
+        Ok(Self { bag })
     }
 }
 
 impl Module for HashedEmbeddingBagCollection {
     /// Looks up `indices` `(batch, tables)` or pools `(batch, tables, bag_len)`, to `(batch, tables, embedding_dim)`.
     fn forward(&self, indices: &Tensor) -> Result<Tensor> {
-        let tables = self.bag.tables().len();
-        let (batch, bag_len) = match *indices.dims() {
-            [batch, n] if n == tables => (batch, 1),
-            [batch, n, bag_len] if n == tables => (batch, bag_len),
-            ref dims => bail!(
-                "hashed-embedding-bag: indices must have shape [batch, {tables}] or [batch, {tables}, bag_len], got {dims:?}"
-            ),
-        };
-        let Some(bags) = batch.checked_mul(tables) else {
-            bail!("hashed-embedding-bag: {batch} samples of {tables} bags are too many");
-        };
-        let bags = contiguous_indices(indices)?.reshape((bags, bag_len))?;
-        self.by_table(self.bag.forward(&bags)?)
+        self.lookup(indices, None)
     }
 }

@@ -1,20 +1,24 @@
 //! Fitting a layer to a table that was not hashed: a way to compress an existing model.
 //!
-//! Every virtual element has one slot, so least squares falls apart into one problem per slot, and `hashed_weight[slot]` is
-//! the mean of the elements that the slot holds, each times its sign. The table is read twice, in parts: once for the means,
-//! once for the error. Nothing of its size is made.
+//! Every virtual element has one slot, so least squares is one problem per slot, and its solution `hashed_weight[slot]` is the
+//! mean of the elements in that slot, each times its sign. The table is read twice, a chunk at a time: once for the means, once
+//! for the error. Nothing of its size is allocated.
 
-use crate::bags::Tables;
+use crate::config::HashedEmbeddingBagConfig;
+use crate::error::bail;
 use crate::hash::{AffineRows, Locate, Slots};
-use crate::layer::{new_len, HashedEmbeddingBag, HashedEmbeddingBagConfig};
+use crate::layer::{new_len, HashedEmbeddingBag};
 use crate::op::{check_dtype, WEIGHT_DTYPES};
 use crate::parallel::Team;
-use candle_core::{bail, DType, Device, Result, Tensor};
+use crate::tables::Tables;
+use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
 
-/// How many values of the table are read at once, and how many of these make a task.
-const PART: usize = 1 << 20;
-const TASK: usize = 1 << 14;
+/// How many values of the table are read at once.
+const CHUNK_VALUES: usize = 1 << 20;
+
+/// How many of these a thread takes at a time.
+const TASK_VALUES: usize = 1 << 14;
 
 impl HashedEmbeddingBag {
     /// The layer whose virtual table is nearest to `table` in least squares, and its relative error
@@ -22,24 +26,24 @@ impl HashedEmbeddingBag {
     ///
     /// * `table`: `(num_embeddings, embedding_dim)`; f32, f64, f16 or bf16, on any device, in any strides; such as the
     ///   weight of `torch.nn.EmbeddingBag` or `candle_nn::Embedding`. `hashed_weight` has its dtype and device.
-    /// * `config.compression` says how long `hashed_weight` is, as for [`hashed_embedding_bag`](crate::hashed_embedding_bag()).
-    ///   The row at `config.padding_idx` is never looked up and does not count.
+    /// * `compression`: the length of `hashed_weight` over the size of the table, as for
+    ///   [`hashed_embedding_bag`](crate::hashed_embedding_bag()).
+    /// * The row at `config.padding_idx` is never looked up and does not count.
     ///
     /// Means are taken in f64; the error is that of `hashed_weight` in its own dtype. Slots that hold nothing are 0. Memory:
-    /// that of `hashed_weight`, 16 bytes more for each of its values, and a part of the table at a time. The result does not
-    /// depend on the number of threads.
+    /// that of `hashed_weight`, 16 bytes more for each of its values, and a few MB for a part of the table at a time. The result
+    /// does not depend on the number of threads.
     ///
     /// The error is large where rows have little in common: each of `n` values that share a slot is replaced by their mean.
     /// A fit is a start for training, which is what makes a small `hashed_weight` good.
     ///
     /// ```
     /// use candle_core::{Device, Tensor};
-    /// use candle_hashed_embedding_bag::{HashedEmbeddingBag, HashedEmbeddingBagConfig};
+    /// use candle_hashed_embedding_bag::HashedEmbeddingBag;
     ///
     /// # fn main() -> candle_core::Result<()> {
     /// let table = Tensor::randn(0f32, 1., (1000, 16), &Device::Cpu)?;
-    /// let config = HashedEmbeddingBagConfig { compression: 0.5, ..Default::default() };
-    /// let (layer, error) = HashedEmbeddingBag::fit(&table, config)?;
+    /// let (layer, error) = HashedEmbeddingBag::fit(&table, 0.5, Default::default())?;
     /// assert_eq!(layer.hashed_weight().dims(), [8000]);
     /// assert!(0.5 < error && error < 1.0);
     /// # Ok(())
@@ -49,82 +53,85 @@ impl HashedEmbeddingBag {
     /// # Errors
     /// A `table` that is not 2-D, no float, or holds a value that is not finite (by its position); a compression or a size
     /// that [`hashed_embedding_bag`](crate::hashed_embedding_bag()) refuses.
-    pub fn fit(table: &Tensor, config: HashedEmbeddingBagConfig) -> Result<(Self, f64)> {
+    pub fn fit(
+        table: &Tensor,
+        compression: f64,
+        config: HashedEmbeddingBagConfig,
+    ) -> Result<(Self, f64)> {
         check_dtype("table", table, &WEIGHT_DTYPES)?;
         let &[num_embeddings, embedding_dim] = table.dims() else {
-            bail!(
-                "hashed-embedding-bag: table must have rank 2, got {:?}",
-                table.dims()
-            );
+            bail!("table must have rank 2, got {:?}", table.dims());
         };
         let tables = Tables::one(config.first_row, num_embeddings)?;
-        let (hash, len) = new_len(&tables, embedding_dim, &config)?;
-        let (hashed_weight, error) = match hash.slots(len)? {
-            Slots::Mix(hash) => Table::new(table, hash, &config)?.fit(len),
-            Slots::Affine(hash) => Table::new(table, AffineRows::from(hash), &config)?.fit(len),
+        let len = new_len(&tables, embedding_dim, compression, &config)?;
+        let (hashed_weight, error) = match config.hash_for(embedding_dim).slots(len)? {
+            Slots::Mix(hash) | Slots::Balanced(hash) => Fit::new(table, hash, &config)?.solve(len),
+            Slots::Affine(hash) => Fit::new(table, AffineRows::from(hash), &config)?.solve(len),
         }?;
         let layer = Self::new(hashed_weight, num_embeddings, embedding_dim, config)?;
         Ok((layer, error))
     }
 }
 
-/// The given table, and the hash that finds the slots of its elements.
-struct Table<'a, H: Locate> {
+/// A table to fit, and the hash that finds the slots of its values.
+struct Fit<'a, H: Locate> {
     table: &'a Tensor,
     num_embeddings: usize,
     embedding_dim: usize,
     hash: H,
-    /// The constants of each block of columns.
-    runs: Vec<H::Run>,
+    /// The constants of each column block.
+    column_blocks: Vec<H::ColumnBlock>,
     first_row: usize,
     /// The row that does not count.
     padding: Option<usize>,
 }
 
-/// Some rows of it.
-struct Part {
+/// Some consecutive rows of the table.
+struct Chunk {
     rows: Range<usize>,
     values: Vec<f64>,
 }
 
-/// The places of some rows of a part.
-struct Task<'a, P> {
+/// Some consecutive rows of a chunk, and where their column blocks lie in `hashed_weight`.
+struct LocatedRows<'a, P> {
     first_row: usize,
     values: &'a [f64],
     places: Vec<P>,
     signs: Vec<u32>,
 }
 
-impl<'a, H: Locate> Table<'a, H> {
+impl<'a, H: Locate> Fit<'a, H> {
     fn new(table: &'a Tensor, hash: H, config: &HashedEmbeddingBagConfig) -> Result<Self> {
         let (num_embeddings, embedding_dim) = table.dims2()?;
-        let runs = embedding_dim.div_ceil(hash.block()) as u64;
+        let column_blocks = embedding_dim.div_ceil(hash.block()) as u64;
         Ok(Self {
             table,
             num_embeddings,
             embedding_dim,
             hash,
-            runs: (0..runs).map(|run| hash.run(run)).collect(),
+            column_blocks: (0..column_blocks)
+                .map(|block| hash.column_block(block))
+                .collect(),
             first_row: config.first_row,
             padding: config.padding_idx.and_then(|row| row.try_into().ok()),
         })
     }
 
     /// `hashed_weight` and the relative error.
-    fn fit(&self, len: usize) -> Result<(Tensor, f64)> {
+    fn solve(&self, len: usize) -> Result<(Tensor, f64)> {
         let (mut sums, mut counts) = (vec![0f64; len], vec![0u64; len]);
-        for part in self.parts() {
-            let part = part?;
-            self.check_finite(&part)?;
-            let tasks = self.map_tasks(&part, |task| task);
+        for chunk in self.chunks() {
+            let chunk = chunk?;
+            self.check_finite(&chunk)?;
+            let located = self.map_located(&chunk, |rows| rows);
             // Each thread adds to slots of its own, and to each of these in the order of rows.
-            let team = Team::new(tasks.len());
+            let team = Team::new(located.len());
             let share = len.div_ceil(team.threads());
             let shares = sums.chunks_mut(share).zip(counts.chunks_mut(share));
             team.for_each(shares.enumerate(), |(i, (sums, counts))| {
                 let start = i * share;
-                for task in &tasks {
-                    self.for_each_block(task, |values, slot, signs| {
+                for rows in &located {
+                    self.for_each_block(rows, |values, slot, signs| {
                         let from = slot.max(start);
                         let to = (slot + values.len()).min(start + sums.len());
                         for at in from..to {
@@ -144,11 +151,11 @@ impl<'a, H: Locate> Table<'a, H> {
         let rounded: Vec<f64> = hashed_weight.to_dtype(DType::F64)?.to_vec1()?;
 
         let (mut lost, mut total) = (0.0, 0.0);
-        for part in self.parts() {
-            let part = part?;
-            let squares = |task: Task<H::Place>| {
+        for chunk in self.chunks() {
+            let chunk = chunk?;
+            let squares = |rows: LocatedRows<H::Place>| {
                 let (mut lost, mut total) = (0.0, 0.0);
-                self.for_each_block(&task, |values, slot, signs| {
+                self.for_each_block(&rows, |values, slot, signs| {
                     let fitted = &rounded[slot..slot + values.len()];
                     for (i, (value, &fitted)) in values.iter().zip(fitted).enumerate() {
                         lost += (value - flip(fitted, signs, i)).powi(2);
@@ -157,10 +164,10 @@ impl<'a, H: Locate> Table<'a, H> {
                 });
                 (lost, total)
             };
-            // Collected first: the order of additions must not depend on the threads.
-            for (task_lost, task_total) in self.map_tasks(&part, squares) {
-                lost += task_lost;
-                total += task_total;
+            // Added up only here, where the order of additions does not depend on the threads.
+            for (rows_lost, rows_total) in self.map_located(&chunk, squares) {
+                lost += rows_lost;
+                total += rows_total;
             }
         }
         let error = if total > 0.0 {
@@ -171,46 +178,46 @@ impl<'a, H: Locate> Table<'a, H> {
         Ok((hashed_weight.to_device(self.table.device())?, error))
     }
 
-    /// The rows, a part at a time, in f64 on the host.
-    fn parts(&self) -> impl Iterator<Item = Result<Part>> + '_ {
-        let step = (PART / self.embedding_dim).max(1);
+    /// The table, a chunk at a time, in f64 on the host.
+    fn chunks(&self) -> impl Iterator<Item = Result<Chunk>> + '_ {
+        let step = (CHUNK_VALUES / self.embedding_dim).max(1);
         (0..self.num_embeddings).step_by(step).map(move |start| {
             let rows = start..(start + step).min(self.num_embeddings);
             let values = self.table.narrow(0, start, rows.len())?;
-            // A copy of its own first: candle moves a view between devices with all that it is a view of.
+            // Copied first: to move a view to another device, candle moves all of the storage that it is a view of.
             let values = values
                 .force_contiguous()?
                 .to_device(&Device::Cpu)?
                 .to_dtype(DType::F64)?;
-            Ok(Part {
+            Ok(Chunk {
                 rows,
                 values: values.flatten_all()?.to_vec1()?,
             })
         })
     }
 
-    /// Divides a part, the same way on every machine, hashes its rows, and has `work` done.
-    fn map_tasks<'b, R: Send>(
+    /// Calls `work` with the rows of a chunk, some at a time, which are the same however many threads there are.
+    fn map_located<'b, R: Send>(
         &self,
-        part: &'b Part,
-        work: impl Fn(Task<'b, H::Place>) -> R + Sync,
+        chunk: &'b Chunk,
+        work: impl Fn(LocatedRows<'b, H::Place>) -> R + Sync,
     ) -> Vec<R> {
-        let rows = (TASK / self.embedding_dim).max(1);
-        let values = part.values.chunks(rows * self.embedding_dim);
+        let rows = (TASK_VALUES / self.embedding_dim).max(1);
+        let values = chunk.values.chunks(rows * self.embedding_dim);
         Team::new(values.len()).map(values.enumerate(), |(i, values)| {
-            let first_row = part.rows.start + i * rows;
+            let first_row = chunk.rows.start + i * rows;
             let rows = first_row..first_row + values.len() / self.embedding_dim;
-            let runs = self.runs.len();
-            let mut places = vec![H::Place::default(); rows.len() * runs];
+            let blocks = self.column_blocks.len();
+            let mut places = vec![H::Place::default(); rows.len() * blocks];
             let mut signs = vec![0; places.len()];
             let of_rows = places
-                .chunks_exact_mut(runs)
-                .zip(signs.chunks_exact_mut(runs));
+                .chunks_exact_mut(blocks)
+                .zip(signs.chunks_exact_mut(blocks));
             for (row, (places, signs)) in rows.zip(of_rows) {
                 let row = (self.first_row + row) as u64;
-                self.hash.locate(&[row], &self.runs, places, signs);
+                self.hash.locate(&[row], &self.column_blocks, places, signs);
             }
-            work(Task {
+            work(LocatedRows {
                 first_row,
                 values,
                 places,
@@ -219,14 +226,14 @@ impl<'a, H: Locate> Table<'a, H> {
         })
     }
 
-    /// Calls `f` with the values of each block of columns, its first slot and its signs.
-    fn for_each_block(&self, task: &Task<H::Place>, mut f: impl FnMut(&[f64], usize, u32)) {
-        let (block, runs) = (self.hash.block(), self.runs.len());
-        let rows = task.values.chunks_exact(self.embedding_dim);
-        let places = task.places.chunks_exact(runs);
-        let places = places.zip(task.signs.chunks_exact(runs));
-        for (i, (row, (places, signs))) in rows.zip(places).enumerate() {
-            if Some(task.first_row + i) == self.padding {
+    /// Calls `f` with the values of each column block of each row, its first slot and its signs.
+    fn for_each_block(&self, rows: &LocatedRows<H::Place>, mut f: impl FnMut(&[f64], usize, u32)) {
+        let (block, blocks) = (self.hash.block(), self.column_blocks.len());
+        let values = rows.values.chunks_exact(self.embedding_dim);
+        let places = rows.places.chunks_exact(blocks);
+        let places = places.zip(rows.signs.chunks_exact(blocks));
+        for (i, (row, (places, signs))) in values.zip(places).enumerate() {
+            if Some(rows.first_row + i) == self.padding {
                 continue;
             }
             let places = places.iter().zip(signs);
@@ -236,13 +243,13 @@ impl<'a, H: Locate> Table<'a, H> {
         }
     }
 
-    fn check_finite(&self, part: &Part) -> Result<()> {
-        for (i, row) in part.values.chunks_exact(self.embedding_dim).enumerate() {
-            let row_number = part.rows.start + i;
+    fn check_finite(&self, chunk: &Chunk) -> Result<()> {
+        for (i, row) in chunk.values.chunks_exact(self.embedding_dim).enumerate() {
+            let row_number = chunk.rows.start + i;
             if let Some(column) = row.iter().position(|value| !value.is_finite()) {
                 if Some(row_number) != self.padding {
                     bail!(
-                        "hashed-embedding-bag: table must be finite, got {} at row {row_number}, column {column}",
+                        "table must be finite, got {} at row {row_number}, column {column}",
                         row[column]
                     );
                 }
@@ -255,7 +262,7 @@ impl<'a, H: Locate> Table<'a, H> {
 /// The value times the sign of column `i` of its block.
 #[inline(always)]
 fn flip(value: f64, signs: u32, i: usize) -> f64 {
-    // Only blocks of up to 32 columns have signs: past those, a shift that wraps finds zeros.
+    // Only blocks of up to 32 columns have signs. Past column 31 the shift wraps, but all bits are zero then.
     let negative = u64::from(signs).wrapping_shr(i as u32) & 1;
     f64::from_bits(value.to_bits() ^ (negative << 63))
 }

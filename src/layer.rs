@@ -7,64 +7,20 @@
 //!
 //! Many tables over one parameter are a [`HashedEmbeddingBagCollection`](crate::HashedEmbeddingBagCollection).
 
-use crate::bags::{BoundsCheck, JaggedLayout, Tables};
-use crate::hash::Hash;
-use crate::op::{self, check_dtype, Gradient, Mode, Offsets, Table, WEIGHT_DTYPES};
-use candle_core::{bail, Result, Tensor};
+use crate::bags::JaggedLayout;
+use crate::bounds::BoundsCheck;
+use crate::config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig, HashedWeightConfig};
+use crate::error::bail;
+use crate::hash::{Hash, Slots};
+use crate::op::{self, check_dtype, Offsets, Table, WEIGHT_DTYPES};
+use crate::tables::Tables;
+use candle_core::{Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
+use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
 
 /// The name of the parameter, here and in the state dict of the PyTorch package.
 pub(crate) const HASHED_WEIGHT: &str = "hashed_weight";
-
-/// What [`hashed_embedding_bag`] and [`hashed_embedding`] build.
-///
-/// ```
-/// use candle_hashed_embedding_bag::{HashedEmbeddingBagConfig, Mode};
-///
-/// let config = HashedEmbeddingBagConfig {
-///     compression: 1.0 / 16.0,
-///     mode: Mode::Mean,
-///     ..Default::default()
-/// };
-/// assert_eq!(config.hash, None);
-/// ```
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct HashedEmbeddingBagConfig {
-    /// The length of `hashed_weight` over `num_embeddings * embedding_dim`; any positive number. Default 1/64.
-    pub compression: f64,
-    /// How the rows of a bag become one. Default [`Mode::Sum`].
-    pub mode: Mode,
-    /// Where virtual elements find their slots. Default `None`: [`Hash::default_for`] the embedding dimension.
-    pub hash: Option<Hash>,
-    /// Indices equal to it are padding: they take no part in a bag and get no gradient. It may lie outside the table,
-    /// such as -1. Default `None`.
-    pub padding_idx: Option<i64>,
-    /// Offsets hold one more value, the end of the last bag. Default `false`.
-    pub include_last_offset: bool,
-    /// What is added to each index before it is hashed: where this table starts in a larger virtual one, as ROBE's
-    /// `val_offset` says. Tables that share a `hashed_weight` must not overlap. Default 0.
-    pub first_row: usize,
-    /// What happens with indices and offsets out of range. Default [`BoundsCheck::Error`].
-    pub bounds_check: BoundsCheck,
-    /// Whether the gradient is to be the same, bit for bit, in every run on CUDA. Default [`Gradient::Fastest`].
-    pub gradient: Gradient,
-}
-
-impl Default for HashedEmbeddingBagConfig {
-    fn default() -> Self {
-        Self {
-            compression: 1.0 / 64.0,
-            mode: Mode::Sum,
-            hash: None,
-            padding_idx: None,
-            include_last_offset: false,
-            first_row: 0,
-            bounds_check: BoundsCheck::Error,
-            gradient: Gradient::Fastest,
-        }
-    }
-}
 
 /// An embedding bag whose table of `(num_embeddings, embedding_dim)` values is folded by a hash into one 1-D
 /// parameter, `hashed_weight`:
@@ -84,14 +40,13 @@ impl Default for HashedEmbeddingBagConfig {
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
-/// use candle_hashed_embedding_bag::{hashed_embedding_bag, HashedEmbeddingBagConfig};
+/// use candle_hashed_embedding_bag::hashed_embedding_bag;
 /// use candle_nn::{VarBuilder, VarMap};
 ///
 /// # fn main() -> candle_core::Result<()> {
 /// let vars = VarMap::new();
 /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-/// let config = HashedEmbeddingBagConfig { compression: 0.1, ..Default::default() };
-/// let layer = hashed_embedding_bag(1000, 16, config, vb)?;
+/// let layer = hashed_embedding_bag(1000, 16, 0.1, Default::default(), vb)?;
 /// assert_eq!(layer.hashed_weight().dims(), [1600]);
 ///
 /// // Two bags of three rows.
@@ -108,86 +63,96 @@ impl Default for HashedEmbeddingBagConfig {
 #[derive(Debug, Clone)]
 pub struct HashedEmbeddingBag {
     hashed_weight: Tensor,
-    hash: Hash,
-    table: Table,
-    include_last_offset: bool,
-    bounds_check: BoundsCheck,
-    gradient: Gradient,
+    embedding_dim: usize,
+    /// With the hash that is in use.
+    config: HashedEmbeddingBagConfig,
+    slots: Slots,
+    tables: Arc<Tables>,
+    /// See [`Table::first_rows`].
+    first_rows: Option<Tensor>,
 }
 
-/// A [`HashedEmbeddingBag`] with a variable named `hashed_weight`, which is initialised uniformly in
-/// `±sqrt(1 / num_embeddings)` where the `VarBuilder` makes new variables.
+/// A [`HashedEmbeddingBag`] with a variable named `hashed_weight`, of which `hashed_weight` says how long it is and how it is
+/// initialised: `1.0 / 64.0` is a 64th of `num_embeddings * embedding_dim` values, uniform in `±sqrt(1 / num_embeddings)`.
 ///
-/// Its length is `floor(num_embeddings * embedding_dim * compression)`, at least 1, rounded up to a whole block for
-/// [`Hash::Mix`] and to at least one block for [`Hash::Affine`].
+/// Its length is `floor(num_embeddings * embedding_dim * compression)`, at least 1, rounded up to whole blocks for
+/// [`Hash::Balanced`] and [`Hash::Mix`], and to at least one block for [`Hash::Affine`].
 ///
 /// # Errors
-/// Zero `num_embeddings` or `embedding_dim`, a compression that is not positive and finite, a table too large for the
-/// hash, a `VarBuilder` whose dtype is no float, or what the `VarBuilder` itself refuses.
+/// Zero `num_embeddings` or `embedding_dim`, a compression outside `(0, 1]`, a hash whose numbers are out of range, a table
+/// too large for the hash, a `VarBuilder` whose dtype is no float, or what the `VarBuilder` itself refuses.
 pub fn hashed_embedding_bag(
     num_embeddings: usize,
     embedding_dim: usize,
+    hashed_weight: impl Into<HashedWeightConfig>,
     config: HashedEmbeddingBagConfig,
     vb: VarBuilder,
 ) -> Result<HashedEmbeddingBag> {
     let tables = Tables::one(config.first_row, num_embeddings)?;
-    create(tables, embedding_dim, config, vb)
+    create(tables, embedding_dim, hashed_weight.into(), config, vb)
 }
 
 /// A layer over one or several tables, on a variable of the `VarBuilder`.
 pub(crate) fn create(
     tables: Tables,
     embedding_dim: usize,
+    hashed_weight: HashedWeightConfig,
     config: HashedEmbeddingBagConfig,
     vb: VarBuilder,
 ) -> Result<HashedEmbeddingBag> {
-    let (_, len) = new_len(&tables, embedding_dim, &config)?;
+    let HashedWeightConfig { compression, init } = hashed_weight;
+    let len = new_len(&tables, embedding_dim, compression, &config)?;
     let bound = (1.0 / tables.num_rows() as f64).sqrt();
-    let init = Init::Uniform {
+    let init = init.unwrap_or(Init::Uniform {
         lo: -bound,
         up: bound,
-    };
+    });
     let hashed_weight = vb.get_with_hints(len, HASHED_WEIGHT, init)?;
     HashedEmbeddingBag::over(hashed_weight, Arc::new(tables), embedding_dim, config)
 }
 
-/// The hash of a new layer and the length of its parameter, once they suit the tables and each other.
+/// The length of a new `hashed_weight`, once it suits the tables and the hash.
 pub(crate) fn new_len(
     tables: &Tables,
     embedding_dim: usize,
+    compression: f64,
     config: &HashedEmbeddingBagConfig,
-) -> Result<(Hash, usize)> {
+) -> Result<usize> {
     check_embedding_dim(embedding_dim)?;
-    let compression = config.compression;
-    if !(compression > 0.0 && compression.is_finite()) {
-        bail!("hashed-embedding-bag: compression must be positive and finite, got {compression}");
+    if compression > 1.0 && compression.is_finite() {
+        bail!(
+            "compression must lie in (0, 1], got {compression}: it is the length of hashed_weight over the size of the table; \
+             for one that is {compression} times smaller, pass 1.0 / {compression:?}"
+        );
     }
-    let hash = config.hash.unwrap_or(Hash::default_for(embedding_dim));
+    if !(compression > 0.0 && compression <= 1.0) {
+        bail!("compression must lie in (0, 1], got {compression}");
+    }
+    let hash = config.hash_for(embedding_dim);
     let len = tables.num_rows() as f64 * embedding_dim as f64 * compression;
-    let len = hash.round_up_len(len as usize);
-    // Before any memory is asked for: in f64, the largest dtype, it would have to be addressable.
+    let len = hash.round_up_len(len as usize)?;
+    // Before any memory is asked for: even in f64, the largest dtype, it must be addressable.
     if len > isize::MAX as usize / 8 {
-        bail!("hashed-embedding-bag: compression {compression} makes hashed_weight too large, {len} values");
+        bail!("compression {compression} makes hashed_weight too large, {len} values");
     }
     hash.check_table(tables.end_row(), embedding_dim)?;
     hash.check_len(len)?;
-    Ok((hash, len))
+    Ok(len)
 }
 
 fn check_embedding_dim(embedding_dim: usize) -> Result<()> {
     // The kernels count columns in 32 bits, some past the last.
     if embedding_dim == 0 || i32::try_from(embedding_dim).is_err() {
-        bail!("hashed-embedding-bag: embedding_dim must lie in 1..2^31, got {embedding_dim}");
+        bail!("embedding_dim must lie in 1..2^31, got {embedding_dim}");
     }
     Ok(())
 }
 
 impl HashedEmbeddingBag {
-    /// A layer on a `hashed_weight` of your own, `(len,)`; its length rules, `config.compression` is ignored. A tensor
-    /// serves inference; the tensor of a `Var` trains.
+    /// A layer on a `hashed_weight` of your own, `(len,)`. A tensor serves inference; the tensor of a `Var` trains.
     ///
     /// # Errors
-    /// A `hashed_weight` that is not 1-D or no float, a length that does not suit the hash ([`Hash::check_len`]), zero
+    /// A `hashed_weight` that is not 1-D or no float, a hash or a length that [`Hash::check_len`] refuses, zero
     /// `num_embeddings` or `embedding_dim`, or a table too large for the hash.
     pub fn new(
         hashed_weight: Tensor,
@@ -210,35 +175,34 @@ impl HashedEmbeddingBag {
         check_dtype(HASHED_WEIGHT, &hashed_weight, &WEIGHT_DTYPES)?;
         let len = match hashed_weight.dims() {
             &[len] => len,
-            dims => bail!("hashed-embedding-bag: hashed_weight must have rank 1, got {dims:?}"),
+            dims => bail!("hashed_weight must have rank 1, got {dims:?}"),
         };
-        let hash = config.hash.unwrap_or(Hash::default_for(embedding_dim));
+        let hash = config.hash_for(embedding_dim);
         hash.check_table(tables.end_row(), embedding_dim)?;
+        let slots = hash.slots(len)?;
         let first_rows = if tables.len() > 1 {
             Some(Tensor::new(tables.first_rows(), hashed_weight.device())?)
         } else {
             None
         };
-        let table = Table {
-            slots: hash.slots(len)?,
-            tables,
-            first_rows,
-            embedding_dim,
-            mode: config.mode,
-            padding_idx: config.padding_idx,
+        let config = HashedEmbeddingBagConfig {
+            hash: Some(hash),
+            ..config
         };
         Ok(Self {
             hashed_weight,
-            hash,
-            table,
-            include_last_offset: config.include_last_offset,
-            bounds_check: config.bounds_check,
-            gradient: config.gradient,
+            embedding_dim,
+            config,
+            slots,
+            tables,
+            first_rows,
         })
     }
 
     /// Pools `indices` by `offsets`: `(nnz,)` and `(num_bags,)`, or `(num_bags + 1,)` with `include_last_offset`, to
-    /// `(num_bags, embedding_dim)`.
+    /// `(num_bags, embedding_dim)`. Bags of one length need no offsets: [`Module::forward`].
+    ///
+    /// Without `include_last_offset` every offset starts a bag: a last one that equals `nnz` is an empty bag, not the end.
     ///
     /// # Errors
     /// Wrong ranks, dtypes or devices; with [`BoundsCheck::Error`] also a row outside `0..num_embeddings` that is not
@@ -247,21 +211,35 @@ impl HashedEmbeddingBag {
         self.lookup(indices, Some(offsets), JaggedLayout::BatchMajor, None)
     }
 
-    /// Pools rows that are each multiplied by their own weight; mode sum only. `per_sample_weights` has the shape of
-    /// `indices` and the dtype of `hashed_weight`, and gets a gradient when it is tracked. Without `offsets`, `indices`
-    /// are `(num_bags, bag_len)`.
+    /// Pools `indices` of shape `(num_bags, bag_len)`, each row multiplied by its own weight, to `(num_bags, embedding_dim)`;
+    /// mode sum only. `per_sample_weights` has the shape of `indices` and the dtype of `hashed_weight`, and gets a gradient
+    /// when it is tracked.
     ///
     /// # Errors
-    /// A mode other than sum, a shape or dtype that differs, and those of
-    /// [`forward_with_offsets`](Self::forward_with_offsets).
+    /// A mode other than sum, weights of another shape or dtype, and those of [`Module::forward`].
     pub fn forward_weighted(
         &self,
         indices: &Tensor,
-        offsets: Option<&Tensor>,
         per_sample_weights: &Tensor,
     ) -> Result<Tensor> {
         let layout = JaggedLayout::BatchMajor;
-        self.lookup(indices, offsets, layout, Some(per_sample_weights))
+        self.lookup(indices, None, layout, Some(per_sample_weights))
+    }
+
+    /// [`forward_with_offsets`](Self::forward_with_offsets) with each row multiplied by its own weight, as in
+    /// [`forward_weighted`](Self::forward_weighted).
+    ///
+    /// # Errors
+    /// A mode other than sum, weights of another shape or dtype, and those of
+    /// [`forward_with_offsets`](Self::forward_with_offsets).
+    pub fn forward_weighted_with_offsets(
+        &self,
+        indices: &Tensor,
+        offsets: &Tensor,
+        per_sample_weights: &Tensor,
+    ) -> Result<Tensor> {
+        let (layout, weights) = (JaggedLayout::BatchMajor, Some(per_sample_weights));
+        self.lookup(indices, Some(offsets), layout, weights)
     }
 
     pub(crate) fn lookup(
@@ -271,39 +249,88 @@ impl HashedEmbeddingBag {
         layout: JaggedLayout,
         per_sample_weights: Option<&Tensor>,
     ) -> Result<Tensor> {
+        let config = &self.config;
         let offsets = offsets.map(|offsets| Offsets {
             offsets,
-            include_last_offset: self.include_last_offset,
+            include_last_offset: config.include_last_offset,
             layout,
         });
+        let table = Table {
+            slots: self.slots,
+            tables: self.tables.clone(),
+            first_rows: self.first_rows.clone(),
+            embedding_dim: self.embedding_dim,
+            mode: config.mode,
+            padding_idx: config.padding_idx,
+        };
         op::hashed_embedding_bag(
             &self.hashed_weight,
             indices,
             offsets,
             per_sample_weights,
-            &self.table,
-            self.bounds_check,
-            self.gradient,
+            table,
+            config.bounds_check,
+            config.gradient,
         )
     }
 
-    /// The configuration of this layer, as [`HashedEmbeddingBag::new`] takes it.
-    pub fn config(&self) -> HashedEmbeddingBagConfig {
-        HashedEmbeddingBagConfig {
-            compression: self.compression(),
-            mode: self.mode(),
-            hash: Some(self.hash),
-            padding_idx: self.padding_idx(),
-            include_last_offset: self.include_last_offset,
-            first_row: self.first_row(),
-            bounds_check: self.bounds_check,
-            gradient: self.gradient,
+    /// Rows of the virtual table as a tensor, `(rows.len(), embedding_dim)`: `..` for the whole table, a range for a part of it.
+    /// Say for an index of nearest neighbours, or to go on without hashing; [`fit`](Self::fit) is the way back.
+    ///
+    /// The row at `padding_idx` is zeros, as it is in a lookup. Differentiable in `hashed_weight`.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_hashed_embedding_bag::hashed_embedding_bag;
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// # fn main() -> candle_core::Result<()> {
+    /// # let vars = VarMap::new();
+    /// # let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let movies = hashed_embedding_bag(4000, 16, 0.1, Default::default(), vb)?;
+    /// let table = movies.to_table(..)?;
+    /// assert_eq!(table.dims(), [4000, 16]);
+    ///
+    /// // The ten movies nearest to movie 7, itself among them.
+    /// let scores = movies.to_table(7..8)?.matmul(&table.t()?)?.squeeze(0)?;
+    /// let (_, nearest) = scores.sort_last_dim(false)?;
+    /// let nearest = nearest.narrow(0, 0, 10)?.to_vec1::<u32>()?;
+    /// # assert_eq!(nearest.len(), 10);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// A range that ends before it starts or past the table, or a table too large for one tensor.
+    pub fn to_table(&self, rows: impl RangeBounds<usize>) -> Result<Tensor> {
+        let num_embeddings = self.num_embeddings();
+        let start = match rows.start_bound() {
+            Bound::Included(&start) => start,
+            Bound::Excluded(&start) => start.saturating_add(1),
+            Bound::Unbounded => 0,
+        };
+        let end = match rows.end_bound() {
+            Bound::Included(&end) => end.saturating_add(1),
+            Bound::Excluded(&end) => end,
+            Bound::Unbounded => num_embeddings,
+        };
+        if start > end || end > num_embeddings {
+            bail!("rows must lie in 0..{num_embeddings}, got {start}..{end}");
         }
+        op::check_output(end - start, self.embedding_dim)?;
+        let indices = Tensor::arange(start as i64, end as i64, self.hashed_weight.device())?;
+        self.forward(&indices.unsqueeze(1)?)
+    }
+
+    /// The configuration of this layer, as [`HashedEmbeddingBag::new`] takes it. Its hash is that in use, also where it was
+    /// left to the default.
+    pub fn config(&self) -> HashedEmbeddingBagConfig {
+        self.config
     }
 
     /// The table or tables this layer looks into.
     pub(crate) fn tables(&self) -> &Arc<Tables> {
-        &self.table.tables
+        &self.tables
     }
 
     /// The parameter, `(len,)`.
@@ -313,17 +340,12 @@ impl HashedEmbeddingBag {
 
     /// The number of rows of the virtual table.
     pub fn num_embeddings(&self) -> usize {
-        self.table.tables.num_rows()
-    }
-
-    /// What is added to each index before it is hashed.
-    pub fn first_row(&self) -> usize {
-        self.table.tables.first_row(0) as usize
+        self.tables.num_rows()
     }
 
     /// The number of columns of the virtual table, and of the output.
     pub fn embedding_dim(&self) -> usize {
-        self.table.embedding_dim
+        self.embedding_dim
     }
 
     /// The length of `hashed_weight` over the size of the virtual table, as it came out.
@@ -332,42 +354,52 @@ impl HashedEmbeddingBag {
         self.hashed_weight.elem_count() as f64 / table
     }
 
-    /// How the rows of a bag become one.
-    pub fn mode(&self) -> Mode {
-        self.table.mode
-    }
-
     /// The hash in use.
     pub fn hash(&self) -> Hash {
-        self.hash
-    }
-
-    /// The index that is padding.
-    pub fn padding_idx(&self) -> Option<i64> {
-        self.table.padding_idx
-    }
-
-    /// Whether offsets hold the end of the last bag.
-    pub fn include_last_offset(&self) -> bool {
-        self.include_last_offset
-    }
-
-    /// What happens with indices and offsets out of range.
-    pub fn bounds_check(&self) -> BoundsCheck {
-        self.bounds_check
-    }
-
-    /// How the gradient is summed on CUDA.
-    pub fn gradient(&self) -> Gradient {
-        self.gradient
+        self.config.hash_for(self.embedding_dim)
     }
 
     /// The same layer with other bounds checks, say for a layer that came from a checkpoint.
-    pub fn with_bounds_check(self, bounds_check: BoundsCheck) -> Self {
-        Self {
-            bounds_check,
-            ..self
+    pub fn with_bounds_check(mut self, bounds_check: BoundsCheck) -> Self {
+        self.config.bounds_check = bounds_check;
+        self
+    }
+
+    /// The same layer on another weight of the same length, such as its own in another dtype, on another device, detached from
+    /// the graph, or averaged over training steps.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_hashed_embedding_bag::hashed_embedding_bag;
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// # fn main() -> candle_core::Result<()> {
+    /// # let vars = VarMap::new();
+    /// # let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let layer = hashed_embedding_bag(1000, 16, 0.1, Default::default(), vb)?;
+    /// let frozen = layer.with_hashed_weight(layer.hashed_weight().detach())?;
+    /// let half = layer.with_hashed_weight(layer.hashed_weight().to_dtype(DType::F16)?)?;
+    /// # assert_eq!(frozen.config(), half.config());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// Another shape, or a dtype that is no float.
+    pub fn with_hashed_weight(&self, hashed_weight: Tensor) -> Result<Self> {
+        if hashed_weight.dims() != self.hashed_weight.dims() {
+            bail!(
+                "hashed_weight must have the shape of the one it replaces, {:?}, got {:?}",
+                self.hashed_weight.dims(),
+                hashed_weight.dims()
+            );
         }
+        Self::over(
+            hashed_weight,
+            self.tables.clone(),
+            self.embedding_dim,
+            self.config,
+        )
     }
 }
 
@@ -380,8 +412,8 @@ impl Module for HashedEmbeddingBag {
 
 /// A [`HashedEmbeddingBag`] without the bags: one row per index, for indices of any rank.
 ///
-/// Its parameter is named `hashed_embedding_bag.hashed_weight`, as in the state dict of the PyTorch package. The `mode`
-/// and `include_last_offset` of the config make no difference to a bag of one. A padding index gives zeros.
+/// Its parameter is named `hashed_embedding_bag.hashed_weight`, as in the state dict of the PyTorch package. A padding index
+/// gives zeros.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
@@ -391,7 +423,7 @@ impl Module for HashedEmbeddingBag {
 /// # fn main() -> candle_core::Result<()> {
 /// let vars = VarMap::new();
 /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-/// let layer = hashed_embedding(50_000, 64, Default::default(), vb)?;
+/// let layer = hashed_embedding(50_000, 64, 1.0 / 64.0, Default::default(), vb)?;
 /// let tokens = Tensor::zeros((2, 7), DType::U32, &Device::Cpu)?;
 /// assert_eq!(layer.forward(&tokens)?.dims(), [2, 7, 64]);
 /// # Ok(())
@@ -405,19 +437,21 @@ pub struct HashedEmbedding {
 /// The prefix of the parameter of a [`HashedEmbedding`].
 pub(crate) const INNER_BAG: &str = "hashed_embedding_bag";
 
-/// A [`HashedEmbedding`] with a variable named `hashed_embedding_bag.hashed_weight`; length, initial values and errors
-/// are those of [`hashed_embedding_bag()`].
+/// A [`HashedEmbedding`] with a variable named `hashed_embedding_bag.hashed_weight`; its length and initial values are those
+/// of [`hashed_embedding_bag()`].
 ///
 /// # Errors
 /// Those of [`hashed_embedding_bag()`].
 pub fn hashed_embedding(
     num_embeddings: usize,
     embedding_dim: usize,
-    config: HashedEmbeddingBagConfig,
+    hashed_weight: impl Into<HashedWeightConfig>,
+    config: HashedEmbeddingConfig,
     vb: VarBuilder,
 ) -> Result<HashedEmbedding> {
-    hashed_embedding_bag(num_embeddings, embedding_dim, config, vb.pp(INNER_BAG))
-        .map(HashedEmbedding::from)
+    let (config, vb) = (config.into(), vb.pp(INNER_BAG));
+    let bag = hashed_embedding_bag(num_embeddings, embedding_dim, hashed_weight, config, vb)?;
+    Ok(HashedEmbedding { bag })
 }
 
 impl HashedEmbedding {
@@ -429,18 +463,55 @@ impl HashedEmbedding {
         hashed_weight: Tensor,
         num_embeddings: usize,
         embedding_dim: usize,
-        config: HashedEmbeddingBagConfig,
+        config: HashedEmbeddingConfig,
     ) -> Result<Self> {
-        HashedEmbeddingBag::new(hashed_weight, num_embeddings, embedding_dim, config)
-            .map(Self::from)
+        let config = config.into();
+        let bag = HashedEmbeddingBag::new(hashed_weight, num_embeddings, embedding_dim, config)?;
+        Ok(Self { bag })
     }
 
-    /// The bag this layer looks up with: its parameter and configuration.
+    /// The bag this layer looks up with, and its parameter.
     pub fn bag(&self) -> &HashedEmbeddingBag {
         &self.bag
     }
+
+    /// Rows of the virtual table; see [`HashedEmbeddingBag::to_table`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::to_table`].
+    pub fn to_table(&self, rows: impl RangeBounds<usize>) -> Result<Tensor> {
+        self.bag.to_table(rows)
+    }
+
+    /// The configuration of this layer, as [`HashedEmbedding::new`] takes it.
+    pub fn config(&self) -> HashedEmbeddingConfig {
+        let config = self.bag.config();
+        HashedEmbeddingConfig {
+            hash: config.hash,
+            padding_idx: config.padding_idx,
+            first_row: config.first_row,
+            bounds_check: config.bounds_check,
+            gradient: config.gradient,
+        }
+    }
+
+    /// The same layer with other bounds checks; see [`HashedEmbeddingBag::with_bounds_check`].
+    pub fn with_bounds_check(self, bounds_check: BoundsCheck) -> Self {
+        let bag = self.bag.with_bounds_check(bounds_check);
+        Self { bag }
+    }
+
+    /// The same layer on another weight of the same length; see [`HashedEmbeddingBag::with_hashed_weight`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::with_hashed_weight`].
+    pub fn with_hashed_weight(&self, hashed_weight: Tensor) -> Result<Self> {
+        let bag = self.bag.with_hashed_weight(hashed_weight)?;
+        Ok(Self { bag })
+    }
 }
 
+/// Single rows of the same table. Of a bag of one row, sum, mean and max are the same.
 impl From<HashedEmbeddingBag> for HashedEmbedding {
     fn from(bag: HashedEmbeddingBag) -> Self {
         Self { bag }

@@ -10,22 +10,22 @@
 //! | look up many tables at once, over one parameter | [`hashed_embedding_bag_collection()`], [`HashedEmbeddingBagCollection`] |
 //! | look up single rows | [`hashed_embedding()`], [`HashedEmbedding`] |
 //! | choose where values go, or match weights trained in PyTorch | [`Hash`](enum@Hash) |
+//! | train in one pass over memory per step, and resume | [`optim::AdamW`], [`optim::Adagrad`], [`optim::Sgd`] |
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
 //! | open what PyTorch saved | [`StateDict`] |
 //! | make a hashed layer of a table that was not hashed | [`HashedEmbeddingBag::fit`] |
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
-//! use candle_hashed_embedding_bag::{hashed_embedding_bag, HashedEmbeddingBagConfig};
+//! use candle_hashed_embedding_bag::hashed_embedding_bag;
 //! use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
 //!
 //! # fn main() -> candle_core::Result<()> {
 //! let device = Device::Cpu;
 //! let vars = VarMap::new();
 //! let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
-//! let config = HashedEmbeddingBagConfig { compression: 1.0 / 64.0, ..Default::default() };
-//! // A million rows of 32 columns in 500,000 values.
-//! let layer = hashed_embedding_bag(1_000_000, 32, config, vb)?;
+//! // A million rows of 32 columns in a 64th of the memory: 500,000 values.
+//! let layer = hashed_embedding_bag(1_000_000, 32, 1.0 / 64.0, Default::default(), vb)?;
 //! assert_eq!(layer.hashed_weight().dims(), [500_000]);
 //!
 //! // Three bags: rows 7 and 999,999, no row, row 7 twice.
@@ -46,27 +46,36 @@
 #![warn(missing_docs)]
 
 mod bags;
+mod bounds;
 pub mod checkpoint;
 mod collection;
+mod config;
+mod error;
 mod fit;
 mod hash;
 pub mod import;
 mod layer;
 mod op;
+pub mod optim;
 mod parallel;
+mod tables;
 
-pub use bags::{BoundsCheck, JaggedLayout};
+pub use bags::JaggedLayout;
+pub use bounds::BoundsCheck;
+pub use checkpoint::file::TensorInfo;
 pub use checkpoint::Checkpoint;
 pub use collection::{hashed_embedding_bag_collection, HashedEmbeddingBagCollection};
-pub use hash::{Affine, Hash, Mix, Overflow};
+pub use config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig, HashedWeightConfig};
+pub use hash::{Affine, Balanced, Hash, Mix, Overflow};
 pub use import::StateDict;
-pub use layer::{
-    hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag,
-    HashedEmbeddingBagConfig,
-};
+pub use layer::{hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag};
 pub use op::{Gradient, Mode};
 
-/// Compiles and runs the README's Rust.
+/// Compiles and runs the Rust of the documents.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod documents {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/pytorch.md")]
+    struct PyTorch;
+}

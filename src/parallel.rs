@@ -48,19 +48,26 @@ impl Team {
     /// to others.
     pub fn map<I: Send, R: Send>(
         &self,
-        items: impl Iterator<Item = I>,
+        mut items: impl Iterator<Item = I>,
         work: impl Fn(I) -> R + Sync,
+    ) -> Vec<R> {
+        self.map_dyn(&mut items, &work)
+    }
+
+    /// [`map`](Self::map), compiled for what goes in and comes out and not for every closure.
+    fn map_dyn<I: Send, R: Send>(
+        &self,
+        items: &mut dyn Iterator<Item = I>,
+        work: &(dyn Fn(I) -> R + Sync),
     ) -> Vec<R> {
         if self.threads == 1 {
             return items.map(work).collect();
         }
         // Each is locked by one thread, once.
         let tasks: Vec<_> = items.map(|item| Mutex::new((Some(item), None))).collect();
-        barrier_pool().execute_chunked(tasks.len(), |range| {
-            for task in &tasks[range] {
-                if let Ok(mut task) = task.lock() {
-                    task.1 = task.0.take().map(&work);
-                }
+        in_pool(tasks.len(), &|i| {
+            if let Ok(mut task) = tasks[i].lock() {
+                task.1 = task.0.take().map(work);
             }
         });
         let results = tasks.into_iter().map(|task| match task.into_inner() {
@@ -74,6 +81,11 @@ impl Team {
     pub fn for_each<I: Send>(&self, items: impl Iterator<Item = I>, work: impl Fn(I) + Sync) {
         self.map(items, work);
     }
+}
+
+/// Calls `work` with `0..n`, on all threads of the pool. Not generic, so that it is compiled once.
+fn in_pool(n: usize, work: &(dyn Fn(usize) + Sync)) {
+    barrier_pool().execute_chunked(n, |range| range.for_each(work));
 }
 
 impl Drop for Team {

@@ -1,18 +1,22 @@
-//! Opening a large checkpoint costs next to nothing: it maps the file and reads only what is asked for.
+//! Opening a large checkpoint or state dict costs next to nothing: the file is mapped, and only what is asked for is read.
 //!
-//! Alone in its file, since it measures the memory of the process. To see the figures:
+//! A file of their own for these tests, one at a time, since they measure the memory of the process. To see the figures:
 //! `cargo test --release --test hot_start -- --nocapture`
 #![cfg(target_os = "linux")]
 
 use candle_core::{DType, Device, Result};
-use candle_hashed_embedding_bag::Checkpoint;
+use candle_hashed_embedding_bag::{Checkpoint, StateDict};
 use serde_json::json;
 use std::fs::File;
 use std::io::Write;
 use std::path::Path;
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 const MB: usize = 1_000_000;
+
+/// Held by the test that measures.
+static MEASURING: Mutex<()> = Mutex::new(());
 
 /// The highest resident memory of this process since the last call of [`forget_peak`], in bytes.
 fn peak() -> usize {
@@ -63,6 +67,7 @@ fn write(path: &Path, layers: &[(&str, usize)]) {
 
 #[test]
 fn opening_a_gigabyte_reads_none_of_it() -> Result<()> {
+    let _alone = MEASURING.lock();
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("model.safetensors");
     write(
@@ -87,5 +92,56 @@ fn opening_a_gigabyte_reads_none_of_it() -> Result<()> {
         (96 * MB..200 * MB).contains(&more),
         "96 MB took {more} bytes"
     );
+    Ok(())
+}
+
+/// The pickle of a state dict whose entries are rows of one f32 storage.
+fn rows(rows: usize, columns: usize) -> Vec<u8> {
+    let int = |n: usize| [b"J", &(n as i32).to_le_bytes()[..]].concat();
+    let text = |text: &str| {
+        [
+            b"X",
+            &(text.len() as u32).to_le_bytes()[..],
+            text.as_bytes(),
+        ]
+        .concat()
+    };
+    let mut pickle = b"\x80\x02}(".to_vec();
+    for row in 0..rows {
+        pickle.extend(text(&format!("{row:03}")));
+        pickle.extend(b"ctorch._utils\n_rebuild_tensor_v2\n((");
+        pickle.extend([text("storage"), b"ctorch\nFloatStorage\n".to_vec()].concat());
+        pickle.extend([text("0"), text("cpu"), int(rows * columns), b"tQ".to_vec()].concat());
+        pickle.extend([int(row * columns), int(columns), b"\x85".to_vec()].concat());
+        pickle.extend([int(1), b"\x85\x89}tR".to_vec()].concat());
+    }
+    pickle.extend(b"u.");
+    pickle
+}
+
+#[test]
+fn listing_a_state_dict_reads_none_of_its_values() -> Result<()> {
+    let _alone = MEASURING.lock();
+    const ROWS: usize = 100;
+    let (file, values) = (tempfile::NamedTempFile::new()?, vec![0; 64 * MB]);
+    let columns = values.len() / 4 / ROWS;
+    let mut zip = zip::ZipWriter::new(file.as_file());
+    for (name, bytes) in [("m/data.pkl", &rows(ROWS, columns)), ("m/data/0", &values)] {
+        let options = zip::write::SimpleFileOptions::default();
+        zip.start_file(name, options).unwrap();
+        zip.write_all(bytes)?;
+    }
+    zip.finish().unwrap();
+    drop(values);
+
+    let (listed, _, more) = measured("list a .pth of 64 MB", || {
+        let state = StateDict::open(file.path())?;
+        let infos = state.keys().map(|key| state.tensor_info(key));
+        infos.collect::<Result<Vec<_>>>()
+    });
+    let listed = listed?;
+    assert_eq!(listed.len(), ROWS);
+    assert!(listed.iter().all(|info| info.shape == [columns]));
+    assert!(more < 2 * MB, "listing took {more} bytes");
     Ok(())
 }

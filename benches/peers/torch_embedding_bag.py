@@ -1,6 +1,6 @@
-"""Times torch on the lookups of the example `bandwidth`, from the same index files.
+"""Times torch on the lookups of the benchmark `gpu` (benches/gpu.rs), from the same index files.
 
-    bandwidth --save-indices DIR --json ours.json
+    gpu --save-indices DIR --json ours.json
     python3 benches/peers/torch_embedding_bag.py DIR --ours ours.json
 
 Peers: torch.nn.EmbeddingBag on the full, uncompressed table, with dense and with sparse gradients; the same hash in plain
@@ -126,7 +126,7 @@ def fbgemm(embedding_dim):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("indices", help="the folder of --save-indices")
-    parser.add_argument("--ours", help="the JSON of the example bandwidth")
+    parser.add_argument("--ours", help="the JSON of the benchmark gpu")
     parser.add_argument("--json", help="write the results here")
     options = parser.parse_args()
 

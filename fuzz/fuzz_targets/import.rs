@@ -37,6 +37,7 @@ fuzz_target!(|input: &[u8]| {
     for state_dict in [
         StateDict::open(&path),
         StateDict::open_nested(&path, "state_dict"),
+        StateDict::open_nested(&path, "models.0"),
     ] {
         let mut state_dict = match state_dict {
             Ok(state_dict) => state_dict,
@@ -51,7 +52,13 @@ fuzz_target!(|input: &[u8]| {
         let _ = state_dict.robe_dlrm("", [("a", 10), ("b", 7)], 4, 2, config, device);
         let keys: Vec<_> = state_dict.keys().map(str::to_string).collect();
         for key in keys {
-            let _ = state_dict.take(&key, device);
+            let info = state_dict.tensor_info(&key);
+            // What is taken is what was announced.
+            if let Ok(tensor) = state_dict.take(&key, device) {
+                let info = info.expect("the tensor is described");
+                assert_eq!(tensor.dims(), info.shape);
+                assert_eq!(Some(tensor.dtype()), info.candle_dtype);
+            }
         }
     }
 });

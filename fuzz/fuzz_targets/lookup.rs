@@ -4,9 +4,7 @@
 
 use arbitrary::Arbitrary;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use candle_hashed_embedding_bag::{
-    BoundsCheck, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode,
-};
+use candle_hashed_embedding_bag::{Balanced, BoundsCheck, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Arbitrary, Debug)]
@@ -83,20 +81,20 @@ fn run(input: &Input) -> Result<()> {
             block,
             signed,
             balanced: false,
-        } => Some(Hash::mix(seed, block.into(), signed)?),
+        } => Some(Hash::from(Mix { seed, block: block.into(), signed })),
         HashKind::Mix {
             seed,
             block,
             signed,
             balanced: true,
-        } => Some(Hash::balanced(seed, block.into(), signed)?),
+        } => Some(Hash::from(Balanced { seed, block: block.into(), signed })),
         HashKind::Affine {
             a,
             b,
             c,
             modulus,
             block,
-        } => Some(Hash::affine(a, b, c, modulus, block.into())?),
+        } => Some(Hash::affine(a, b, c, modulus, block.into())),
     };
     let dtypes = [DType::F32, DType::F16, DType::BF16, DType::F64];
     let dtype = dtypes[usize::from(input.dtype) % 4];
@@ -126,9 +124,12 @@ fn run(input: &Input) -> Result<()> {
     }
     let offsets = input.offsets.as_ref().map(Integers::tensor).transpose()?;
     let weights = Var::ones(indices.shape(), dtype, &Device::Cpu)?;
-    let weighted = input.weighted && layer.mode() == Mode::Sum;
+    let weighted = input.weighted && layer.config().mode == Mode::Sum;
     let forward = |layer: &HashedEmbeddingBag| match &offsets {
-        offsets if weighted => layer.forward_weighted(&indices, offsets.as_ref(), &weights),
+        None if weighted => layer.forward_weighted(&indices, &weights),
+        Some(offsets) if weighted => {
+            layer.forward_weighted_with_offsets(&indices, offsets, &weights)
+        }
         None => layer.forward(&indices),
         Some(offsets) => layer.forward_with_offsets(&indices, offsets),
     };

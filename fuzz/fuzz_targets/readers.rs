@@ -3,15 +3,10 @@
 //! An input is a format and what follows it after a zero byte: `log` and a click log, perhaps compressed; or `csv` or `dat`
 //! and MovieLens' files `movies`, `ratings` and `users` (which may be missing), with a zero byte between them.
 #![no_main]
-// Of the modules, only the readers are used.
-#![allow(dead_code, unused_imports)]
 
 use candle_hashed_embedding_bag_fuzz::folder;
-use data::{Clicks, Examples, Part, Source};
 use libfuzzer_sys::fuzz_target;
-
-#[path = "../../examples/recommender/data/mod.rs"]
-mod data;
+use recommender::data::{Clicks, Examples, Part, Source};
 
 /// Reads every batch of every part.
 fn read(examples: &dyn Examples) {

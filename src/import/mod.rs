@@ -31,19 +31,18 @@
 //! # }
 //! ```
 
+mod pickle;
 mod pth;
+mod robe;
+mod source;
 
-use crate::checkpoint::{join, MappedFile};
-use crate::collection::HashedEmbeddingBagCollection;
+use crate::checkpoint::file::{join, TensorInfo};
+use crate::config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig};
 use crate::hash::Hash;
-use crate::layer::{
-    HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagConfig, HASHED_WEIGHT, INNER_BAG,
-};
-use candle_core::{bail, DType, Device, Error, Result, Tensor};
-use safetensors::View;
-use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
-use std::io::Read;
+use crate::layer::{HashedEmbedding, HashedEmbeddingBag, HASHED_WEIGHT, INNER_BAG};
+use candle_core::{bail, Device, Error, Result, Tensor};
+use source::Source;
+use std::collections::BTreeSet;
 use std::path::Path;
 
 /// A PyTorch state dict in a file: `torch.save(module.state_dict(), path)`, or the same as safetensors.
@@ -62,62 +61,21 @@ use std::path::Path;
 ///
 /// # Files
 /// A `.pth` is a pickle, and in Python, opening one can run its code. Nothing is run here, and a broken or hostile file is
-/// an error, not a panic or the end of the memory. Read are archives of PyTorch 1.6 and later in pickle protocol 2, the
-/// default, with tensors of f32, f64, f16, bf16, i64, i32, i16 and u8 in any strides. A safetensors file is mapped: it must
-/// not be changed in place meanwhile.
+/// an error, not a panic or the end of the memory. Archives of PyTorch 1.6 and later are read, in pickle protocol 2 (the
+/// default) to 5, with tensors in any strides and of every dtype that candle has. What else a file holds, objects of any
+/// class among it, is passed over; a subclass of dict is a dict.
+///
+/// The file is mapped: it must not be changed in place while this is alive. Only what is asked for is read.
+///
+/// # Wrappers
+/// DistributedDataParallel puts `module.` before all keys of a model, torch.compile `_orig_mod.`. They are part of the
+/// prefix here: a layer `user` of such a model is `module.user`. Without them, the error names the key that is there.
 #[derive(Debug)]
 pub struct StateDict {
-    source: Box<dyn Source>,
-    /// What nothing has taken yet, and where it lies in the file: two entries of one place share their memory.
-    entries: BTreeMap<String, String>,
+    source: Source,
+    /// The keys of what nothing has taken yet.
+    entries: BTreeSet<String>,
 }
-
-/// A file of tensors.
-trait Source: std::fmt::Debug + Send + Sync {
-    /// The entries, and the place of each.
-    fn entries(&self) -> BTreeMap<String, String>;
-    /// The tensor of an entry, contiguous.
-    fn load(&self, key: &str, device: &Device) -> Result<Tensor>;
-}
-
-/// `safetensors.torch.save_model` stores shared memory under one name and writes the others, each with that one, into the
-/// metadata.
-impl Source for MappedFile {
-    fn entries(&self) -> BTreeMap<String, String> {
-        let metadata = self.metadata();
-        let names = metadata.offset_keys();
-        let aliases = metadata.metadata().iter().flatten();
-        aliases
-            .filter(|(_, name)| metadata.info(name).is_some())
-            .map(|(alias, name)| (alias.clone(), name.clone()))
-            .chain(names.into_iter().map(|name| (name.clone(), name)))
-            .collect()
-    }
-
-    fn load(&self, key: &str, device: &Device) -> Result<Tensor> {
-        let metadata = self.metadata();
-        let alias = metadata.metadata().as_ref().and_then(|m| m.get(key));
-        match alias {
-            Some(name) if metadata.info(key).is_none() => self.load(name, device),
-            _ => self.load(key, device),
-        }
-    }
-}
-
-/// The entries of ROBE's modules, besides `hashed_weight`.
-const WEIGHT: &str = "weight";
-const RANDOM_NUMBERS: &str = "random_numbers";
-const SIGNATURE: &str = "signature";
-
-/// What the helpers of ROBE's CPU module hold for a column, of a chunk size and `random_numbers`.
-type Helper = fn(column: i64, chunk: i64, numbers: &[i64]) -> i64;
-const HELPERS: [(&str, Helper); 4] = [
-    ("helper_E1sR", |_, _, numbers| numbers[3]),
-    ("helper_Eidx_base", |column, chunk, _| column / chunk),
-    ("helper_Eidx_offset", |column, chunk, _| column % chunk),
-    // Of the versions before chunks.
-    ("helper_Eidx", |column, chunk, _| column / chunk),
-];
 
 /// The entries of one module: those directly under a prefix.
 struct Module {
@@ -137,19 +95,6 @@ impl Module {
     fn keys(&self) -> impl Iterator<Item = String> + '_ {
         self.names.iter().map(|name| self.key(name))
     }
-
-    /// The names of its parameter that there are.
-    fn parameter(&self) -> impl Iterator<Item = String> + '_ {
-        let names = [HASHED_WEIGHT, WEIGHT].into_iter();
-        names
-            .filter(|name| self.has(name))
-            .map(|name| self.key(name))
-    }
-
-    /// Whether it is ROBE's for the CPU.
-    fn has_helpers(&self) -> bool {
-        HELPERS.iter().any(|(name, _)| self.has(name))
-    }
 }
 
 impl StateDict {
@@ -164,45 +109,42 @@ impl StateDict {
     /// Opens a state dict within what a training script saved: that of `torch.save({"epoch": 3, "state_dict": …}, path)`
     /// is under `state_dict`.
     ///
+    /// Dots lead further down, by the keys of dicts and the positions in lists: `state_dict.generator`, `models.0`. A key
+    /// that has a dot itself is found, too.
+    ///
     /// # Errors
-    /// Those of [`open`](Self::open), and nothing under that key. A safetensors file holds nothing nested.
+    /// Those of [`open`](Self::open), and nothing under that key; the message names the keys of the state dicts that there
+    /// are. A safetensors file holds nothing nested.
     pub fn open_nested(path: impl AsRef<Path>, key: &str) -> Result<Self> {
         Self::open_file(path.as_ref(), Some(key))
     }
 
     fn open_file(path: &Path, key: Option<&str>) -> Result<Self> {
-        let open = || -> Result<Box<dyn Source>> {
-            let mut file = File::open(path)?;
-            let mut magic = [0; pth::MAGIC.len()];
-            if file.read_exact(&mut magic).is_ok() && magic == pth::MAGIC {
-                return Ok(Box::new(pth::Archive::open(file, key)?));
-            }
-            let file = MappedFile::open(path).map_err(|e| {
-                Error::msg(format!(
-                    "import: neither an archive of torch.save (since PyTorch 1.6) nor safetensors: {e}"
-                ))
-            })?;
-            match key {
-                Some(key) => bail!("import: safetensors holds nothing nested, such as {key}"),
-                None => Ok(Box::new(file)),
-            }
-        };
-        let source = open().map_err(|e| e.with_path(path))?;
+        let source = Source::open(path, key).map_err(|e| e.with_path(path))?;
         Ok(Self {
-            entries: source.entries(),
+            entries: source.keys(),
             source,
         })
     }
 
     /// The names of the entries that nothing has taken, in order.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
-        self.entries.keys().map(String::as_str)
+        self.entries.iter().map(String::as_str)
+    }
+
+    /// The dtype and the shape of an entry. Reads nothing of its values.
+    ///
+    /// # Errors
+    /// No such entry, or a tensor that is not an array of values in memory, such as a sparse one.
+    pub fn tensor_info(&self, key: &str) -> Result<TensorInfo> {
+        self.find(key, |key| self.source.info(key))
     }
 
     /// Takes one entry as it is stored, such as a weight of a layer that is not hashed.
     ///
     /// # Errors
-    /// No such entry, or a dtype that candle does not have.
+    /// No such entry, a dtype that candle does not have ([`tensor_info`](Self::tensor_info) tells before), or a tensor that
+    /// is not an array of values in memory, such as a sparse one.
     pub fn take(&mut self, key: &str, device: &Device) -> Result<Tensor> {
         let tensor = self.load(key, device)?;
         self.entries.remove(key);
@@ -211,7 +153,7 @@ impl StateDict {
 
     /// Takes the `HashedEmbeddingBag` at `prefix` (`""`: the state dict is the module's own): `hashed_weight`, 1-D.
     ///
-    /// The hash is [`Hash::original`]; leave that of the config `None`. `config.compression` is ignored.
+    /// The hash is [`Hash::original`]; leave that of the config `None`.
     ///
     /// # Errors
     /// [What is refused](Self#what-is-refused), and the errors of [`HashedEmbeddingBag::new`].
@@ -225,7 +167,8 @@ impl StateDict {
     ) -> Result<HashedEmbeddingBag> {
         let module = self.module(prefix, &[HASHED_WEIGHT])?;
         let config = with_hash(config, Hash::original())?;
-        let (key, weight) = self.parameter(module.parameter(), &module, device)?;
+        let key = module.key(HASHED_WEIGHT);
+        let weight = self.load(&key, device)?;
         let layer = HashedEmbeddingBag::new(weight, num_embeddings, embedding_dim, config);
         let layer = layer.map_err(|e| named(&key, e))?;
         self.remove(module.keys());
@@ -241,104 +184,13 @@ impl StateDict {
         prefix: &str,
         num_embeddings: usize,
         embedding_dim: usize,
-        config: HashedEmbeddingBagConfig,
+        config: HashedEmbeddingConfig,
         device: &Device,
     ) -> Result<HashedEmbedding> {
         self.module(prefix, &[&join(INNER_BAG, HASHED_WEIGHT)])?;
-        let inner = join(prefix, INNER_BAG);
+        let (inner, config) = (join(prefix, INNER_BAG), config.into());
         self.hashed_embedding_bag(&inner, num_embeddings, embedding_dim, config, device)
             .map(HashedEmbedding::from)
-    }
-
-    /// Takes the ROBE module at `prefix`, which is either
-    ///
-    /// * `HashedEmbeddingBag`: `hashed_weight` and its other name `weight`, 1-D; `random_numbers`, i64 `(51,)`;
-    ///   `signature`, i64 `(2,)`, zeros;
-    /// * or `HashedEmbeddingCPU`: `weight`, 1-D; `random_numbers`, i64 `(11,)`; `helper_E1sR`, `helper_Eidx_base` and
-    ///   `helper_Eidx_offset` (in older versions `helper_Eidx`), i64 `(embedding_dim,)`, which must agree with the arguments.
-    ///
-    /// `uma_chunk_size` is the module's, 1 by default; its `val_offset` is `config.first_row`. The hash is [`Hash::robe`];
-    /// leave that of the config `None`. ROBE sums bags or looks up single rows, for which there is
-    /// `HashedEmbedding::from(layer)`. Its other hashes, `lma_hash` and `keymode_static_pm`, and its later `RobezEmbedding`
-    /// are not known here.
-    ///
-    /// # Errors
-    /// [What is refused](Self#what-is-refused), and the errors of [`Hash::robe`] and [`HashedEmbeddingBag::new`].
-    pub fn robe(
-        &mut self,
-        prefix: &str,
-        num_embeddings: usize,
-        embedding_dim: usize,
-        uma_chunk_size: usize,
-        config: HashedEmbeddingBagConfig,
-        device: &Device,
-    ) -> Result<HashedEmbeddingBag> {
-        let module = self.robe_module(prefix)?;
-        let (numbers, hash) = self.robe_hash(&module, uma_chunk_size)?;
-        let config = with_hash(config, hash)?;
-        self.check_helpers(&module, &numbers, embedding_dim, uma_chunk_size)?;
-        let (key, weight) = self.parameter(module.parameter(), &module, device)?;
-        let layer = HashedEmbeddingBag::new(weight, num_embeddings, embedding_dim, config);
-        let layer = layer.map_err(|e| named(&key, e))?;
-        self.remove(module.keys());
-        Ok(layer)
-    }
-
-    /// Takes the tables of the DLRM of ROBE's authors at `prefix`: `hashed_weight`, and for table `t` the [ROBE
-    /// module](Self::robe) `emb_l.{t}` over the same parameter, whose `val_offset` is the number of rows of the tables
-    /// before it. `tables` are their names here and their rows, in order. The rest of the model is left.
-    ///
-    /// # Errors
-    /// Those of [`robe`](Self::robe) for each table, tables with different `random_numbers`, more tables in the state dict
-    /// than in `tables`, and those of [`HashedEmbeddingBagCollection::new`].
-    pub fn robe_dlrm<N: Into<String>>(
-        &mut self,
-        prefix: &str,
-        tables: impl IntoIterator<Item = (N, usize)>,
-        embedding_dim: usize,
-        uma_chunk_size: usize,
-        config: HashedEmbeddingBagConfig,
-        device: &Device,
-    ) -> Result<HashedEmbeddingBagCollection> {
-        let tables: Vec<(N, usize)> = tables.into_iter().collect();
-        let folder = join(prefix, "emb_l");
-        let modules = (0..tables.len())
-            .map(|t| self.robe_module(&join(&folder, &t.to_string())))
-            .collect::<Result<Vec<_>>>()?;
-        let Some(first) = modules.first() else {
-            bail!("import: a DLRM has at least one table");
-        };
-        let within = join(&folder, "");
-        let known: BTreeSet<_> = modules.iter().flat_map(Module::keys).collect();
-        if let Some(extra) = self
-            .keys()
-            .find(|key| key.starts_with(&within) && !known.contains(*key))
-        {
-            bail!("import: {extra} belongs to none of {} tables", tables.len());
-        }
-
-        let (numbers, hash) = self.robe_hash(first, uma_chunk_size)?;
-        let config = with_hash(config, hash)?;
-        for module in &modules {
-            if self.random_numbers(module)? != numbers {
-                bail!(
-                    "import: {} differs from {}",
-                    module.key(RANDOM_NUMBERS),
-                    first.key(RANDOM_NUMBERS)
-                );
-            }
-            self.check_helpers(module, &numbers, embedding_dim, uma_chunk_size)?;
-        }
-        let top = Some(join(prefix, HASHED_WEIGHT)).filter(|key| self.entries.contains_key(key));
-        let names = modules
-            .iter()
-            .flat_map(Module::parameter)
-            .chain(top.clone());
-        let (key, weight) = self.parameter(names, first, device)?;
-        let collection = HashedEmbeddingBagCollection::new(weight, tables, embedding_dim, config);
-        let collection = collection.map_err(|e| named(&key, e))?;
-        self.remove(known.into_iter().chain(top));
-        Ok(collection)
     }
 
     /// The module at a prefix; each of its entries must be among those that it may have.
@@ -367,130 +219,46 @@ impl StateDict {
         })
     }
 
-    fn robe_module(&self, prefix: &str) -> Result<Module> {
-        let helpers = HELPERS.map(|(name, _)| name);
-        let is_cpu = helpers
-            .iter()
-            .any(|name| self.entries.contains_key(&join(prefix, name)));
-        if is_cpu {
-            self.module(prefix, &[&[WEIGHT, RANDOM_NUMBERS][..], &helpers].concat())
-        } else {
-            let known = [HASHED_WEIGHT, WEIGHT, RANDOM_NUMBERS, SIGNATURE];
-            self.module(prefix, &known)
-        }
-    }
-
-    /// The random numbers of a ROBE module and the hash they make.
-    fn robe_hash(&self, module: &Module, uma_chunk_size: usize) -> Result<(Vec<i64>, Hash)> {
-        let numbers = self.random_numbers(module)?;
-        let hash = Hash::robe(&numbers, uma_chunk_size)
-            .map_err(|e| named(&module.key(RANDOM_NUMBERS), e))?;
-        Ok((numbers, hash))
-    }
-
-    /// The random numbers of a ROBE module, and a check of the signature that its GPU module has beside them.
-    fn random_numbers(&self, module: &Module) -> Result<Vec<i64>> {
-        let key = module.key(RANDOM_NUMBERS);
-        if module.has_helpers() {
-            return self.integers(&key, 11);
-        }
-        let is_robez = !module.has(SIGNATURE) && !module.has(HASHED_WEIGHT);
-        if is_robez && self.integers(&key, 11).is_ok() {
-            bail!(
-                "import: {key} has no helpers beside it: a RobezEmbedding, whose hash is another"
-            );
-        }
-        let numbers = self.integers(&key, 51)?;
-        let signature = module.key(SIGNATURE);
-        if self.integers(&signature, 2)? != [0, 0] {
-            bail!("import: {signature} must be [0, 0], what it is unless the hash is lma_hash");
-        }
-        Ok(numbers)
-    }
-
-    /// The helpers of ROBE's CPU module, where there are, against the arguments.
-    fn check_helpers(
-        &self,
-        module: &Module,
-        numbers: &[i64],
-        embedding_dim: usize,
-        chunk: usize,
-    ) -> Result<()> {
-        if !module.has_helpers() {
-            return Ok(());
-        }
-        let is_old = module.has("helper_Eidx");
-        for (name, helper) in HELPERS {
-            let is_required = name == "helper_E1sR" || is_old == (name == "helper_Eidx");
-            if !is_required && !module.has(name) {
-                continue;
-            }
-            let key = module.key(name);
-            let values = self.integers(&key, embedding_dim)?;
-            for (column, &value) in values.iter().enumerate() {
-                let expected = helper(column as i64, chunk as i64, numbers);
-                if value != expected {
-                    bail!("import: {key} must hold {expected} at {column} for a chunk size of {chunk}, got {value}");
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// An i64 entry of shape `(len,)`.
-    fn integers(&self, key: &str, len: usize) -> Result<Vec<i64>> {
-        let tensor = self.load(key, &Device::Cpu)?;
-        if tensor.dtype() != DType::I64 || tensor.dims() != [len] {
-            bail!(
-                "import: {key} must be i64 of shape [{len}], got {} of shape {:?}",
-                tensor.dtype().as_str(),
-                tensor.dims()
-            );
-        }
-        tensor.to_vec1()
-    }
-
-    /// The parameter that all these entries are names of, and the first of them.
-    fn parameter(
-        &self,
-        mut keys: impl Iterator<Item = String>,
-        module: &Module,
-        device: &Device,
-    ) -> Result<(String, Tensor)> {
-        let Some(first) = keys.next() else {
-            let name = if module.has_helpers() {
-                WEIGHT
-            } else {
-                HASHED_WEIGHT
-            };
-            return Err(self.missing(&module.key(name)));
-        };
-        let tensor = self.load(&first, &Device::Cpu)?;
-        for key in keys.filter(|key| self.entries.get(key) != self.entries.get(&first)) {
-            let other = self.load(&key, &Device::Cpu)?;
-            let same = other.dims() == tensor.dims()
-                && other.dtype() == tensor.dtype()
-                && other.data() == tensor.data();
-            if !same {
-                bail!("import: {key} must be another name of {first}, but differs from it");
-            }
-        }
-        Ok((first, tensor.to_device(device)?))
-    }
-
     fn load(&self, key: &str, device: &Device) -> Result<Tensor> {
-        if !self.entries.contains_key(key) {
+        self.find(key, |key| self.source.load(key, device))
+    }
+
+    fn find<T>(&self, key: &str, read: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+        if !self.entries.contains(key) {
             return Err(self.missing(key));
         }
-        self.source.load(key, device)
+        read(key).map_err(|e| named(key, e))
     }
 
+    /// The error for an entry that does not exist. It names entries that would match with a longer prefix, or but for wrappers.
     fn missing(&self, key: &str) -> Error {
-        let mut keys: Vec<_> = self.keys().take(8).collect();
-        if self.entries.len() > keys.len() {
-            keys.push("…");
-        }
-        Error::msg(format!("import: {key} is missing from {}", keys.join(", "))).bt()
+        let longer = |other: &&str| (other.strip_suffix(key)).is_some_and(|p| p.ends_with('.'));
+        let same = |other: &&str| without_wrappers(other).eq(without_wrappers(key));
+        let similar: Vec<_> = self
+            .keys()
+            .filter(|other| longer(other) || same(other))
+            .take(MAX_NAMED)
+            .collect();
+        let message = if similar.is_empty() {
+            let mut keys: Vec<_> = self.keys().take(MAX_NAMED).collect();
+            if self.entries.len() > keys.len() {
+                keys.push("…");
+            }
+            format!("import: {key} is missing from {}", keys.join(", "))
+        } else {
+            let prefixes: Vec<_> = (similar.iter())
+                .filter_map(|other| other.strip_suffix(key))
+                .collect();
+            let advice = match prefixes.is_empty() {
+                true => String::new(),
+                false => format!("; begin the prefix with {}", prefixes.join(" or ")),
+            };
+            format!(
+                "import: {key} is missing, but there is {}{advice}",
+                similar.join(" and ")
+            )
+        };
+        Error::msg(message).bt()
     }
 
     fn remove(&mut self, keys: impl Iterator<Item = String>) {
@@ -498,6 +266,23 @@ impl StateDict {
             self.entries.remove(&key);
         }
     }
+}
+
+/// How many keys a message names.
+const MAX_NAMED: usize = 8;
+
+/// The modules that PyTorch puts around another: DataParallel and DistributedDataParallel, torch.compile, FSDP, and
+/// activation checkpointing.
+const WRAPPERS: [&str; 4] = [
+    "module",
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+];
+
+/// The parts of a key that are not names of wrappers.
+fn without_wrappers(key: &str) -> impl Iterator<Item = &str> {
+    key.split('.').filter(|part| !WRAPPERS.contains(part))
 }
 
 /// The configuration with the hash of the module.
@@ -511,7 +296,7 @@ fn with_hash(config: HashedEmbeddingBagConfig, hash: Hash) -> Result<HashedEmbed
     })
 }
 
-/// An error that names the entry.
+/// An error that names the operation and the entry.
 fn named(key: &str, e: Error) -> Error {
     Error::msg(format!("import: {key}: {e}"))
 }

@@ -1,19 +1,19 @@
 //! The archive that `torch.save` writes: a zip file with one pickle, `data.pkl`, that describes tensors, and the bytes of
 //! each storage as a file beside it.
 //!
-//! candle's pickle machine ([`Stack`]) runs the opcodes. It trusts the file: it makes room for strings of any stated
-//! length, copies objects whenever they are remembered or recalled (so that a few hundred bytes can ask for all memory),
-//! and nests as deep as it is told (so that dropping the result can overflow the stack). [`unpickle`] steps it one opcode
-//! at a time and stops before any of that. What candle makes of the finished object indexes argument lists of any length;
-//! it is read here instead, into [`View`]s. No code of the file is run: a class is a name.
+//! The archive is mapped. Of the storages, only those whose tensors are asked for are read: each once, to verify its
+//! checksum, and then where its tensors lie.
 
-use super::{named, Source};
-use candle_core::pickle::{Object, Stack};
-use candle_core::{bail, DType, Device, Error, Result, Tensor};
+use super::pickle::{Id, Pickle, Value};
+use crate::checkpoint::file::{self, TensorInfo};
+use candle_core::{bail, Device, Error, Result, Tensor};
+use memmap2::Mmap;
+use safetensors::Dtype;
+use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::{BufReader, Read};
-use std::sync::Mutex;
+use std::io::Cursor;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
 use zip::{CompressionMethod, ZipArchive};
 
 /// The first bytes of every zip file.
@@ -22,169 +22,507 @@ pub(super) const MAGIC: &[u8] = b"PK\x03\x04";
 /// A `.pth` file, opened: its pickle read, no tensor loaded yet.
 #[derive(Debug)]
 pub(super) struct Archive {
-    zip: Mutex<Zip>,
-    tensors: BTreeMap<String, std::result::Result<View, Unread>>,
+    map: Arc<Mmap>,
+    /// The paths of the storages in the archive.
+    storages: Vec<String>,
+    tensors: BTreeMap<String, Entry>,
+    files: Mutex<Files>,
 }
 
-type Zip = ZipArchive<BufReader<File>>;
+/// A tensor, or why it is not read.
+type Entry = std::result::Result<View, String>;
 
-/// Where a tensor lies in a storage. Two tensors of one view share their memory.
-#[derive(Debug)]
+/// Where a tensor lies in a storage.
+#[derive(Debug, PartialEq)]
 struct View {
-    /// The path of the storage in the archive.
-    storage: String,
-    /// The class of the storage, such as `FloatStorage`.
-    class: String,
+    /// Its number in [`Archive::storages`].
+    storage: usize,
+    /// The dtype, or the name of one that safetensors does not have either.
+    dtype: std::result::Result<Dtype, String>,
     /// In elements, as the strides.
     offset: usize,
-    dims: Vec<usize>,
-    strides: Vec<usize>,
+    dims: Arc<[usize]>,
+    strides: Arc<[usize]>,
 }
 
-/// The function that rebuilds a tensor of a kind that is not read, such as a sparse one.
-#[derive(Debug)]
-struct Unread(String);
-
 impl Archive {
-    /// Reads the state dict of a file, or what it holds under `key`.
-    pub(super) fn open(file: File, key: Option<&str>) -> Result<Self> {
-        let mut zip = ZipArchive::new(BufReader::new(file))?;
-        let names = zip
-            .file_names()
-            .collect::<std::result::Result<Vec<_>, _>>()?;
-        let pickles: Vec<_> = names
+    /// Reads the state dict of a file, or the one that it holds under `key`.
+    pub(super) fn open(map: Mmap, key: Option<&str>) -> Result<Self> {
+        let map = Arc::new(map);
+        let mut files = Files::open(&map)?;
+        let root = files.root()?;
+        let is_big = files.locate(&format!("{root}byteorder"));
+        if is_big.is_ok_and(|range| &map[range] == b"big") {
+            bail!("the archive was written on a big-endian machine");
+        }
+        let path = format!("{root}data.pkl");
+        let pickle = files.locate(&path)?;
+        let pickle = Pickle::read(&map[pickle]).map_err(|e| Error::msg(format!("{path}: {e}")))?;
+        let state_dict = match key {
+            None => pickle.root(),
+            Some(key) => find(&pickle, key)?,
+        };
+        let (tensors, keys) = tensors(&pickle, state_dict)?;
+        if tensors.is_empty() {
+            let below = state_dicts(&pickle, state_dict, key.unwrap_or_default());
+            if !below.is_empty() {
+                bail!(
+                    "no tensors {}; the state dict may be under {}: open it with that key",
+                    key.map_or("at the top".to_string(), |key| format!("under {key}")),
+                    below.join(" or ")
+                );
+            }
+        }
+        let storages = keys.into_iter().map(|key| format!("{root}data/{key}"));
+        Ok(Self {
+            storages: storages.collect(),
+            tensors,
+            files: Mutex::new(files),
+            map,
+        })
+    }
+
+    pub(super) fn keys(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    pub(super) fn is_same(&self, a: &str, b: &str) -> bool {
+        match (self.tensors.get(a), self.tensors.get(b)) {
+            (Some(Ok(a)), Some(Ok(b))) => a == b,
+            _ => a == b,
+        }
+    }
+
+    pub(super) fn info(&self, key: &str) -> Result<TensorInfo> {
+        let view = self.view(key)?;
+        Ok(match &view.dtype {
+            Ok(dtype) => TensorInfo::new(*dtype, &view.dims),
+            Err(name) => TensorInfo::unknown(name, &view.dims),
+        })
+    }
+
+    pub(super) fn load(&self, key: &str, device: &Device) -> Result<Tensor> {
+        let view = self.view(key)?;
+        let path = &self.storages[view.storage];
+        let storage = {
+            let mut files = self.files.lock().unwrap_or_else(|e| e.into_inner());
+            files.locate(path)?
+        };
+        view.load(&self.map[storage], device)
+    }
+
+    fn view(&self, key: &str) -> Result<&View> {
+        match self.tensors.get(key) {
+            Some(Ok(view)) => Ok(view),
+            Some(Err(reason)) => bail!("{reason}"),
+            None => bail!("missing"),
+        }
+    }
+}
+
+// ---- the files of the archive ----
+
+/// The files of the archive, found and verified when they are asked for.
+#[derive(Debug)]
+struct Files {
+    zip: ZipArchive<Cursor<Bytes>>,
+    /// The length of the archive.
+    len: usize,
+    /// Files that have been asked for: where their bytes lie, or what is wrong with them.
+    located: HashMap<String, std::result::Result<Range<usize>, String>>,
+}
+
+/// The mapped archive, as the zip reader holds it.
+#[derive(Debug, Clone)]
+struct Bytes(Arc<Mmap>);
+
+impl AsRef<[u8]> for Bytes {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Files {
+    fn open(map: &Arc<Mmap>) -> Result<Self> {
+        let mut zip = ZipArchive::new(Cursor::new(Bytes(map.clone())))?;
+        // So that all files together are no longer than the archive, and to verify them takes no longer than to read it.
+        if zip.has_overlapping_files()? {
+            bail!("files of the archive overlap");
+        }
+        Ok(Self {
+            zip,
+            len: map.len(),
+            located: HashMap::new(),
+        })
+    }
+
+    /// The folder of the one pickle.
+    fn root(&self) -> Result<String> {
+        let names = self.zip.file_names();
+        let names = names.collect::<std::result::Result<Vec<_>, _>>()?;
+        let roots: Vec<_> = names
             .iter()
             .filter_map(|name| name.strip_suffix("data.pkl"))
             .filter(|root| root.is_empty() || root.ends_with('/'))
-            .map(str::to_string)
             .collect();
-        let [root] = pickles.as_slice() else {
+        match roots.as_slice() {
+            [root] => Ok(root.to_string()),
+            roots => bail!(
+                "a PyTorch archive holds one data.pkl, this zip file {}",
+                roots.len()
+            ),
+        }
+    }
+
+    /// Where the bytes of a file lie in the archive, its checksum verified.
+    fn locate(&mut self, name: &str) -> Result<Range<usize>> {
+        if let Some(located) = self.located.get(name) {
+            return located.clone().map_err(Error::msg);
+        }
+        let located = self.verify(name).map_err(|e| format!("{name}: {e}"));
+        self.located.insert(name.to_string(), located.clone());
+        located.map_err(Error::msg)
+    }
+
+    fn verify(&mut self, name: &str) -> Result<Range<usize>> {
+        let mut file = self.zip.by_name(name)?;
+        // PyTorch never compresses; and what is compressed can be of any size.
+        if file.compression() != CompressionMethod::Stored {
+            bail!("is compressed");
+        }
+        let read = std::io::copy(&mut file, &mut std::io::sink())?;
+        let start = file.data_start().and_then(|start| start.try_into().ok());
+        let end = start.and_then(|start: usize| start.checked_add(read.try_into().ok()?));
+        match (start, end) {
+            (Some(start), Some(end)) if end <= self.len => Ok(start..end),
+            _ => bail!("lies outside the archive"),
+        }
+    }
+}
+
+// ---- what the pickle holds ----
+
+/// What a dict, list or tuple holds, by key or position; keys are text or numbers.
+fn children<'a: 'p, 'p>(
+    pickle: &'p Pickle<'a>,
+    id: Id,
+) -> impl Iterator<Item = (Cow<'a, str>, Id)> + 'p {
+    let items: &[Id] = match pickle.get(id) {
+        Value::List(items) => items,
+        _ => pickle.tuple(id).unwrap_or_default(),
+    };
+    let items = items.iter().enumerate();
+    let items = items.map(|(i, &item)| (Cow::Owned(i.to_string()), item));
+    let entries = pickle.dict(id).unwrap_or_default().iter();
+    let entries = entries.filter_map(|&(key, value)| {
+        let key = match pickle.get(key) {
+            Value::Str(key) => Cow::Borrowed(*key),
+            Value::Int(key) => Cow::Owned(key.to_string()),
+            _ => return None,
+        };
+        Some((key, value))
+    });
+    items.chain(entries)
+}
+
+/// What is under a key, whose parts dots separate. Keys may have dots themselves: the longest that fits is taken.
+fn find(pickle: &Pickle, key: &str) -> Result<Id> {
+    let (mut at, mut rest) = (pickle.root(), Some(key));
+    while let Some(key_here) = rest {
+        let fitting = children(pickle, at).filter_map(|(name, id)| {
+            let rest = key_here.strip_prefix(&*name)?;
+            let rest = match rest {
+                "" => None,
+                rest => Some(rest.strip_prefix('.')?),
+            };
+            Some((name.len(), id, rest))
+        });
+        let Some((_, id, after)) = fitting.max_by_key(|&(len, ..)| len) else {
+            let known = state_dicts(pickle, pickle.root(), "");
+            if known.is_empty() {
+                bail!("the file holds no {key}, nor any other state dict");
+            }
             bail!(
-                "import: a PyTorch archive holds one data.pkl, this zip file {}",
-                pickles.len()
+                "the file holds no {key}; the state dict may be under {}",
+                known.join(" or ")
             );
         };
-        drop(names);
-        if read(&mut zip, &format!("{root}byteorder")).is_ok_and(|order| order == b"big") {
-            bail!("import: the archive was written on a big-endian machine");
-        }
-        let mut object = unpickle(&read(&mut zip, &format!("{root}data.pkl"))?)?;
-        if let Some(key) = key {
-            let (_, value) = dict(object)?
-                .into_iter()
-                .find(|(name, _)| *name == Object::Unicode(key.to_string()))
-                .ok_or_else(|| Error::msg(format!("import: the file holds no {key}")))?;
-            object = value;
-        }
-        let (mut tensors, mut nested) = (BTreeMap::new(), vec![]);
-        for (name, value) in dict(object)? {
-            let Object::Unicode(name) = name else {
-                continue;
-            };
-            match tensor(value, root)? {
-                Value::Tensor(tensor) => {
-                    let earlier = tensors.insert(name.clone(), tensor);
-                    if earlier.is_some() {
-                        bail!("import: {name} is there twice");
-                    }
+        (at, rest) = (id, after);
+    }
+    Ok(at)
+}
+
+/// How many state dicts a message names, and how long their keys may be.
+const MAX_NAMED: usize = 8;
+const MAX_NAME: usize = 200;
+
+/// The keys of the dicts at or under a value that hold tensors, those that lie less deep first. `key` is the value's own.
+fn state_dicts(pickle: &Pickle, id: Id, key: &str) -> Vec<String> {
+    let mut seen = vec![false; pickle.len()];
+    let mut found = vec![];
+    // Each with the number here of the one that holds it, and its position in that one.
+    let mut visited: Vec<(Id, Option<(u32, u32)>)> = vec![(id, None)];
+    let mut at = 0;
+    while at < visited.len() && found.len() < MAX_NAMED {
+        let (id, _) = visited[at];
+        let is_dict = pickle.dict(id).is_some();
+        if is_dict && children(pickle, id).any(|(_, child)| tensor_call(pickle, child).is_some()) {
+            let (mut names, mut here) = (vec![], at);
+            while let Some((holder, position)) = visited[here].1 {
+                here = holder as usize;
+                let (holder, _) = visited[here];
+                let child = children(pickle, holder).nth(position as usize);
+                names.extend(child.map(|(name, _)| name));
+            }
+            names.extend(Some(Cow::Borrowed(key)).filter(|key| !key.is_empty()));
+            names.reverse();
+            if names.iter().map(|name| name.len() + 1).sum::<usize>() <= MAX_NAME {
+                found.push(names.join("."));
+            }
+        } else {
+            for (position, (_, child)) in children(pickle, id).enumerate() {
+                if pickle.is_container(child) && !std::mem::replace(&mut seen[child.index()], true)
+                {
+                    visited.push((child, Some((at as u32, position as u32))));
                 }
-                // PyTorch's own notes on the modules, not a state dict within the state dict.
-                Value::Dict if name != "_metadata" => nested.push(name),
-                _ => {}
             }
         }
-        if tensors.is_empty() && !nested.is_empty() {
-            bail!(
-                "import: no tensors at the top; the state dict may be under {}",
-                nested.join(" or ")
-            );
+        at += 1;
+    }
+    found
+}
+
+/// The tensors of a state dict, and the keys of their storages.
+fn tensors<'a>(pickle: &Pickle<'a>, id: Id) -> Result<(BTreeMap<String, Entry>, Vec<&'a str>)> {
+    if pickle.dict(id).is_none() {
+        bail!(
+            "{} where a state dict should be; save module.state_dict(), not the module",
+            describe(pickle, id)
+        );
+    }
+    let (mut tensors, mut shared) = (BTreeMap::new(), Shared::default());
+    for (name, value) in children(pickle, id) {
+        let Some(entry) = entry(pickle, value, &mut shared) else {
+            continue;
+        };
+        if tensors.contains_key(&*name) {
+            bail!("{name} is there twice");
         }
-        Ok(Self {
-            zip: Mutex::new(zip),
-            tensors,
+        tensors.insert(name.into_owned(), entry);
+    }
+    Ok((tensors, shared.storages))
+}
+
+/// What a value is, for a message.
+fn describe(pickle: &Pickle, id: Id) -> String {
+    if tensor_call(pickle, id).is_some() {
+        return "a tensor".to_string();
+    }
+    match pickle.get(id) {
+        Value::List(_) => "a list".to_string(),
+        Value::Tuple(..) => "a tuple".to_string(),
+        Value::Str(_) => "text".to_string(),
+        Value::Int(_) => "a number".to_string(),
+        Value::Call { callable, .. } => match pickle.global(*callable) {
+            Some((module, name)) => {
+                format!("an object of {}.{}", shortened(module), shortened(name))
+            }
+            None => "an object".to_string(),
+        },
+        _ => "a value".to_string(),
+    }
+}
+
+/// The beginning of a name, which a pickle may make of any length and use any number of times.
+fn shortened(name: &str) -> String {
+    name.chars().take(64).collect()
+}
+
+/// What tensors have in common, held once.
+#[derive(Default)]
+struct Shared<'a> {
+    /// The keys of the storages, and the number of each.
+    storages: Vec<&'a str>,
+    numbers: HashMap<&'a str, usize>,
+    /// Shapes and strides by the tuple that they are in the pickle.
+    shapes: HashMap<Id, Arc<[usize]>>,
+}
+
+impl<'a> Shared<'a> {
+    fn storage(&mut self, key: &'a str) -> usize {
+        *self.numbers.entry(key).or_insert_with(|| {
+            self.storages.push(key);
+            self.storages.len() - 1
         })
     }
-}
 
-/// The entries of a dict.
-fn dict(object: Object) -> Result<Vec<(Object, Object)>> {
-    match object {
-        Object::Dict(entries) => Ok(entries),
-        _ => bail!("import: no dict in the pickle; save module.state_dict(), not the module"),
+    fn shape(&mut self, pickle: &Pickle, id: Id) -> Option<Arc<[usize]>> {
+        if let Some(shape) = self.shapes.get(&id) {
+            return Some(shape.clone());
+        }
+        // PyTorch's own tensors have at most 64 dimensions.
+        let items = pickle.tuple(id).filter(|items| items.len() <= 64)?;
+        let shape: Arc<[usize]> = (items.iter())
+            .map(|&item| integer(pickle, item))
+            .collect::<Option<_>>()?;
+        self.shapes.insert(id, shape.clone());
+        Some(shape)
     }
 }
 
-/// A file of the archive, whole and with its checksum verified.
-fn read(zip: &mut Zip, name: &str) -> Result<Vec<u8>> {
-    let mut file = zip.by_name(name)?;
-    // PyTorch never does; and what is compressed can be of any size.
-    if file.compression() != CompressionMethod::Stored {
-        bail!("import: {name} is compressed");
-    }
-    // Grows with what there is, not with what the archive says there is.
-    let mut bytes = vec![];
-    file.read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
-impl Source for Archive {
-    fn entries(&self) -> BTreeMap<String, String> {
-        let tensors = self.tensors.iter();
-        tensors
-            .map(|(key, tensor)| (key.clone(), format!("{tensor:?}")))
-            .collect()
-    }
-
-    fn load(&self, key: &str, device: &Device) -> Result<Tensor> {
-        let load = || match self.tensors.get(key) {
-            Some(Ok(view)) => {
-                let bytes = {
-                    let mut zip = self.zip.lock().unwrap_or_else(|e| e.into_inner());
-                    read(&mut zip, &view.storage)?
-                };
-                view.load(&bytes, device)
+/// The function that rebuilds a tensor, and its arguments; of a wrapped tensor, such as a parameter, those of the tensor in it.
+/// `None`: no tensor.
+fn tensor_call<'a, 'p>(pickle: &'p Pickle<'a>, id: Id) -> Option<(&'a str, &'p [Id])> {
+    let (callable, mut args) = pickle.call(id)?;
+    let (_, mut function) = pickle.global(callable)?;
+    // PyTorch wraps a tensor once or twice.
+    for _ in 0..4 {
+        let inner = match function {
+            "_rebuild_parameter"
+            | "_rebuild_parameter_with_state"
+            | "_rebuild_device_tensor_from_cpu_tensor" => {
+                args.first().and_then(|&data| pickle.call(data))
             }
-            Some(Err(Unread(function))) => bail!("a tensor made by {function}, which is not read"),
-            None => bail!("missing"),
+            // The function, the type of the result, the arguments.
+            "_rebuild_from_type" | "_rebuild_from_type_v2" => match args {
+                &[function, _, args, ..] => pickle.tuple(args).map(|args| (function, args)),
+                _ => None,
+            },
+            _ => None,
         };
-        load().map_err(|e| named(key, e))
+        let Some((callable, inner_args)) = inner else {
+            break;
+        };
+        let Some((_, inner_function)) = pickle.global(callable) else {
+            break;
+        };
+        (function, args) = (inner_function, inner_args);
     }
+    function
+        .starts_with("_rebuild_")
+        .then_some((function, args))
 }
+
+/// The tensor that a value is, or why it is not read. `None`: no tensor.
+fn entry<'a>(pickle: &Pickle<'a>, id: Id, shared: &mut Shared<'a>) -> Option<Entry> {
+    let (function, args) = tensor_call(pickle, id)?;
+    let attributes = match function {
+        "_rebuild_tensor" => None,
+        // After storage, offset, size and stride: requires_grad and hooks; of a quantized tensor its parameters before those.
+        "_rebuild_tensor_v2" => args.get(6),
+        "_rebuild_tensor_v3" => args.get(7),
+        "_rebuild_qtensor" => None,
+        other => {
+            let other = shortened(other);
+            return Some(Err(format!("a tensor made by {other}, which is not read")));
+        }
+    };
+    // PyTorch's marks on complex and negated views, whose values are not those in the storage.
+    let is_plain = attributes.is_none_or(|&attributes| {
+        let attributes = pickle.dict(attributes);
+        attributes.is_none_or(|attributes| attributes.is_empty())
+    });
+    if !is_plain {
+        let reason = "a view that conjugates or negates; save its resolve_conj().resolve_neg()";
+        return Some(Err(reason.to_string()));
+    }
+    let dtype = match function {
+        "_rebuild_tensor_v3" => args.get(6).copied(),
+        _ => None,
+    };
+    let view = view(pickle, args, dtype, shared);
+    Some(view.ok_or_else(|| "not of the form that torch.save writes".to_string()))
+}
+
+/// The first arguments of the functions that rebuild tensors: storage, offset, size and stride. A storage is `('storage',
+/// class, key, location, len)`; its class says the dtype unless `dtype` does.
+fn view<'a>(
+    pickle: &Pickle<'a>,
+    args: &[Id],
+    dtype: Option<Id>,
+    shared: &mut Shared<'a>,
+) -> Option<View> {
+    let &[storage, offset, dims, strides, ..] = args else {
+        return None;
+    };
+    let Value::Persistent(storage) = pickle.get(storage) else {
+        return None;
+    };
+    let &[_, class, key, ..] = pickle.tuple(*storage)? else {
+        return None;
+    };
+    let (_, class) = pickle.global(class)?;
+    let dtype = match dtype {
+        None => class.strip_suffix("Storage")?,
+        Some(dtype) => pickle.global(dtype)?.1,
+    };
+    let key = pickle.str(key).filter(|key| key.len() <= 64)?;
+    let (dims, strides) = (shared.shape(pickle, dims)?, shared.shape(pickle, strides)?);
+    (dims.len() == strides.len()).then_some(View {
+        dtype: dtype_of(dtype),
+        offset: integer(pickle, offset)?,
+        dims,
+        strides,
+        storage: shared.storage(key),
+    })
+}
+
+fn integer(pickle: &Pickle, id: Id) -> Option<usize> {
+    usize::try_from(pickle.int(id)?).ok()
+}
+
+/// The dtype of a storage class without its `Storage`, or of a `torch.dtype`.
+fn dtype_of(name: &str) -> std::result::Result<Dtype, String> {
+    Ok(match name {
+        "Float" | "float32" => Dtype::F32,
+        "Double" | "float64" => Dtype::F64,
+        "Half" | "float16" => Dtype::F16,
+        "BFloat16" | "bfloat16" => Dtype::BF16,
+        "Long" | "int64" => Dtype::I64,
+        "Int" | "int32" => Dtype::I32,
+        "Short" | "int16" => Dtype::I16,
+        "Char" | "int8" => Dtype::I8,
+        "Byte" | "uint8" => Dtype::U8,
+        "Bool" | "bool" => Dtype::BOOL,
+        "ComplexFloat" | "complex64" => Dtype::C64,
+        "uint16" => Dtype::U16,
+        "uint32" => Dtype::U32,
+        "uint64" => Dtype::U64,
+        "float8_e4m3fn" => Dtype::F8_E4M3,
+        "float8_e5m2" => Dtype::F8_E5M2,
+        "float8_e4m3fnuz" => Dtype::F8_E4M3FNUZ,
+        "float8_e5m2fnuz" => Dtype::F8_E5M2FNUZ,
+        "float8_e8m0fnu" => Dtype::F8_E8M0,
+        "ComplexDouble" | "complex128" => return Err("c128".to_string()),
+        other => return Err(shortened(other).to_lowercase()),
+    })
+}
+
+// ---- values ----
 
 impl View {
-    fn dtype(&self) -> Result<DType> {
-        Ok(match self.class.as_str() {
-            "FloatStorage" => DType::F32,
-            "DoubleStorage" => DType::F64,
-            "HalfStorage" => DType::F16,
-            "BFloat16Storage" => DType::BF16,
-            "LongStorage" => DType::I64,
-            "IntStorage" => DType::I32,
-            "ShortStorage" => DType::I16,
-            "ByteStorage" => DType::U8,
-            other => bail!("candle has no dtype for {other}"),
-        })
-    }
-
-    /// The tensor, contiguous, from the bytes of its storage.
-    fn load(&self, bytes: &[u8], device: &Device) -> Result<Tensor> {
-        let dtype = self.dtype()?;
-        let width = dtype.size_in_bytes();
-        let stored = bytes.len() / width;
+    /// Makes the tensor, contiguous, from the bytes of its storage.
+    fn load(&self, storage: &[u8], device: &Device) -> Result<Tensor> {
+        let dtype = match &self.dtype {
+            Ok(dtype) => *dtype,
+            Err(name) => bail!("{}", file::no_dtype(name)),
+        };
+        // All of `dtype_of` are of whole bytes.
+        let width = dtype.bitsize() / 8;
+        let stored = storage.len() / width;
         // A dimension of zero does not excuse the others: their product is a stride.
         let dims = self.dims.iter().map(|&dim| dim.max(1));
         let count = dims
             .clone()
             .try_fold(1usize, |count, dim| count.checked_mul(dim));
         let last = dims
-            .zip(&self.strides)
+            .zip(self.strides.iter())
             .try_fold(self.offset, |last, (dim, &stride)| {
                 last.checked_add((dim - 1).checked_mul(stride)?)
             });
+        let load = |values: &[u8]| file::tensor(dtype, &self.dims, values, device);
         let (count, last) = match (count, last) {
-            (Some(_), _) if self.dims.contains(&0) => {
-                return Tensor::zeros(self.dims.as_slice(), dtype, device)
-            }
+            (Some(_), _) if self.dims.contains(&0) => return load(&[]),
             // A view that repeats values could be of any length.
             (Some(count), Some(last)) if count <= stored && last < stored => (count, last),
             _ => bail!(
@@ -194,20 +532,19 @@ impl View {
                 self.offset
             ),
         };
-        let load = |bytes: &[u8]| Tensor::from_raw_buffer(bytes, dtype, &self.dims, device);
         if last + 1 - self.offset == count && self.is_contiguous() {
-            return load(&bytes[self.offset * width..(last + 1) * width]);
+            return load(&storage[self.offset * width..(last + 1) * width]);
         }
         let mut gathered = Vec::with_capacity(count * width);
         let mut index = vec![0; self.dims.len()];
         for _ in 0..count {
             let steps = index
                 .iter()
-                .zip(&self.strides)
+                .zip(self.strides.iter())
                 .map(|(i, stride)| i * stride);
             let at = (self.offset + steps.sum::<usize>()) * width;
-            gathered.extend_from_slice(&bytes[at..at + width]);
-            for (i, &dim) in index.iter_mut().zip(&self.dims).rev() {
+            gathered.extend_from_slice(&storage[at..at + width]);
+            for (i, &dim) in index.iter_mut().zip(self.dims.iter()).rev() {
                 *i += 1;
                 if *i < dim {
                     break;
@@ -223,167 +560,12 @@ impl View {
         let mut expected = 1;
         self.dims
             .iter()
-            .zip(&self.strides)
+            .zip(self.strides.iter())
             .rev()
             .all(|(&dim, &stride)| {
                 let fits = dim == 1 || stride == expected;
                 expected *= dim;
                 fits
             })
-    }
-}
-
-/// What stands beside a key.
-enum Value {
-    Tensor(std::result::Result<View, Unread>),
-    Dict,
-    Other,
-}
-
-/// A tensor as `torch._utils` rebuilds it: `_rebuild_tensor_v2(storage, offset, size, stride, …)`, perhaps as an argument
-/// of `_rebuild_parameter(tensor, …)` or `_rebuild_from_type_v2(function, type, arguments, …)`.
-fn tensor(value: Object, root: &str) -> Result<Value> {
-    let (callable, args) = match value {
-        Object::Reduce { callable, args } => (*callable, *args),
-        Object::Dict(_) => return Ok(Value::Dict),
-        _ => return Ok(Value::Other),
-    };
-    let (Object::Class { class_name, .. }, Object::Tuple(args)) = (callable, args) else {
-        return Ok(Value::Other);
-    };
-    let mut args = args.into_iter();
-    let read = match class_name.as_str() {
-        "_rebuild_tensor_v2" => view(args, root).map(|view| Ok(Value::Tensor(Ok(view)))),
-        "_rebuild_parameter" => args.next().map(|data| tensor(data, root)),
-        "_rebuild_from_type_v2" => match (args.next(), args.nth(1)) {
-            (Some(callable), Some(args)) => {
-                let (callable, args) = (Box::new(callable), Box::new(args));
-                Some(tensor(Object::Reduce { callable, args }, root))
-            }
-            _ => None,
-        },
-        other if other.starts_with("_rebuild_") => Some(Ok(Value::Tensor(Err(Unread(class_name))))),
-        _ => Some(Ok(Value::Other)),
-    };
-    read.unwrap_or_else(|| {
-        bail!("import: a tensor of the pickle is not of the form that torch.save writes")
-    })
-}
-
-/// The arguments of `_rebuild_tensor_v2`; a storage is `('storage', class, key, location, len)`.
-fn view(mut args: impl Iterator<Item = Object>, root: &str) -> Option<View> {
-    let (storage, offset) = (args.next()?, args.next()?);
-    let (dims, strides) = (integers(args.next()?)?, integers(args.next()?)?);
-    let mut id = storage.persistent_load().ok()?.tuple().ok()?.into_iter();
-    let (_, class) = id.nth(1)?.class().ok()?;
-    let key = id.next()?.unicode().ok()?;
-    (dims.len() == strides.len()).then_some(View {
-        storage: format!("{root}data/{key}"),
-        class,
-        offset: integer(offset)?,
-        dims,
-        strides,
-    })
-}
-
-fn integer(object: Object) -> Option<usize> {
-    usize::try_from(object.int_or_long().ok()?).ok()
-}
-
-fn integers(object: Object) -> Option<Vec<usize>> {
-    object.tuple().ok()?.into_iter().map(integer).collect()
-}
-
-/// How deep objects of a pickle may nest: dropping one recurses. A state dict nests about ten deep, and one deeper for
-/// each thousand entries, which are added in batches.
-const MAX_DEPTH: usize = 1000;
-
-/// How many bytes of copies a pickle may ask for by remembering and recalling objects: so many for each of its own bytes,
-/// three times what state dicts of PyTorch ask for, and some to begin with.
-const COPIED_PER_BYTE: usize = 100;
-const COPIED_AT_LEAST: usize = 1 << 26;
-
-/// How large and how deep an object on the machine's stack is.
-#[derive(Clone, Copy, Default)]
-struct Size {
-    bytes: usize,
-    depth: usize,
-}
-
-/// Runs a pickle on candle's machine, refusing what could take its memory or its stack.
-fn unpickle(mut pickle: &[u8]) -> Result<Object> {
-    let mut stack = Stack::empty();
-    // The sizes of the objects on the stack, and of those remembered.
-    let mut sizes: Vec<Size> = vec![];
-    let mut memo: HashMap<u32, Size> = HashMap::new();
-    let may_copy = COPIED_AT_LEAST.saturating_add(COPIED_PER_BYTE.saturating_mul(pickle.len()));
-    let mut copied = 0usize;
-    loop {
-        let Some((&op, operand)) = pickle.split_first() else {
-            bail!("import: the pickle ends early");
-        };
-        let word = || {
-            operand
-                .first_chunk()
-                .map(|bytes| u32::from_le_bytes(*bytes))
-        };
-        let byte = || operand.first().map(|&byte| byte.into());
-        // The slot of the memo that is written or read.
-        let (put, get) = match op {
-            b'q' => (byte(), None),
-            b'r' => (word(), None),
-            b'h' => (None, byte()),
-            b'j' => (None, word()),
-            // A string, by its length; candle makes room before it reads.
-            b'X' if word().is_some_and(|len| len as usize > operand.len()) => {
-                bail!("import: the pickle ends within a string")
-            }
-            // An integer, by its number of bytes; candle shifts by eight bits for each.
-            0x8a if byte().is_some_and(|len: u32| len > 8) => {
-                bail!("import: the pickle holds an integer of more than 64 bits")
-            }
-            _ => (None, None),
-        };
-        let copy = match (put, get) {
-            (Some(_), _) => sizes.last().copied(),
-            (_, Some(slot)) => memo.get(&slot).copied(),
-            _ => None,
-        };
-        copied = copied.saturating_add(copy.unwrap_or_default().bytes);
-        if copied > may_copy {
-            bail!("import: the pickle asks for more than {may_copy} bytes of copies");
-        }
-        let before = pickle.len();
-        // Its messages may quote the whole stack.
-        let done = stack.read(&mut pickle).map_err(|e| {
-            let message: String = e.to_string().chars().take(100).collect();
-            Error::msg(format!(
-                "import: the pickle is not one of a state dict: {message}"
-            ))
-        })?;
-        if done {
-            return stack.finalize();
-        }
-        let Some(top) = stack.stack().len().checked_sub(1) else {
-            sizes.clear();
-            continue;
-        };
-        if let (Some(slot), Some(size)) = (put, copy) {
-            memo.insert(slot, size);
-        } else if let (Some(_), Some(size)) = (get, copy) {
-            sizes.push(size);
-        } else {
-            // What was on top is now within the new top.
-            let within = sizes.split_off(top.min(sizes.len()));
-            let depth = within.iter().map(|size| size.depth).max().unwrap_or(0) + 1;
-            if depth > MAX_DEPTH {
-                bail!("import: the pickle nests deeper than {MAX_DEPTH}");
-            }
-            let own = size_of::<Object>() + (before - pickle.len());
-            let bytes = within
-                .iter()
-                .fold(own, |sum, size| sum.saturating_add(size.bytes));
-            sizes.push(Size { bytes, depth });
-        }
     }
 }

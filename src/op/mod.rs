@@ -1,8 +1,8 @@
 //! The differentiable function under the layers: `out[bag, column] = pool over rows of the bag of
 //! sign(row, column) * hashed_weight[slot(row, column)]`.
 //!
-//! Every check of shapes and dtypes stands here, once. What passes becomes a small struct, [`Lookup`], and a set of
-//! contiguous [`Operands`]; `cpu/` and `cuda.rs` trust both.
+//! `lookup.rs` checks every shape and dtype, once. What passes becomes a small struct, [`Lookup`], and a set of contiguous
+//! [`Operands`]; the two backends, `cpu/` and `cuda/`, trust both.
 //!
 //! | op | kind | arguments | result |
 //! |---|---|---|---|
@@ -16,24 +16,28 @@
 //! keeps the arguments of the forward and nothing else; it hashes again.
 
 mod cpu;
-#[cfg(feature = "cuda")]
-mod cuda;
+#[cfg(any(feature = "cuda", test))]
+pub(crate) mod cuda;
+mod lookup;
+// Needs ops that are not public.
 #[cfg(test)]
-mod large;
+#[path = "../../tests/in_crate/past_32_bits.rs"]
+mod past_32_bits;
 
-use crate::bags::{BagShape, BoundsCheck, JaggedLayout, Tables};
-use crate::hash::Slots;
+pub(crate) use lookup::{
+    check_dtype, check_output, check_weights_shape, contiguous_indices, hashed_embedding_bag,
+    Offsets, Table, WEIGHT_DTYPES,
+};
+
+use crate::error::NAME;
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
-use candle_core::{
-    bail, CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
-};
-use std::sync::Arc;
-
-const OP: &str = "hashed-embedding-bag";
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor};
+use lookup::Lookup;
+use serde::{Deserialize, Serialize};
 
 /// How the rows of a bag become one output row.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Mode {
     /// The sum of the rows, each times its per-sample weight where one is given.
@@ -47,51 +51,22 @@ pub enum Mode {
 }
 
 /// How the gradient of `hashed_weight` is summed on CUDA. On the CPU it is deterministic in any case.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Gradient {
     /// In the order in which threads arrive: the last bits may differ from run to run.
     #[default]
     Fastest,
-    /// The same bits in every run, whatever the launch, at less than twice the time: terms are rounded to a grid of fixed
-    /// point, finer than additions in f32 round, and added as integers. Needs memory for 8 bytes per slot (16 in f64).
+    /// The same bits in every run, whatever the launch, at less than twice the time: terms are rounded to fixed point, more
+    /// finely than additions in f32 round, and added as integers. Needs 8 more bytes of memory per slot (16 in f64).
     Deterministic,
 }
 
-/// The virtual table that a layer stands for: its configuration, bound to one length of `hashed_weight`.
-#[derive(Debug, Clone)]
-pub(crate) struct Table {
-    pub slots: Slots,
-    pub tables: Arc<Tables>,
-    /// `Tables::first_rows` beside `hashed_weight`, where there are several tables: i64, `(tables + 1,)`. For kernels.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub first_rows: Option<Tensor>,
-    pub embedding_dim: usize,
-    pub mode: Mode,
-    pub padding_idx: Option<i64>,
-}
-
-impl Table {
-    /// Whether `row` takes part in its bag.
-    fn counts(&self, row: i64) -> bool {
-        Some(row) != self.padding_idx
-    }
-}
-
-/// One call: which table, and how its indices are divided.
-#[derive(Debug, Clone)]
-struct Lookup {
-    table: Table,
-    bags: BagShape,
-    bounds_check: BoundsCheck,
-    /// For kernels.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    gradient: Gradient,
-}
-
-/// A storage and where in it the tensor lies; always contiguous here.
+/// A tensor as candle's ops see it: a storage, and which part of it. Contiguous, wherever an op passes one on.
 type View<'a, S> = (&'a S, &'a Layout);
 
-/// The tensors of one call on one device.
+/// The tensors of one lookup, all on one device.
 struct Operands<'a, S> {
     hashed_weight: View<'a, S>,
     indices: View<'a, S>,
@@ -99,156 +74,14 @@ struct Operands<'a, S> {
     per_sample_weights: Option<View<'a, S>>,
 }
 
-/// Offsets, and how they are to be read.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Offsets<'a> {
-    pub offsets: &'a Tensor,
-    pub include_last_offset: bool,
-    /// Of no consequence where there is one table.
-    pub layout: JaggedLayout,
-}
-
-/// Looks up and pools bags of rows.
-///
-/// * `hashed_weight`: `(len,)`, f16, bf16, f32 or f64, of the length `table` was bound to
-/// * `indices`: u32, i32 or i64, `(num_bags, bag_len)`, or `(nnz,)` with `offsets`
-/// * `offsets`: u32, i32 or i64, `(num_bags,)`, or `(num_bags + 1,)` with `include_last_offset`
-/// * `per_sample_weights`: the shape of `indices`, the dtype of `hashed_weight`, mode sum only
-///
-/// Returns `(num_bags, embedding_dim)` in the dtype of `hashed_weight`, differentiable in `hashed_weight` and
-/// `per_sample_weights`.
-pub(crate) fn hashed_embedding_bag(
-    hashed_weight: &Tensor,
-    indices: &Tensor,
-    offsets: Option<Offsets>,
-    per_sample_weights: Option<&Tensor>,
-    table: &Table,
-    bounds_check: BoundsCheck,
-    gradient: Gradient,
-) -> Result<Tensor> {
-    let tables = table.tables.len();
-    check_dtype("indices", indices, &INDEX_DTYPES)?;
-    check_device("indices", indices, hashed_weight)?;
-    let bags = match (offsets, indices.dims()) {
-        (None, &[num_bags, bag_len]) => BagShape::fixed(num_bags, bag_len, tables)?,
-        (None, dims) => {
-            bail!("{OP}: indices must have rank 2 when there are no offsets, got {dims:?}")
-        }
-        (
-            Some(Offsets {
-                offsets,
-                include_last_offset,
-                layout,
-            }),
-            &[nnz],
-        ) => {
-            check_dtype("offsets", offsets, &INDEX_DTYPES)?;
-            check_device("offsets", offsets, hashed_weight)?;
-            match offsets.dims() {
-                &[len] => BagShape::ragged(nnz, len, include_last_offset, tables, layout)?,
-                dims => bail!("{OP}: offsets must have rank 1, got {dims:?}"),
-            }
-        }
-        (Some(_), dims) => {
-            bail!("{OP}: indices must have rank 1 when offsets are given, got {dims:?}")
-        }
-    };
-    // In f64, the largest dtype, the output would have to be addressable; bags of no indices cost nothing to ask for.
-    let values = bags.num_bags.checked_mul(table.embedding_dim);
-    if values.is_none_or(|values| values > isize::MAX as usize / 8) {
-        bail!(
-            "{OP}: an output of {} bags of {} columns is too large",
-            bags.num_bags,
-            table.embedding_dim
-        );
-    }
-    if let Some(weights) = per_sample_weights {
-        if table.mode != Mode::Sum {
-            bail!(
-                "{OP}: per_sample_weights need mode sum, got {:?}",
-                table.mode
-            );
-        }
-        if weights.dims() != indices.dims() {
-            bail!(
-                "{OP}: per_sample_weights must have the shape of indices {:?}, got {:?}",
-                indices.dims(),
-                weights.dims()
-            );
-        }
-        check_dtype("per_sample_weights", weights, &[hashed_weight.dtype()])?;
-        check_device("per_sample_weights", weights, hashed_weight)?;
-    }
-
-    let hashed_weight = hashed_weight.contiguous()?;
-    let indices = contiguous_indices(indices)?;
-    let offsets = offsets
-        .map(|offsets| contiguous_indices(offsets.offsets))
-        .transpose()?;
-    let lookup = Lookup {
-        table: table.clone(),
-        bags,
-        bounds_check,
-        gradient,
-    };
-    match (offsets, per_sample_weights) {
-        (None, None) => hashed_weight.apply_op2(&indices, FixedBags(lookup)),
-        (Some(offsets), None) => {
-            hashed_weight.apply_op3(&indices, &offsets, Ternary(RaggedBags(lookup)))
-        }
-        (offsets, Some(weights)) => hashed_weight.apply_op3(
-            &indices,
-            &weights.contiguous()?,
-            Ternary(WeightedBags { lookup, offsets }),
-        ),
-    }
-}
-
-/// `Tensor::contiguous` for indices of any dtype: on CUDA, candle itself cannot copy i32.
-pub(crate) fn contiguous_indices(indices: &Tensor) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if indices.device().is_cuda() && indices.dtype() == DType::I32 && !indices.is_contiguous() {
-        return indices.apply_op1_no_bwd(&cuda::ContiguousI32);
-    }
-    indices.contiguous()
-}
-
-pub(crate) const WEIGHT_DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
-const INDEX_DTYPES: [DType; 3] = [DType::U32, DType::I32, DType::I64];
-
-/// `argument` must have one of the dtypes.
-pub(crate) fn check_dtype(argument: &str, tensor: &Tensor, dtypes: &[DType]) -> Result<()> {
-    if dtypes.contains(&tensor.dtype()) {
-        return Ok(());
-    }
-    let names: Vec<_> = dtypes.iter().map(DType::as_str).collect();
-    bail!(
-        "{OP}: {argument} must have dtype {}, got {}",
-        names.join(" or "),
-        tensor.dtype().as_str()
-    )
-}
-
-/// `argument` must lie beside `hashed_weight`.
-fn check_device(argument: &str, tensor: &Tensor, hashed_weight: &Tensor) -> Result<()> {
-    if tensor.device().same_device(hashed_weight.device()) {
-        return Ok(());
-    }
-    bail!(
-        "{OP}: {argument} must be on the device of hashed_weight ({:?}), got {:?}",
-        hashed_weight.device().location(),
-        tensor.device().location()
-    )
-}
-
-/// What runs the loops: [`cpu`] or [`cuda`]. Both trust what this file checked.
+/// Where a lookup is computed: [`cpu`] or `cuda`. Both trust what `lookup.rs` checked.
 trait Backend {
     type Storage;
 
-    /// The storage, when it lies on this backend.
+    /// The storage as one of this backend.
     fn storage(storage: &Storage) -> Result<&Self::Storage>;
 
-    /// `(num_bags, embedding_dim)` in the dtype of `hashed_weight`; with [`BoundsCheck::Error`], an error for the first
+    /// `(num_bags, embedding_dim)` in the dtype of `hashed_weight`; with [`BoundsCheck::Error`](crate::BoundsCheck::Error), an error for the first
     /// offset or row that breaks the contract.
     fn forward(lookup: &Lookup, operands: &Operands<Self::Storage>) -> Result<Self::Storage>;
 
@@ -307,7 +140,7 @@ impl Lookup {
     }
 }
 
-/// Lends the storage of a tensor that an op holds in its struct.
+/// Calls `f` with the storage of a tensor that an op holds in its struct, which has to be locked meanwhile.
 fn lend<B: Backend, R>(
     tensor: Option<&Tensor>,
     f: impl FnOnce(Option<View<B::Storage>>) -> Result<R>,
@@ -342,7 +175,7 @@ impl FixedBags {
 
 impl CustomOp2 for FixedBags {
     fn name(&self) -> &'static str {
-        OP
+        NAME
     }
 
     fn cpu_fwd(
@@ -440,7 +273,7 @@ impl<T: TernaryOp> CustomOp3 for Ternary<T> {
 struct RaggedBags(Lookup);
 
 impl TernaryOp for RaggedBags {
-    const NAME: &'static str = OP;
+    const NAME: &'static str = NAME;
 
     fn run<B: Backend>(
         &self,
@@ -474,7 +307,7 @@ struct WeightedBags {
 }
 
 impl TernaryOp for WeightedBags {
-    const NAME: &'static str = OP;
+    const NAME: &'static str = NAME;
 
     fn run<B: Backend>(
         &self,

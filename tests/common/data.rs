@@ -1,7 +1,9 @@
 //! Test data that every dtype represents exactly, and the hashes to test.
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode};
+use candle_hashed_embedding_bag::{
+    Balanced, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode,
+};
 
 pub const DTYPES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::F64];
 pub const INDEX_DTYPES: [DType; 3] = [DType::U32, DType::I64, DType::I32];
@@ -115,16 +117,24 @@ pub const UNSIGNED: bool = false;
 
 /// A hash that puts rows at random places.
 pub fn mix(seed: u64, block: usize, signed: bool) -> Hash {
-    Hash::mix(seed, block, signed).expect("a valid hash")
+    Hash::from(Mix {
+        seed,
+        block,
+        signed,
+    })
 }
 
 /// A hash that gives every block as many rows.
 pub fn balanced(seed: u64, block: usize, signed: bool) -> Hash {
-    Hash::balanced(seed, block, signed).expect("a valid hash")
+    Hash::from(Balanced {
+        seed,
+        block,
+        signed,
+    })
 }
 
 pub fn affine(a: u64, b: u64, c: u64, modulus: u64, block: usize) -> Hash {
-    Hash::affine(a, b, c, modulus, block).expect("a valid hash")
+    Hash::affine(a, b, c, modulus, block)
 }
 
 /// The first random numbers of a ROBE module with the default seed.
@@ -137,7 +147,7 @@ pub fn robe(chunk_size: usize) -> Hash {
 
 /// A plain table: no two values share a slot.
 pub fn identity(embedding_dim: usize) -> Hash {
-    Hash::identity(embedding_dim).expect("a valid hash")
+    Hash::identity(embedding_dim)
 }
 
 /// Every hash family, with blocks that a 16-byte memory access fills once, several times, in part or not at all.

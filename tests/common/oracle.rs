@@ -3,12 +3,10 @@
 //! It knows nothing of the crate but its configuration types. It hashes with 128-bit integers and plain remainders, then
 //! gathers, signs and pools with candle's own differentiable operations, in f64 on the CPU.
 
-use super::{
-    assert_equal, config, floats, integers, layer, offsets_of, Draws,
-};
+use super::{assert_equal, config, floats, integers, layer, offsets_of, Draws};
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
-    Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode,
+    Balanced, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode,
 };
 
 /// The slot and sign of a virtual element, straight from the formulas.
@@ -18,14 +16,14 @@ pub fn naive_slot(hash: &Hash, row: i64, column: usize, len: usize) -> (usize, f
     let within = column as u128 % block;
     match hash {
         Hash::Affine(h) => {
-            let sum = (row * u128::from(h.a()) % mod64
-                + column_block * u128::from(h.b()) % mod64
-                + u128::from(h.c()))
+            let sum = (row * u128::from(h.a) % mod64
+                + column_block * u128::from(h.b) % mod64
+                + u128::from(h.c))
                 % mod64;
-            let start = sum % u128::from(h.modulus()) % (len as u128 - block + 1);
+            let start = sum % u128::from(h.modulus) % (len as u128 - block + 1);
             ((start + within) as usize, 1.0)
         }
-        Hash::Mix(h) => {
+        Hash::Mix(Mix { seed, signed, .. }) | Hash::Balanced(Balanced { seed, signed, .. }) => {
             let finalize = |h: u128| {
                 let h = (h ^ (h >> 30)) * 0xBF58_476D_1CE4_E5B9 % mod64;
                 let h = (h ^ (h >> 27)) * 0x94D0_49BB_1331_11EB % mod64;
@@ -33,8 +31,8 @@ pub fn naive_slot(hash: &Hash, row: i64, column: usize, len: usize) -> (usize, f
             };
             let (mod32, num_blocks) = (1u128 << 32, len as u128 / block);
             let steps = (column_block + 1) * 0x9E37_79B9_7F4A_7C15 % mod64;
-            let start = (finalize(u128::from(h.seed())) + steps) % mod64;
-            let (fraction, signs) = if h.balanced() {
+            let start = (finalize(u128::from(*seed)) + steps) % mod64;
+            let (fraction, signs) = if matches!(hash, Hash::Balanced(_)) {
                 let product = row * ((u128::from(u64::MAX) / num_blocks + 1) % mod64);
                 let (y, stratum) = ((product >> 32) % mod32, (product >> 64) % mod32);
                 let turn = (stratum * 0x9E37_79B9 + (finalize(start) >> 32)) % mod32;
@@ -51,12 +49,10 @@ pub fn naive_slot(hash: &Hash, row: i64, column: usize, len: usize) -> (usize, f
                 (h >> 32, h)
             };
             let start = ((fraction * num_blocks) >> 32) * block;
-            let negative = hash.signed() && (signs >> within) & 1 == 1;
-            (
-                (start + within) as usize,
-                if negative { -1.0 } else { 1.0 },
-            )
+            let negative = *signed && (signs >> within) & 1 == 1;
+            ((start + within) as usize, if negative { -1.0 } else { 1.0 })
         }
+        other => panic!("the oracle does not know {other:?}"),
     }
 }
 
@@ -239,8 +235,9 @@ impl Case {
         let out = match (&offsets, &per_sample_weights) {
             (None, None) => layer.forward(&indices)?,
             (Some(offsets), None) => layer.forward_with_offsets(&indices, offsets)?,
-            (offsets, Some(weights)) => {
-                layer.forward_weighted(&indices, offsets.as_ref(), weights)?
+            (None, Some(weights)) => layer.forward_weighted(&indices, weights)?,
+            (Some(offsets), Some(weights)) => {
+                layer.forward_weighted_with_offsets(&indices, offsets, weights)?
             }
         };
         let grad_output = floats(&self.grad_output)?.reshape(out.shape())?;

@@ -68,25 +68,36 @@ pub fn hashes(embedding_dim: usize) -> impl Strategy<Value = Hash> {
         Just(Hash::default_for(embedding_dim)),
         Just(Hash::original()),
         Just(super::identity(embedding_dim)),
-        (numbers(), blocks(), any::<bool>())
-            .prop_map(|(seed, block, signed)| super::mix(seed, block, signed && block <= 32)),
-        (numbers(), blocks(), any::<bool>())
-            .prop_map(|(seed, block, signed)| super::balanced(seed, block, signed && block <= 32)),
-        (factors, blocks())
-            .prop_map(|((a, b, c, modulus), block)| super::affine(a, b, c, modulus.max(1), block)),
+        (numbers(), blocks(), any::<bool>()).prop_map(|(seed, block, signed)| super::mix(
+            seed,
+            block,
+            signed && block <= 32
+        )),
+        (numbers(), blocks(), any::<bool>()).prop_map(|(seed, block, signed)| super::balanced(
+            seed,
+            block,
+            signed && block <= 32
+        )),
+        (factors, blocks()).prop_map(|((a, b, c, modulus), block)| super::affine(
+            a,
+            b,
+            c,
+            modulus.max(1),
+            block
+        )),
         (vec(1..1i64 << 31, 4), blocks()).prop_map(|(r, block)| Hash::robe(&r, block).unwrap()),
     ]
 }
 
 fn is_robe(hash: &Hash) -> bool {
-    matches!(hash, Hash::Affine(h) if h.overflow() == Overflow::Refuse)
+    matches!(hash, Hash::Affine(h) if h.overflow == Overflow::Refuse)
 }
 
 /// A length of `hashed_weight` that suits the hash, and grows with `size`.
 pub fn len_for(hash: &Hash, size: usize) -> usize {
     match hash {
-        Hash::Mix(_) => hash.block() * (1 + size / hash.block()),
-        Hash::Affine(_) => hash.block() + size,
+        Hash::Mix(_) | Hash::Balanced(_) => hash.block() * (1 + size / hash.block()),
+        _ => hash.block() + size,
     }
 }
 
@@ -280,7 +291,11 @@ pub fn lookups() -> impl Strategy<Value = Lookup> {
             let (seed, weighted, gradient, by_columns) = rest;
             let bags = bags
                 .into_iter()
-                .map(|bag| bag.into_iter().map(|pick| pick.row(&table, index)).collect())
+                .map(|bag| {
+                    bag.into_iter()
+                        .map(|pick| pick.row(&table, index))
+                        .collect()
+                })
                 .collect();
             let case = Case::of_bags(seed.into(), bags, Table { gradient, ..table });
             Lookup {
@@ -327,12 +342,7 @@ impl Lookup {
     }
 
     /// A variable of the whole memory, and the view of it that holds these values.
-    fn variable(
-        &self,
-        values: &[f64],
-        spread: Spread,
-        device: &Device,
-    ) -> Result<(Var, Tensor)> {
+    fn variable(&self, values: &[f64], spread: Spread, device: &Device) -> Result<(Var, Tensor)> {
         let memory = match spread.memory(values, 1e3) {
             // candle cannot make an empty tensor on CUDA.
             memory if memory.is_empty() => floats(&[0.0], self.dtype, device)?.narrow(0, 0, 0)?,
@@ -367,7 +377,9 @@ impl Lookup {
         };
         let offsets = match case.offsets(self.form) {
             None => None,
-            Some(offsets) => Some(self.integers(&offsets, self.offset, self.offset_spread, device)?),
+            Some(offsets) => {
+                Some(self.integers(&offsets, self.offset, self.offset_spread, device)?)
+            }
         };
         let samples = match &case.per_sample_weights {
             None => None,
@@ -384,8 +396,9 @@ impl Lookup {
         let out = match (&offsets, &samples) {
             (None, None) => layer.forward(&indices)?,
             (Some(offsets), None) => layer.forward_with_offsets(&indices, offsets)?,
-            (offsets, Some((_, weights))) => {
-                layer.forward_weighted(&indices, offsets.as_ref(), weights)?
+            (None, Some((_, weights))) => layer.forward_weighted(&indices, weights)?,
+            (Some(offsets), Some((_, weights))) => {
+                layer.forward_weighted_with_offsets(&indices, offsets, weights)?
             }
         };
         // Multiplied as it is stored, so that the gradient that comes back is stored in the same way.

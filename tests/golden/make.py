@@ -12,7 +12,8 @@ hold 0, 1, 2, 4 or 8 rows, so every sum and mean is exact in any order: tests co
 NAME.pth                    the state dict
 NAME.expected.safetensors   indices, offsets, grad_output; of each mode its output and grad_weight
 
-`embedding_bag` is torch.nn.EmbeddingBag itself, whose options this crate shares.
+`embedding_bag` is torch.nn.EmbeddingBag itself, whose options this crate shares. `optimizers` is torch.optim: two parameters after
+each of 20 steps.
 """
 
 from pathlib import Path
@@ -242,6 +243,42 @@ def embedding_bag(rng, num_embeddings=50, embedding_dim=6, padding_idx=3):
     return arrays, module.state_dict()
 
 
+OPTIMIZERS = {
+    "adamw": (torch.optim.AdamW, dict(lr=0.03, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.2)),
+    "adagrad": (torch.optim.Adagrad, dict(lr=0.2, lr_decay=0.1, weight_decay=0.3, initial_accumulator_value=0.5, eps=1e-3)),
+    "sgd": (torch.optim.SGD, dict(lr=0.1, weight_decay=0.2)),
+    "momentum": (torch.optim.SGD, dict(lr=0.05, momentum=0.8, dampening=0.4, weight_decay=0.1)),
+    "nesterov": (torch.optim.SGD, dict(lr=0.05, momentum=0.7, weight_decay=0.1, nesterov=True)),
+}
+
+
+def optimizers(rng, steps=20):
+    """The optimisers of torch.optim: `always` has a gradient in each step, `sometimes` in every third one, from the second on;
+    the learning rate is halved after half of the steps."""
+    shapes = {"always": (3, 7), "sometimes": (5,)}
+    arrays = {}
+    for dtype in [torch.float32, torch.float64]:
+        kind = str(dtype).removeprefix("torch.float")
+        for name, shape in shapes.items():
+            arrays[f"f{kind}.{name}"] = torch.from_numpy(rng.standard_normal(shape)).to(dtype)
+            arrays[f"f{kind}.{name}.grads"] = torch.from_numpy(rng.standard_normal((steps, *shape))).to(dtype)
+        for key, (optimizer, options) in OPTIMIZERS.items():
+            params = {name: nn.Parameter(arrays[f"f{kind}.{name}"].clone()) for name in shapes}
+            optimizer = optimizer(params.values(), **options)
+            after = {name: [] for name in shapes}
+            for step in range(steps):
+                for name, param in params.items():
+                    has_grad = name == "always" or step % 3 == 1
+                    param.grad = arrays[f"f{kind}.{name}.grads"][step].clone() if has_grad else None
+                optimizer.step()
+                if step == steps // 2 - 1:
+                    optimizer.param_groups[0]["lr"] /= 2
+                for name, param in params.items():
+                    after[name].append(param.detach().clone())
+            arrays |= {f"f{kind}.{key}.{name}": torch.stack(values) for name, values in after.items()}
+    return arrays
+
+
 def write(name, arrays, state=None):
     save_file(arrays, HERE / f"{name}.expected.safetensors")
     if state is not None:
@@ -284,6 +321,8 @@ def main():
 
     module = Mix(40, weights(640), seed=42, block=16)
     write("mix", pooled(module, rng, 1000) | {"hashed_weight": module.hashed_weight.detach()})
+
+    write("optimizers", optimizers(rng))
 
 
 if __name__ == "__main__":

@@ -234,7 +234,8 @@ fn unchecked_values_out_of_range_are_harmless() -> Result<()> {
                     out.sum_all()?.backward()?;
                     if mode == Mode::Sum {
                         let weights = Var::ones(4, DType::F32, device)?;
-                        let out = bag.forward_weighted(&indices, Some(&offsets), &weights)?;
+                        let out =
+                            bag.forward_weighted_with_offsets(&indices, &offsets, &weights)?;
                         out.sum_all()?.backward()?;
                     }
                 }
@@ -400,7 +401,7 @@ fn random_indices_and_offsets_are_refused_or_clamped() {
         // candle cannot make an empty variable on CUDA.
         if case.table.mode == Mode::Sum && !input.rows.is_empty() {
             let weights = Var::ones(indices.shape(), DType::F32, device)?;
-            let out = layer.forward_weighted(&indices, Some(&offsets), &weights)?;
+            let out = layer.forward_weighted_with_offsets(&indices, &offsets, &weights)?;
             let grads = out.sum_all()?.backward()?;
             // A position may be in many bags or in none, so only the shape of its gradient is certain.
             let grad = grads.get(&weights).expect("the weights are a variable");

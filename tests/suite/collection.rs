@@ -1,14 +1,14 @@
 //! A collection of tables against the layers of its single tables, which the oracle vouches for.
 
-mod common;
-
+use crate::common::{
+    assert_equal, floats, integers, message, naive_slot, on_each_device, to_vec, Draws,
+};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
-    checkpoint, hashed_embedding_bag_collection, BoundsCheck, Checkpoint, Hash,
-    HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout, Mode,
+    checkpoint, hashed_embedding_bag_collection, Checkpoint, Hash, HashedEmbeddingBagCollection,
+    HashedEmbeddingBagConfig, JaggedLayout, Mix, Mode,
 };
 use candle_nn::{Module, VarBuilder, VarMap};
-use common::{assert_equal, floats, integers, message, naive_slot, on_each_device, to_vec, Draws};
 
 const TABLES: [(&str, usize); 3] = [("user", 50), ("movie", 7), ("genre", 300)];
 const BATCH: usize = 5;
@@ -19,7 +19,11 @@ const MODES: [Mode; 3] = [Mode::Sum, Mode::Mean, Mode::Max];
 fn hashes() -> [Hash; 3] {
     [
         Hash::default_for(8),
-        Hash::mix(3, 4, false).expect("a valid hash"),
+        Hash::from(Mix {
+            seed: 3,
+            block: 4,
+            signed: false,
+        }),
         Hash::original(),
     ]
 }
@@ -88,7 +92,7 @@ fn by_layer(collection: &HashedEmbeddingBagCollection, bags: &[Vec<Vec<i64>>]) -
             offsets.push(end);
             end += sample[t].len() as i64;
         }
-        if layer.include_last_offset() {
+        if layer.config().include_last_offset {
             offsets.push(end);
         }
         layer.forward_with_offsets(
@@ -130,7 +134,7 @@ fn a_table_is_the_rows_after_those_before_it() -> Result<()> {
             let mut first = 0;
             for (name, num_embeddings) in TABLES {
                 let layer = collection.table(name)?;
-                assert_eq!(layer.first_row(), first);
+                assert_eq!(layer.config().first_row, first);
                 let row = num_embeddings as i64 - 1;
                 let out = layer.forward(&integers(&[row], DType::I64, device)?.reshape((1, 1))?)?;
                 let want = (0..8).map(|column| {
@@ -248,7 +252,7 @@ fn weighted_values_scale_their_rows_and_get_gradients() -> Result<()> {
                 DType::F32,
                 device,
             )?)?;
-            let out = collection.forward_jagged_weighted(&rows, &offsets, layout, &scales)?;
+            let out = collection.forward_weighted_jagged(&rows, &offsets, layout, &scales)?;
             let grads = out.sum_all()?.backward()?;
             let got = grads.get(&scales).cloned().expect("a variable");
             // d out / d scale of a value is the sum of its row.
@@ -277,120 +281,11 @@ fn weighted_values_scale_their_rows_and_get_gradients() -> Result<()> {
 }
 
 #[test]
-fn errors_name_the_table() -> Result<()> {
-    on_each_device(|device| {
-        let collection = HashedEmbeddingBagCollection::new(
-            weight(device)?.as_tensor().clone(),
-            TABLES,
-            8,
-            config(Mode::Sum, Hash::default_for(8)),
-        )?;
-        let ids = |ids: &[i64]| integers(ids, DType::I64, device)?.reshape((2, 3));
-        let good = ids(&[49, 6, 299, 0, PADDING, 0])?;
-        collection.forward(&good)?;
-        for (bad, want) in [
-            (
-                [49, 7, 0, 0, 0, 0],
-                "indices of table movie must lie in 0..7, got 7 at position 1",
-            ),
-            (
-                [0, 0, 0, 50, 9, 0],
-                "indices of table user must lie in 0..50, got 50 at position 3",
-            ),
-            (
-                [0, 0, 0, 0, 0, -1],
-                "indices of table genre must lie in 0..300, got -1 at position 5",
-            ),
-        ] {
-            let got = message(collection.forward(&ids(&bad)?));
-            assert_eq!(got, format!("hashed-embedding-bag: {want}"));
-        }
-        // The first position in memory, whatever the order of the bags.
-        let values = integers(&[0, 51, 0, 7, 300, 0], DType::I64, device)?;
-        let offsets = integers(&[0, 1, 2, 3, 4, 5], DType::I64, device)?;
-        let got = message(collection.forward_jagged(&values, &offsets, JaggedLayout::FeatureMajor));
-        assert!(
-            got.ends_with("of table user must lie in 0..50, got 51 at position 1"),
-            "{got}"
-        );
-        let got = message(collection.forward_jagged(&values, &offsets, JaggedLayout::BatchMajor));
-        assert!(
-            got.ends_with("of table movie must lie in 0..7, got 51 at position 1"),
-            "{got}"
-        );
-        let offsets = integers(&[0, 1, 2, 3], DType::I64, device)?;
-        let got = message(collection.forward_jagged(&values, &offsets, JaggedLayout::BatchMajor));
-        assert!(
-            got.contains("same number of bags for each of 3 tables, got 4"),
-            "{got}"
-        );
-        let got = message(collection.forward(&good.t()?));
-        assert!(
-            got.contains("[batch, 3] or [batch, 3, bag_len], got [3, 2]"),
-            "{got}"
-        );
-        assert!(
-            message(collection.table("actor")).contains("no table actor, only user, movie, genre")
-        );
-        // The device still works.
-        collection.forward(&good)?;
-        let off = collection.with_bounds_check(BoundsCheck::Off);
-        assert_eq!(
-            off.forward(&ids(&[49, 7, 0, -50, 0, i64::MAX])?)?.dims(),
-            [2, 3, 8]
-        );
-        Ok(())
-    })
-}
-
-/// Of rows that different tasks of the CPU find out of range, the error names the first by position. In feature-major order
-/// that is not the first of the first task.
-#[test]
-fn the_first_bad_row_is_named_whoever_finds_it() -> Result<()> {
-    let (tables, batch, bag_len, dim) = ([("a", 100), ("b", 100)], 1_024, 4, 32);
-    on_each_device(|device| {
-        let weight = Tensor::zeros(6_400, DType::F32, device)?;
-        let collection =
-            HashedEmbeddingBagCollection::new(weight, tables, dim, Default::default())?;
-        let of_table = batch * bag_len;
-        let offsets: Vec<i64> = (0..tables.len() * batch)
-            .map(|bag| (bag * bag_len) as i64)
-            .collect();
-        let offsets = integers(&offsets, DType::I64, device)?;
-        let error = |bad: &[usize]| -> Result<String> {
-            let mut rows = vec![1; tables.len() * of_table];
-            bad.iter().for_each(|&position| rows[position] = 100);
-            let rows = integers(&rows, DType::I64, device)?;
-            let layout = JaggedLayout::FeatureMajor;
-            Ok(message(collection.forward_jagged(&rows, &offsets, layout)))
-        };
-        for (bad, want) in [
-            (
-                [of_table, of_table - 1],
-                "table a must lie in 0..100, got 100 at position 4095",
-            ),
-            (
-                [of_table + 1, of_table + 9],
-                "table b must lie in 0..100, got 100 at position 4097",
-            ),
-            (
-                [2, 3_000],
-                "table a must lie in 0..100, got 100 at position 2",
-            ),
-        ] {
-            let got = error(&bad)?;
-            assert!(got.ends_with(want), "{got}");
-        }
-        Ok(())
-    })
-}
-
-#[test]
 fn constructing_refuses_what_is_no_collection() -> Result<()> {
     let vars = VarMap::new();
     let vb = || VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let new = |tables: &[(&str, usize)], config| {
-        hashed_embedding_bag_collection(tables.iter().copied(), 8, config, vb())
+        hashed_embedding_bag_collection(tables.iter().copied(), 8, 1.0 / 16.0, config, vb())
     };
     let plain = HashedEmbeddingBagConfig::default();
     let shifted = HashedEmbeddingBagConfig {
@@ -407,13 +302,7 @@ fn constructing_refuses_what_is_no_collection() -> Result<()> {
         let got = message(new(tables, config));
         assert!(got.contains(want), "{got}");
     }
-    let collection = new(
-        &TABLES,
-        HashedEmbeddingBagConfig {
-            compression: 1.0 / 16.0,
-            ..plain
-        },
-    )?;
+    let collection = new(&TABLES, plain)?;
     // 357 rows of 8 columns, over 16, in whole blocks of 4.
     assert_eq!(collection.hashed_weight().dims(), [180]);
     assert_eq!(collection.tables().collect::<Vec<_>>(), TABLES);
@@ -450,9 +339,9 @@ fn a_checkpoint_brings_it_back_by_name() -> Result<()> {
     let opened = Checkpoint::open(&path)?;
     let back = opened.hashed_embedding_bag_collection("sparse", DType::F32, device)?;
     assert_eq!(back.tables().collect::<Vec<_>>(), TABLES);
-    assert_eq!(back.mode(), Mode::Mean);
-    assert_eq!(back.padding_idx(), Some(PADDING));
-    assert!(back.include_last_offset());
+    assert_eq!(back.config().mode, Mode::Mean);
+    assert_eq!(back.config().padding_idx, Some(PADDING));
+    assert!(back.config().include_last_offset);
     assert_eq!(back.hash(), collection.hash());
     let ids = integers(&[49, 6, 299], DType::I64, device)?.reshape((1, 3))?;
     assert_equal(
@@ -465,7 +354,8 @@ fn a_checkpoint_brings_it_back_by_name() -> Result<()> {
     assert_eq!(
         opened
             .hashed_embedding_bag("movie", DType::F32, device)?
-            .first_row(),
+            .config()
+            .first_row,
         50
     );
     let got = message(opened.hashed_embedding_bag_collection("dense", DType::F32, device));

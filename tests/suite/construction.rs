@@ -8,6 +8,7 @@ use candle_hashed_embedding_bag::{
 };
 use candle_nn::{VarBuilder, VarMap};
 
+/// The length rule, the name and the initial values of the variable, and the accessors.
 #[test]
 fn the_parameter_has_its_length_name_and_initial_values() -> Result<()> {
     let device = &Device::Cpu;
@@ -20,12 +21,11 @@ fn the_parameter_has_its_length_name_and_initial_values() -> Result<()> {
         (10, 16, 1e-9, None, 8),
         (10, 16, 1e-9, Some(affine(1, 1, 1, 7, 5)), 5),
         (7, 3, 1.0, None, 22),
-        (7, 3, 2.0, Some(Hash::original()), 42),
+        (7, 3, 0.5, Some(Hash::original()), 10),
     ] {
         let vars = VarMap::new();
         let vb = VarBuilder::from_varmap(&vars, DType::F64, device).pp("items");
         let config = HashedEmbeddingBagConfig {
-            compression,
             mode: Mode::Mean,
             hash,
             padding_idx: Some(3),
@@ -34,20 +34,18 @@ fn the_parameter_has_its_length_name_and_initial_values() -> Result<()> {
             bounds_check: BoundsCheck::Off,
             gradient: Gradient::Deterministic,
         };
-        let bag = hashed_embedding_bag(num_embeddings, embedding_dim, config, vb)?;
+        let bag = hashed_embedding_bag(num_embeddings, embedding_dim, compression, config, vb)?;
         assert_eq!(bag.hashed_weight().dims(), [len]);
         assert_eq!(bag.num_embeddings(), num_embeddings);
         assert_eq!(bag.embedding_dim(), embedding_dim);
         let table = (num_embeddings * embedding_dim) as f64;
         assert_eq!(bag.compression(), len as f64 / table);
-        assert_eq!(bag.mode(), Mode::Mean);
-        assert_eq!(bag.hash(), hash.unwrap_or(Hash::default_for(embedding_dim)));
-        assert_eq!(bag.padding_idx(), Some(3));
-        assert!(bag.include_last_offset());
-        assert_eq!(bag.bounds_check(), BoundsCheck::Off);
-        assert_eq!(bag.gradient(), Gradient::Deterministic);
+        let hash = hash.unwrap_or(Hash::default_for(embedding_dim));
+        assert_eq!(bag.hash(), hash);
+        let hash = Some(hash);
+        assert_eq!(bag.config(), HashedEmbeddingBagConfig { hash, ..config });
         let bag = bag.with_bounds_check(BoundsCheck::Error);
-        assert_eq!(bag.bounds_check(), BoundsCheck::Error);
+        assert_eq!(bag.config().bounds_check, BoundsCheck::Error);
 
         let data = vars.data().lock().unwrap();
         assert_eq!(data.keys().collect::<Vec<_>>(), ["items.hashed_weight"]);
@@ -61,7 +59,7 @@ fn the_parameter_has_its_length_name_and_initial_values() -> Result<()> {
     }
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
-    hashed_embedding(10, 4, Default::default(), vb)?;
+    hashed_embedding(10, 4, 0.5, Default::default(), vb)?;
     let data = vars.data().lock().unwrap();
     let names: Vec<_> = data.keys().collect();
     assert_eq!(names, ["hashed_embedding_bag.hashed_weight"]);
@@ -96,12 +94,12 @@ fn a_hashed_weight_that_does_not_suit_is_refused() -> Result<()> {
     );
     assert_eq!(
         message(new(&[18], DType::F32, 10, 4, None)),
-        "hash: the length of hashed_weight must be a multiple of the block, got 18 and block 4"
+        "hashed-embedding-bag: the length of hashed_weight must be a multiple of the block, got 18 and block 4"
     );
     assert!(new(&[16], DType::F32, 10_000_000_000, 4, Some(robe(1))).is_ok());
     assert_eq!(
         message(new(&[16], DType::F32, 11_000_000_000, 4, Some(robe(1)))),
-        "hash: 11000000000 rows of 4 columns overflow the signed 64-bit arithmetic of this hash"
+        "hashed-embedding-bag: 11000000000 rows of 4 columns overflow the signed 64-bit arithmetic of this hash"
     );
     assert!(new(&[16], DType::F32, 1 << 62, 4, Some(Hash::original())).is_ok());
     Ok(())
@@ -112,34 +110,47 @@ fn a_compression_that_does_not_suit_is_refused_before_anything_is_made() -> Resu
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     for compression in [0.0, -1.0, f64::NAN, f64::INFINITY] {
-        let config = HashedEmbeddingBagConfig {
-            compression,
-            ..Default::default()
-        };
         assert_eq!(
-            message(hashed_embedding_bag(10, 4, config, vb.clone())),
-            format!(
-                "hashed-embedding-bag: compression must be positive and finite, got {compression}"
-            )
+            message(hashed_embedding_bag(
+                10,
+                4,
+                compression,
+                Default::default(),
+                vb.clone()
+            )),
+            format!("hashed-embedding-bag: compression must lie in (0, 1], got {compression}")
         );
     }
-    let config = HashedEmbeddingBagConfig {
-        compression: 1e300,
-        ..Default::default()
-    };
-    let refused = message(hashed_embedding_bag(10, 4, config, vb.clone()));
+    let refused = message(hashed_embedding_bag(
+        10,
+        4,
+        64.0,
+        Default::default(),
+        vb.clone(),
+    ));
+    assert_eq!(
+        refused,
+        "hashed-embedding-bag: compression must lie in (0, 1], got 64: it is the length of hashed_weight over the size of \
+         the table; for one that is 64 times smaller, pass 1.0 / 64.0"
+    );
+    let refused = message(hashed_embedding_bag(
+        1 << 60,
+        4,
+        1.0,
+        Default::default(),
+        vb.clone(),
+    ));
     assert!(
         refused.contains("makes hashed_weight too large"),
         "{refused}"
     );
     let config = HashedEmbeddingBagConfig {
-        compression: 1.0,
         hash: Some(mix(0, 1, SIGNED)),
         ..Default::default()
     };
     assert_eq!(
-        message(hashed_embedding_bag(1 << 33, 1, config, vb.clone())),
-        "hash: hashed_weight must hold fewer than 2^32 blocks, got 8589934592 of 1 values"
+        message(hashed_embedding_bag(1 << 33, 1, 1.0, config, vb.clone())),
+        "hashed-embedding-bag: hashed_weight must hold fewer than 2^32 blocks, got 8589934592 of 1 values"
     );
     assert!(vars.all_vars().is_empty());
     Ok(())

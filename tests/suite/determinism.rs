@@ -1,12 +1,10 @@
 //! `Gradient::Deterministic`: the same bits in every run, close to the exact sum, and no number made finite.
 
-mod common;
-
+use crate::common::{floats, on_each_device, to_vec, Draws};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
-    Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode,
+    Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode,
 };
-use common::{floats, on_each_device, to_vec, Draws};
 
 const DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
 const NUM_BAGS: usize = 200;
@@ -68,7 +66,7 @@ impl Backward {
         let rows = rows.reshape((NUM_BAGS, BAG_LEN))?.to_device(device)?;
         let out = if self.weighted {
             let weights = floats(&uneven(3, NUM_BAGS * BAG_LEN))?;
-            layer.forward_weighted(&rows, None, &weights.reshape((NUM_BAGS, BAG_LEN))?)?
+            layer.forward_weighted(&rows, &weights.reshape((NUM_BAGS, BAG_LEN))?)?
         } else {
             candle_nn::Module::forward(&layer, &rows)?
         };
@@ -82,7 +80,11 @@ fn each(body: impl Fn(&Backward, &Device) -> Result<()>) -> Result<()> {
     on_each_device(|device| {
         for hash in [
             Hash::default_for(DIM),
-            Hash::mix(1, 6, true)?,
+            Hash::from(Mix {
+                seed: 1,
+                block: 6,
+                signed: true,
+            }),
             Hash::original(),
         ] {
             for dtype in DTYPES {

@@ -11,11 +11,8 @@ use candle_hashed_embedding_bag::{
     Hash, HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode,
 };
 
-fn config(hash: Hash, compression: f64) -> HashedEmbeddingBagConfig {
-    HashedEmbeddingBagConfig {
-        compression,
-        ..crate::common::config(Mode::Sum, hash)
-    }
+fn config(hash: Hash) -> HashedEmbeddingBagConfig {
+    crate::common::config(Mode::Sum, hash)
 }
 
 fn random_table(rows: usize, columns: usize, dtype: DType, device: &Device) -> Result<Tensor> {
@@ -78,27 +75,21 @@ fn each_slot_is_the_mean_of_what_it_holds() -> Result<()> {
     on_each_device(|device| {
         for hash in hashes {
             for (rows, columns, compression) in
-                [(97, 21, 0.1), (300, 1, 0.7), (5, 21, 2.0), (64, 33, 1e-9)]
+                [(97, 21, 0.1), (300, 1, 0.7), (5, 21, 1.0), (64, 33, 1e-9)]
             {
                 for dtype in [DType::F64, DType::F32, DType::BF16, DType::F16] {
                     let table = random_table(rows, columns, dtype, device)?;
                     let config = HashedEmbeddingBagConfig {
                         first_row: 1 << 20,
                         padding_idx: Some(3),
-                        ..config(hash, compression)
+                        ..config(hash)
                     };
-                    let (layer, error) = HashedEmbeddingBag::fit(&table, config)?;
+                    let (layer, error) = HashedEmbeddingBag::fit(&table, compression, config)?;
                     let what = format!("{hash:?} {rows} {columns} {compression} {dtype:?}");
                     let weight = layer.hashed_weight();
                     assert_eq!(weight.dtype(), dtype, "{what}");
                     assert!(weight.device().same_device(device), "{what}");
-                    assert_eq!(
-                        layer.config(),
-                        HashedEmbeddingBagConfig {
-                            compression: layer.compression(),
-                            ..config
-                        }
-                    );
+                    assert_eq!(layer.config(), config, "{what}");
                     let weight = to_vec(weight)?;
                     let (means, naive_error) = naive(&table, &config, &weight)?;
                     let means = floats(&means, dtype, &Device::Cpu)?;
@@ -120,19 +111,19 @@ fn a_table_that_a_layer_holds_is_fitted_without_error() -> Result<()> {
     on_each_device(|device| {
         for hash in [mix(3, 8, SIGNED), Hash::original()] {
             let weight = floats(&Draws::new(9).halves(240), DType::F32, device)?;
-            let config = config(hash, 0.1);
+            let config = config(hash);
             let layer = layer(&weight, 100, 24, config)?;
             let rows: Vec<i64> = (0..100).collect();
             let rows = integers(&rows, DType::I64, device)?;
             let table = HashedEmbedding::from(layer).forward(&rows)?;
-            let (fitted, error) = HashedEmbeddingBag::fit(&table, config)?;
+            let (fitted, error) = HashedEmbeddingBag::fit(&table, 0.1, config)?;
             assert_eq!(error, 0.0, "{hash:?}");
             let again = HashedEmbedding::from(fitted).forward(&rows)?;
             assert_eq!(to_vec(&again)?, to_vec(&table)?, "{hash:?}");
         }
         // With a slot for every value, any table is held.
         let table = random_table(50, 6, DType::F32, device)?;
-        let (fitted, error) = HashedEmbeddingBag::fit(&table, config(identity(6), 1.0))?;
+        let (fitted, error) = HashedEmbeddingBag::fit(&table, 1.0, config(identity(6)))?;
         assert_eq!(error, 0.0);
         assert_eq!(to_vec(fitted.hashed_weight())?, to_vec(&table)?);
         Ok(())
@@ -142,7 +133,7 @@ fn a_table_that_a_layer_holds_is_fitted_without_error() -> Result<()> {
 #[test]
 fn a_table_of_zeros_is_fitted_without_error() -> Result<()> {
     let zeros = Tensor::zeros((10, 4), DType::F32, &Device::Cpu)?;
-    let (layer, error) = HashedEmbeddingBag::fit(&zeros, Default::default())?;
+    let (layer, error) = HashedEmbeddingBag::fit(&zeros, 0.1, Default::default())?;
     assert_eq!((error, layer.hashed_weight().dims()), (0.0, &[4][..]));
     Ok(())
 }
@@ -151,33 +142,32 @@ fn a_table_of_zeros_is_fitted_without_error() -> Result<()> {
 fn tables_that_cannot_be_fitted_are_refused() -> Result<()> {
     let device = &Device::Cpu;
     let table = random_table(10, 4, DType::F32, device)?;
-    let fit = |table: &Tensor, config| message(HashedEmbeddingBag::fit(table, config));
-    let with = |compression| config(Hash::original(), compression);
+    let fit = |table: &Tensor, compression: f64| {
+        let config = config(Hash::original());
+        message(HashedEmbeddingBag::fit(table, compression, config))
+    };
     let infinity = Tensor::full(f32::INFINITY, (1, 4), device)?;
     let infinite = Tensor::cat(&[&table, &infinity], 0)?;
     for (got, said) in [
         (
-            fit(&infinite, with(0.5)),
+            fit(&infinite, 0.5),
             "table must be finite, got inf at row 10, column 0",
         ),
         (
-            fit(&table.flatten_all()?, with(0.5)),
+            fit(&table.flatten_all()?, 0.5),
             "table must have rank 2, got [40]",
         ),
         (
-            fit(&table.to_dtype(DType::I64)?, with(0.5)),
+            fit(&table.to_dtype(DType::I64)?, 0.5),
             "table must have dtype f16 or bf16 or f32 or f64, got i64",
         ),
+        (fit(&table, 0.0), "compression must lie in (0, 1], got 0"),
         (
-            fit(&table, with(0.0)),
-            "compression must be positive and finite, got 0",
-        ),
-        (
-            fit(&table.narrow(0, 0, 0)?, with(0.5)),
+            fit(&table.narrow(0, 0, 0)?, 0.5),
             "num_embeddings must lie in 1..2^63, got 0",
         ),
         (
-            fit(&table.narrow(1, 0, 0)?, with(0.5)),
+            fit(&table.narrow(1, 0, 0)?, 0.5),
             "embedding_dim must lie in 1..2^31, got 0",
         ),
     ] {
@@ -193,7 +183,7 @@ fn tables_past_32_bits() -> Result<()> {
     let row = random_table(1, 64, DType::F32, &Device::Cpu)?;
     let table = row.broadcast_as(((1 << 26) + 1, 64))?;
     // hashed_weight is one block, and every row is that block.
-    let (layer, error) = HashedEmbeddingBag::fit(&table, config(identity(64), 1e-9))?;
+    let (layer, error) = HashedEmbeddingBag::fit(&table, 1e-9, config(identity(64)))?;
     assert_eq!(to_vec(layer.hashed_weight())?, to_vec(&row)?);
     assert_eq!(error, 0.0);
     Ok(())

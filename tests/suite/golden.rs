@@ -1,13 +1,11 @@
 //! Outputs and gradients that PyTorch computed (tests/golden/make.py), from the state dicts that it saved.
 
-mod common;
-
+use crate::common::{on_each_device, to_vec};
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
     checkpoint, Checkpoint, Hash, HashedEmbedding, HashedEmbeddingBag,
-    HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout, Mode, StateDict,
+    HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout, Mix, Mode, StateDict,
 };
-use common::{on_each_device, to_vec};
 use std::collections::HashMap;
 
 const MODES: [(&str, Mode); 3] = [("sum", Mode::Sum), ("mean", Mode::Mean), ("max", Mode::Max)];
@@ -216,7 +214,11 @@ fn mix() -> Result<()> {
     let expected = Expected::of("mix")?;
     assert_pooled(&expected, "", |config, device| {
         let config = HashedEmbeddingBagConfig {
-            hash: Some(Hash::mix(42, 16, true)?),
+            hash: Some(Hash::from(Mix {
+                seed: 42,
+                block: 16,
+                signed: true,
+            })),
             ..config
         };
         HashedEmbeddingBag::new(expected.tensor("hashed_weight", device)?, 1000, 40, config)
@@ -233,19 +235,18 @@ fn embedding_bag_of_torch() -> Result<()> {
         let (indices, offsets) = (tensor("indices")?, tensor("offsets")?);
         for (name, mode) in MODES.into_iter().chain([("weighted", Mode::Sum)]) {
             let config = HashedEmbeddingBagConfig {
-                compression: 1.0,
                 mode,
-                hash: Some(Hash::identity(6)?),
+                hash: Some(Hash::identity(6)),
                 padding_idx: Some(3),
                 include_last_offset: true,
                 ..Default::default()
             };
-            let (layer, error) = HashedEmbeddingBag::fit(&table, config)?;
+            let (layer, error) = HashedEmbeddingBag::fit(&table, 1.0, config)?;
             assert_eq!(error, 0.0);
             let weights = Var::from_tensor(&tensor("per_sample_weights")?)?;
             let (output, grad_weight) = gradient(&layer, &tensor("grad_output")?, |layer| {
                 if name == "weighted" {
-                    layer.forward_weighted(&indices, Some(&offsets), &weights)
+                    layer.forward_weighted_with_offsets(&indices, &offsets, &weights)
                 } else {
                     layer.forward_with_offsets(&indices, &offsets)
                 }
@@ -253,7 +254,7 @@ fn embedding_bag_of_torch() -> Result<()> {
             expected.assert_is(&output, &format!("{name}.output"));
             expected.assert_is(&grad_weight, &format!("{name}.grad_weight"));
             if name == "weighted" {
-                let grads = (layer.forward_weighted(&indices, Some(&offsets), &weights)?
+                let grads = (layer.forward_weighted_with_offsets(&indices, &offsets, &weights)?
                     * tensor("grad_output")?)?
                 .sum_all()?
                 .backward()?;

@@ -1,17 +1,58 @@
 //! The hash functions: published vectors, laws, and what constructors refuse.
+//!
+//! The vectors hold for [`Hash::slot`] and, on each device, for lookups in a `hashed_weight` whose values tell their slots:
+//! so they tie src/hash/ and kernels/hash.cuh to each other.
 
-mod common;
-
-use candle_hashed_embedding_bag::{Hash, Overflow};
-use common::message;
+use crate::common::strategies::{check, embedding_dims, hashes, len_for, numbers};
+use crate::common::{
+    every_hash, floats, integers, message, naive_slot, on_each_device, to_vec, whole_blocks,
+};
+use candle_core::{DType, Device, Module, Result, Tensor};
+use candle_hashed_embedding_bag::{
+    hashed_embedding_bag, Affine, Balanced, BoundsCheck, Hash, HashedEmbedding, HashedEmbeddingBag,
+    HashedEmbeddingBagConfig, HashedEmbeddingConfig, Mix, Overflow,
+};
+use candle_nn::VarBuilder;
+use proptest::collection::vec;
+use proptest::prelude::*;
 
 /// A length so large that `mod len` changes nothing.
 const VAST: usize = 1 << 60;
 
+/// Element `(row, column)` has this slot and sign, by [`Hash::slot`] and in lookups on each device.
+fn assert_slots(hash: Hash, len: usize, elements: &[(i64, usize, usize, i8)]) -> Result<()> {
+    for &(row, column, slot, sign) in elements {
+        let what = format!("{hash:?} row {row} column {column} of {len}");
+        assert_eq!(hash.slot(row, column, len)?, (slot, sign), "{what}");
+    }
+    on_each_device(|device| {
+        // From 1, so that every value has a sign; exact in either dtype.
+        let weight: Vec<f64> = (1..=len).map(|slot| slot as f64).collect();
+        let columns = elements.iter().map(|(_, column, ..)| column + 1).max();
+        let config = HashedEmbeddingConfig {
+            hash: Some(hash),
+            bounds_check: BoundsCheck::Off,
+            ..Default::default()
+        };
+        for dtype in [DType::F64, DType::F32] {
+            let weight = floats(&weight, dtype, device)?;
+            let embedding = HashedEmbedding::new(weight, 100, columns.unwrap_or(1), config)?;
+            let rows: Vec<i64> = elements.iter().map(|(row, ..)| *row).collect();
+            let out = embedding.forward(&integers(&rows, DType::I64, device)?)?;
+            for (i, &(row, column, slot, sign)) in elements.iter().enumerate() {
+                let value = to_vec(&out.get(i)?)?[column];
+                let what = format!("{hash:?} row {row} column {column} of {len}");
+                assert_eq!(value, (slot + 1) as f64 * f64::from(sign), "{what}");
+            }
+        }
+        Ok(())
+    })
+}
+
 #[test]
-fn original_vectors() {
+fn original_vectors() -> Result<()> {
     let hash = Hash::original();
-    for (row, column, want) in [
+    let vectors = [
         (0, 0, 104_729),
         (0, 1, 57_857_966_404_956),
         (1, 0, 9_824_621_266),
@@ -19,38 +60,51 @@ fn original_vectors() {
         (-1, 0, 26_276_226_730_497),
         (1 << 31, 5, 57_531_701_859_461),
         (1 << 40, 127, 33_819_236_586_390),
-    ] {
-        assert_eq!(hash.slot(row, column, VAST).unwrap(), (want, 1));
-        for len in [1, 2, 1600, 1_000_003] {
-            assert_eq!(hash.slot(row, column, len).unwrap(), (want % len, 1));
-        }
+    ];
+    for (row, column, want) in vectors {
+        assert_eq!(hash.slot(row, column, VAST)?, (want, 1));
     }
+    for len in [1, 2, 1600, 1_000_003] {
+        assert_slots(
+            hash,
+            len,
+            &vectors.map(|(row, column, want)| (row, column, want % len, 1)),
+        )?;
+    }
+    Ok(())
 }
 
 #[test]
-fn robe_vectors() {
+fn robe_vectors() -> Result<()> {
     // The first numbers of the module's default seed.
     let numbers = [2_038_074_743, 634_329_019, 1_825_252_241, 871_205_356];
     let hash = Hash::robe(&numbers, 1).unwrap();
-    for (row, column, want) in [
+    let vectors = [
         (0, 0, 634_329_019),
         (0, 1, 421_506_517),
         (1, 0, 1_505_534_375),
         (2, 3, 1_738_272_225),
-    ] {
-        assert_eq!(hash.slot(row, column, VAST).unwrap(), (want, 1));
+    ];
+    for (row, column, want) in vectors {
+        assert_eq!(hash.slot(row, column, VAST)?, (want, 1));
     }
+    let len = 1_000_003;
+    assert_slots(
+        hash,
+        len,
+        &vectors.map(|(row, column, want)| (row, column, want % len, 1)),
+    )?;
     // In blocks, columns of one block are neighbours, and the first slot leaves room for the whole block.
     let blocks = Hash::robe(&numbers, 8).unwrap();
     for (row, column) in [(0, 0), (1, 7), (2, 29), (5, 64)] {
         let (start, _) = hash.slot(row, column / 8, 1000 - 8 + 1).unwrap();
-        let (slot, _) = blocks.slot(row, column, 1000).unwrap();
-        assert_eq!(slot, start + column % 8);
+        assert_slots(blocks, 1000, &[(row, column, start + column % 8, 1)])?;
     }
+    Ok(())
 }
 
 #[test]
-fn mix_vectors() {
+fn mix_vectors() -> Result<()> {
     let (len, block) = (1_280_000, 16);
     for (seed, row, run, want) in [
         (0, 0, 0, 1_130_624),
@@ -60,24 +114,24 @@ fn mix_vectors() {
         (0, 1 << 40, 3, 1_194_384),
         (0, -1, 0, 1_144_240),
     ] {
-        let hash = Hash::mix(seed, block, true).unwrap();
-        for within in 0..block {
-            let (slot, _) = hash.slot(row, run * block + within, len).unwrap();
-            assert_eq!(slot, want + within);
-        }
+        let hash = Hash::from(Mix {
+            seed,
+            block,
+            signed: false,
+        });
+        let elements = (0..block).map(|within| (row, run * block + within, want + within, 1));
+        assert_slots(hash, len, &elements.collect::<Vec<_>>())?;
     }
     // h of (0, 0, 0) ends in 0xcdaf: its low bits are the signs.
-    let hash = Hash::mix(0, block, true).unwrap();
-    for within in 0..block {
-        let (_, sign) = hash.slot(0, within, len).unwrap();
-        assert_eq!(sign, if (0xcdaf >> within) & 1 == 1 { -1 } else { 1 });
-        let unsigned = Hash::mix(0, block, false).unwrap();
-        assert_eq!(unsigned.slot(0, within, len).unwrap().1, 1);
-    }
+    let elements = (0..block).map(|within| {
+        let sign = if (0xcdaf >> within) & 1 == 1 { -1 } else { 1 };
+        (0, within, 1_130_624 + within, sign)
+    });
+    assert_slots(Hash::mix(block), len, &elements.collect::<Vec<_>>())
 }
 
 #[test]
-fn balanced_vectors() {
+fn balanced_vectors() -> Result<()> {
     let (len, block) = (1_280_000, 16);
     for (seed, row, run, want, signs) in [
         (0, 0, 0, 115_536, 0x083fa657u32),
@@ -87,13 +141,18 @@ fn balanced_vectors() {
         (0, 1 << 40, 3, 391_088, 0xc34e5f80u32),
         (0, -1, 0, 801_008, 0xc1adcb31u32),
     ] {
-        let hash = Hash::balanced(seed, block, true).unwrap();
-        for within in 0..block {
+        let hash = Hash::from(Balanced {
+            seed,
+            block,
+            signed: true,
+        });
+        let elements = (0..block).map(|within| {
             let sign = if (signs >> within) & 1 == 1 { -1 } else { 1 };
-            let slot = hash.slot(row, run * block + within, len).unwrap();
-            assert_eq!(slot, (want + within, sign));
-        }
+            (row, run * block + within, want + within, sign)
+        });
+        assert_slots(hash, len, &elements.collect::<Vec<_>>())?;
     }
+    Ok(())
 }
 
 #[test]
@@ -110,7 +169,7 @@ fn default_block_is_half_a_row_within_bounds() {
         (512, 16),
     ] {
         let hash = Hash::default_for(embedding_dim);
-        assert_eq!(hash, Hash::balanced(0, block, true).unwrap());
+        assert_eq!(hash, Hash::balanced(block));
         assert!(hash.signed());
     }
 }
@@ -120,7 +179,11 @@ fn default_block_is_half_a_row_within_bounds() {
 #[test]
 fn balanced_places_are_balanced() {
     for (num_blocks, rows) in [(1, 7), (7, 70), (64, 640), (1000, 4000), (3027, 12_108)] {
-        let hash = Hash::balanced(5, 2, true).unwrap();
+        let hash = Hash::from(Balanced {
+            seed: 5,
+            block: 2,
+            signed: true,
+        });
         for run in 0..4 {
             let mut loads = vec![0; num_blocks];
             for row in 0..rows {
@@ -153,7 +216,7 @@ fn place(hash: &Hash, row: usize, run: usize, num_blocks: usize) -> (usize, u16)
 /// Two strata lie as far apart in one block of columns as in another no more often than by chance.
 #[test]
 fn balanced_strata_turn_independently() {
-    let (hash, num_blocks) = (Hash::balanced(0, 16, true).unwrap(), 50);
+    let (hash, num_blocks) = (Hash::balanced(16), 50);
     let turns: Vec<[usize; 4]> = (0..500)
         .map(|stratum| {
             [0, 1, 2, 7].map(|run| place(&hash, stratum * num_blocks, run, num_blocks).0)
@@ -176,7 +239,7 @@ fn balanced_strata_turn_independently() {
 /// Rows that share a block differ in half of their signs, and in all the ways there are.
 #[test]
 fn balanced_rows_in_one_block_are_no_twins() {
-    let (hash, num_blocks, strata) = (Hash::balanced(0, 16, true).unwrap(), 50, 120);
+    let (hash, num_blocks, strata) = (Hash::balanced(16), 50, 120);
     let mut blocks = vec![vec![]; num_blocks];
     for row in 0..num_blocks * strata {
         let (block, signs) = place(&hash, row, 3, num_blocks);
@@ -207,7 +270,7 @@ fn balanced_rows_in_one_block_are_no_twins() {
 /// Rows spread evenly: of 64 equal parts of the parameter, none gets more than 10 % over its share.
 #[test]
 fn mix_spreads_evenly_and_signs_evenly() {
-    let (hash, len, rows) = (Hash::mix(0, 4, true).unwrap(), 1 << 16, 50_000);
+    let (hash, len, rows) = (Hash::mix(4), 1 << 16, 50_000);
     let mut parts = [0usize; 64];
     let mut negative = 0;
     for row in 0..rows {
@@ -225,72 +288,154 @@ fn mix_spreads_evenly_and_signs_evenly() {
     assert!(negative > half * 99 / 100 && negative < half * 101 / 100);
 }
 
+const MAX_BLOCK: usize = 1 << 24;
+
 #[test]
-fn constructors_refuse() {
-    assert_eq!(
-        message(Hash::mix(0, 0, false)),
-        "hash: block must lie in 1..=16777216, got 0"
-    );
-    assert_eq!(
-        message(Hash::mix(0, 33, true)),
-        "hash: a signed mix block must be at most 32, got 33"
-    );
-    assert!(Hash::mix(0, 33, false).is_ok());
-    assert_eq!(
-        message(Hash::affine(1, 1, 1, 0, 1)),
-        "hash: an affine modulus must be at least 1, got 0"
-    );
-    assert_eq!(
-        message(Hash::robe(&[1, 2, 3], 1)),
-        "hash: robe needs at least 4 random_numbers, got 3"
-    );
-    assert_eq!(
-        message(Hash::robe(&[1, 2, -3, 4], 1)),
-        "hash: robe random_numbers must not be negative, got -3 at position 2"
-    );
-    assert_eq!(
-        message(Hash::robe(&[0, 2, 3, 4], 1)),
-        "hash: an affine modulus must be at least 1, got 0"
-    );
-    match Hash::robe(&[5, 6, 7, 8, 9], 2).unwrap() {
-        Hash::Affine(h) => {
-            assert_eq!((h.modulus(), h.c(), h.b(), h.a()), (5, 6, 7, 8));
-            assert_eq!(h.overflow(), Overflow::Refuse);
-        }
-        Hash::Mix(_) => panic!("robe is affine"),
+fn numbers_out_of_range_are_refused_wherever_a_hash_is_used() {
+    let unsigned = |block| Mix {
+        seed: 0,
+        block,
+        signed: false,
+    };
+    for (hash, said) in [
+        (unsigned(0).into(), "block must lie in 1..=16777216, got 0"),
+        (
+            unsigned(MAX_BLOCK + 1).into(),
+            "block must lie in 1..=16777216, got 16777217",
+        ),
+        (Hash::balanced(0), "block must lie in 1..=16777216, got 0"),
+        (Hash::mix(33), "a signed block must be at most 32, got 33"),
+        (
+            Hash::balanced(64),
+            "a signed block must be at most 32, got 64",
+        ),
+        (
+            Hash::affine(1, 1, 1, 0, 1),
+            "the modulus of an affine hash must be at least 1, got 0",
+        ),
+        (Hash::identity(0), "block must lie in 1..=16777216, got 0"),
+    ] {
+        let said = format!("hashed-embedding-bag: {said}");
+        assert_eq!(message(hash.check_len(1 << 26)), said);
+        assert_eq!(message(hash.slot(0, 0, 1 << 26)), said);
+        let config = HashedEmbeddingBagConfig {
+            hash: Some(hash),
+            ..Default::default()
+        };
+        let weight = Tensor::zeros(64, DType::F32, &Device::Cpu).unwrap();
+        assert_eq!(message(HashedEmbeddingBag::new(weight, 9, 8, config)), said);
+        let vb = VarBuilder::zeros(DType::F32, &Device::Cpu);
+        assert_eq!(message(hashed_embedding_bag(9, 8, 0.5, config, vb)), said);
     }
+    assert!(Hash::from(unsigned(33)).check_len(66).is_ok());
+    assert!(Hash::from(unsigned(MAX_BLOCK)).check_len(MAX_BLOCK).is_ok());
+    for (numbers, said) in [
+        (&[1, 2, 3][..], "ROBE has at least 4 random_numbers, got 3"),
+        (
+            &[1, 2, -3, 4],
+            "ROBE's random_numbers must not be negative, got -3 at position 2",
+        ),
+        (
+            &[0, 2, 3, 4],
+            "the modulus of an affine hash must be at least 1, got 0",
+        ),
+    ] {
+        assert_eq!(
+            message(Hash::robe(numbers, 1)),
+            format!("hashed-embedding-bag: {said}")
+        );
+    }
+    let robe = Affine {
+        modulus: 5,
+        c: 6,
+        b: 7,
+        a: 8,
+        block: 2,
+        overflow: Overflow::Refuse,
+    };
+    assert_eq!(Hash::robe(&[5, 6, 7, 8, 9], 2).unwrap(), robe.into());
 }
 
 #[test]
 fn lengths_that_do_not_suit() {
-    let mix = Hash::mix(0, 16, true).unwrap();
+    let mix = Hash::mix(16);
     assert_eq!(
         message(mix.slot(0, 0, 8)),
-        "hash: hashed_weight must hold at least one block of 16 values, got 8"
+        "hashed-embedding-bag: hashed_weight must hold at least one block of 16 values, got 8"
     );
     assert_eq!(
         message(mix.slot(0, 0, 40)),
-        "hash: the length of hashed_weight must be a multiple of the block, got 40 and block 16"
+        "hashed-embedding-bag: the length of hashed_weight must be a multiple of the block, got 40 and block 16"
     );
     assert_eq!(
         message(mix.slot(0, 0, 16 << 32)),
-        "hash: hashed_weight must hold fewer than 2^32 blocks, got 4294967296 of 16 values"
+        "hashed-embedding-bag: hashed_weight must hold fewer than 2^32 blocks, got 4294967296 of 16 values"
     );
     assert!(mix.check_len((16 << 32) - 16).is_ok());
     assert_eq!(
         message(Hash::original().slot(0, 0, 0)),
-        "hash: hashed_weight must hold at least one block of 1 values, got 0"
+        "hashed-embedding-bag: hashed_weight must hold at least one block of 1 values, got 0"
     );
-    assert!(Hash::affine(1, 1, 1, 9, 5).unwrap().check_len(5).is_ok());
+    assert!(Hash::affine(1, 1, 1, 9, 5).check_len(5).is_ok());
 }
 
 #[test]
 fn identity_is_a_plain_table() {
-    let hash = Hash::identity(6).unwrap();
+    let hash = Hash::identity(6);
     for row in 0..50 {
         for column in 0..6 {
             let slot = hash.slot(row as i64, column, 50 * 6).unwrap();
             assert_eq!(slot, (row * 6 + column, 1));
         }
     }
+}
+
+/// Every hash family, also at rows past 2^32: what is looked up lies where the formulas say.
+#[test]
+fn slots_are_the_same_everywhere() -> Result<()> {
+    let rows = [0, 1, 2, -1, 1 << 31, 1 << 40, i64::MAX, i64::MIN];
+    for hash in every_hash() {
+        let len = whole_blocks(&hash, 100_003);
+        let elements = rows
+            .into_iter()
+            .flat_map(|row| (0..70).map(move |column| (row, column)));
+        let elements = elements.map(|(row, column)| {
+            let (slot, sign) = naive_slot(&hash, row, column, len);
+            (row, column, slot, sign as i8)
+        });
+        assert_slots(hash, len, &elements.collect::<Vec<_>>())?;
+    }
+    Ok(())
+}
+
+/// The slot of any element of any table, also past 2^32 slots, rows and columns: the arithmetic is that of the formulas.
+#[test]
+fn slots_are_the_formulas() {
+    let lens = || (1..61u32, any::<u64>()).prop_map(|(bits, len)| (len >> (64 - bits)) as usize);
+    let strategy = (
+        embedding_dims(),
+        lens(),
+        vec((any::<i64>(), numbers()), 1..20),
+    )
+        .prop_flat_map(|(dim, len, places)| (hashes(dim), Just(len), Just(places)));
+    let runner = |(hash, size, places): &(Hash, usize, Vec<(i64, u64)>), _: &Device| {
+        // All but affine hashes have at most 2^32 - 1 blocks.
+        let most = match hash {
+            Hash::Affine(_) => usize::MAX,
+            _ => hash.block() * (u32::MAX as usize - 1),
+        };
+        let len = len_for(hash, (*size).min(most));
+        for &(row, column) in places {
+            let (slot, sign) = hash.slot(row, column as usize, len)?;
+            assert!(slot < len);
+            let naive = naive_slot(hash, row, column as usize, len);
+            assert_eq!(
+                (slot, f64::from(sign)),
+                naive,
+                "row {row} column {column} of {len}"
+            );
+        }
+        Ok(())
+    };
+    check(strategy, runner);
 }

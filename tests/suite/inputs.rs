@@ -72,7 +72,7 @@ fn wrong_per_sample_weights_are_refused() -> Result<()> {
         ] {
             let weights = Tensor::ones(&shape, dtype, device)?;
             assert_eq!(
-                message(bag.forward_weighted(&indices, None, &weights)),
+                message(bag.forward_weighted(&indices, &weights)),
                 format!("hashed-embedding-bag: per_sample_weights must {said}")
             );
         }
@@ -83,7 +83,7 @@ fn wrong_per_sample_weights_are_refused() -> Result<()> {
                 ..Default::default()
             };
             assert_eq!(
-                message(self::bag(config, device)?.forward_weighted(&indices, None, &weights)),
+                message(self::bag(config, device)?.forward_weighted(&indices, &weights)),
                 format!("hashed-embedding-bag: per_sample_weights need mode sum, got {mode:?}")
             );
         }
@@ -103,7 +103,7 @@ fn tensors_on_different_devices_are_refused() -> Result<()> {
         (bag.forward_with_offsets(&here, &there), "indices"),
         (bag.forward_with_offsets(&there, &here), "offsets"),
         (
-            bag.forward_weighted(&there, Some(&there), &weights),
+            bag.forward_weighted_with_offsets(&there, &there, &weights),
             "per_sample_weights",
         ),
     ] {
@@ -134,7 +134,7 @@ fn outputs_too_large_to_address_are_refused() -> Result<()> {
         let weights = Tensor::ones(1, DType::F32, device)?
             .narrow(0, 0, 0)?
             .reshape((1 << 62, 0))?;
-        let refused = message(bag.forward_weighted(&bags(1 << 62)?, None, &weights));
+        let refused = message(bag.forward_weighted(&bags(1 << 62)?, &weights));
         assert!(refused.contains("is too large"), "{refused}");
 
         let hashed_weight = bag.hashed_weight().clone();
@@ -202,10 +202,10 @@ fn strided_inputs_are_as_good_as_contiguous_ones() -> Result<()> {
                     .forward_with_offsets(&contiguous(&every_other)?, &contiguous(&offsets)?)?;
                 assert_eq!(to_vec(&a)?, to_vec(&b)?);
                 let weights = weights.narrow(0, 7, 24)?;
-                let a = strided.forward_weighted(&every_other, Some(&offsets), &weights)?;
-                let b = straight.forward_weighted(
+                let a = strided.forward_weighted_with_offsets(&every_other, &offsets, &weights)?;
+                let b = straight.forward_weighted_with_offsets(
                     &contiguous(&every_other)?,
-                    Some(&contiguous(&offsets)?),
+                    &contiguous(&offsets)?,
                     &weights.copy()?,
                 )?;
                 assert_eq!(to_vec(&a)?, to_vec(&b)?);

@@ -6,7 +6,8 @@ use crate::common::{
 };
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
-    Hash, HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode,
+    Hash, HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagConfig, HashedEmbeddingConfig,
+    Mode,
 };
 
 /// A lookup of bags with padding is that of the same bags without: the same output and the same gradients, and none for the
@@ -26,12 +27,19 @@ fn padding_is_as_if_left_out() -> Result<()> {
                         let case = Case::random(n as u64, &[6; 5], table);
                         let case = if weighted { case.weighted(9) } else { case };
                         let is_padding = |row: &i64| *row == padding_idx;
-                        let kept: Vec<bool> =
-                            case.bags.concat().iter().map(|row| !is_padding(row)).collect();
+                        let kept: Vec<bool> = case
+                            .bags
+                            .concat()
+                            .iter()
+                            .map(|row| !is_padding(row))
+                            .collect();
                         assert!(kept.contains(&false) && kept.contains(&true));
 
                         let mut without = case.clone();
-                        without.bags.iter_mut().for_each(|bag| bag.retain(|row| !is_padding(row)));
+                        without
+                            .bags
+                            .iter_mut()
+                            .for_each(|bag| bag.retain(|row| !is_padding(row)));
                         without.table.padding_idx = None;
                         let keep = |values: &[f64]| -> Vec<f64> {
                             let kept = values.iter().zip(&kept).filter(|(_, &kept)| kept);
@@ -100,7 +108,7 @@ fn bags_of_padding_only_are_zeros() -> Result<()> {
 #[test]
 fn single_rows_of_padding_are_zeros() -> Result<()> {
     on_each_device(|device| {
-        let config = HashedEmbeddingBagConfig {
+        let config = HashedEmbeddingConfig {
             padding_idx: Some(2),
             ..Default::default()
         };
@@ -132,7 +140,9 @@ fn padding_may_lie_outside_the_table() -> Result<()> {
             let rows = integers(&[3, outside], DType::I64, device)?.reshape((1, 2))?;
             assert_eq!(
                 message(bag.forward(&rows)),
-                format!("hashed-embedding-bag: indices must lie in 0..10, got {outside} at position 1")
+                format!(
+                    "hashed-embedding-bag: indices must lie in 0..10, got {outside} at position 1"
+                )
             );
         }
         Ok(())
@@ -148,22 +158,18 @@ fn fit_leaves_padding_out() -> Result<()> {
         ..Default::default()
     };
     let nan = Tensor::full(f32::NAN, (1, 4), device)?;
-    let (layer, error) = HashedEmbeddingBag::fit(&nan, padded)?;
+    let (layer, error) = HashedEmbeddingBag::fit(&nan, 0.1, padded)?;
     assert_eq!((error, to_vec(layer.hashed_weight())?), (0.0, vec![0.0; 4]));
 
     // Beside other rows, it is as if they were alone.
     let rows = floats(&Draws::new(1).reals(8), DType::F32, device)?.reshape((2, 4))?;
-    let plain = HashedEmbeddingBagConfig {
-        compression: 0.5,
-        ..config(Mode::Sum, Hash::original())
-    };
-    let fit = |table: &Tensor, config| -> Result<_> {
-        let (layer, error) = HashedEmbeddingBag::fit(table, config)?;
+    let plain = config(Mode::Sum, Hash::original());
+    let fit = |table: &Tensor, compression: f64, config| -> Result<_> {
+        let (layer, error) = HashedEmbeddingBag::fit(table, compression, config)?;
         Ok((to_vec(layer.hashed_weight())?, error))
     };
     let shifted = HashedEmbeddingBagConfig {
         first_row: 1,
-        compression: 0.75,
         ..plain
     };
     let padded = HashedEmbeddingBagConfig {
@@ -171,6 +177,6 @@ fn fit_leaves_padding_out() -> Result<()> {
         ..plain
     };
     let both = Tensor::cat(&[&nan, &rows], 0)?;
-    assert_eq!(fit(&both, padded)?, fit(&rows, shifted)?);
+    assert_eq!(fit(&both, 0.5, padded)?, fit(&rows, 0.75, shifted)?);
     Ok(())
 }

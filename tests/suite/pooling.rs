@@ -27,7 +27,7 @@ fn two_rows_of_two_columns() -> Result<()> {
         let max = bag(Mode::Max)?.forward(&indices)?;
         assert_eq!(max.to_vec2::<f32>()?, [[20., 40.], [20., 40.]]);
         let weights = Tensor::new(&[[0.5f32, 2.], [1., -1.]], device)?;
-        let weighted = bag(Mode::Sum)?.forward_weighted(&indices, None, &weights)?;
+        let weighted = bag(Mode::Sum)?.forward_weighted(&indices, &weights)?;
         assert_eq!(weighted.to_vec2::<f32>()?, [[45., 95.], [0., 0.]]);
 
         for (out, want) in [

@@ -74,11 +74,8 @@ fn fit_does_not_depend_on_the_number_of_threads_or_on_strides() -> Result<()> {
         let strided = table.t()?.contiguous()?.t()?;
         assert!(!strided.is_contiguous());
         let fit = |table: &Tensor| -> Result<(Vec<f64>, f64)> {
-            let config = HashedEmbeddingBagConfig {
-                compression: 0.01,
-                ..config(Mode::Sum, Hash::original())
-            };
-            let (layer, error) = HashedEmbeddingBag::fit(table, config)?;
+            let config = config(Mode::Sum, Hash::original());
+            let (layer, error) = HashedEmbeddingBag::fit(table, 0.01, config)?;
             Ok((to_vec(layer.hashed_weight())?, error))
         };
         let (values, error) = fit(&table)?;
@@ -174,7 +171,7 @@ impl Work {
         let outs = [
             sum.forward(&indices.reshape((BAGS, BAG_LEN))?)?,
             sum.forward_with_offsets(indices, offsets)?,
-            sum.forward_weighted(indices, Some(offsets), &self.per_sample_weights)?,
+            sum.forward_weighted_with_offsets(indices, offsets, &self.per_sample_weights)?,
             max.forward_with_offsets(indices, offsets)?,
             self.collection.forward_jagged(indices, offsets, layout)?,
         ];

@@ -1,29 +1,36 @@
-//! The instruction set, resolved once per task, and the one thing that the compiler does not make vectors of by itself:
-//! sixteen values that are negated where a bit is set.
+//! Instruction sets: resolved once per loop, and the few operations that the compiler does not turn into vectors by
+//! itself, sixteen or eight values that are negated where a bit is set.
 //!
-//! Loops are plain Rust, compiled once for each set of [`Lanes`] ([`dispatch`]); that reaches as far as functions are
-//! inlined, which is why the loops say `inline(always)`. The portable lanes are always tested beside the others.
+//! Loops are plain Rust, compiled once per set of [`Lanes`] by [`widest`] or [`up_to_avx2`]. That reaches as far as functions
+//! are inlined, which is why everything inside a loop says `inline(always)`. Each set compiled costs every user build
+//! time, so a loop asks for AVX-512 only where it was measured to pay. The portable lanes are always tested beside the others.
 
-use super::element::{Accumulator, Element};
+use super::scalar::{Accumulator, Scalar};
 use half::f16;
 
-/// What is written by hand for each instruction set.
+/// What is written by hand for each instruction set, for sums in f32.
 pub(super) trait Lanes: Copy {
+    /// These lanes, if this machine has them.
+    fn detect() -> Option<Self>;
+
+    /// Runs a loop compiled for these lanes.
+    fn run<T: Loop>(self, work: T) -> T::Output;
+
     /// `sums[i] += (-1)^(bit i of signs) * values[i]`
-    fn add(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32);
+    fn add16(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32);
 
     /// The same for eight.
-    fn add_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32);
+    fn add8(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32);
 
     /// `sums[i] = max(sums[i], (-1)^(bit i of signs) * values[i])`, where NaN is larger than every number.
-    fn max(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32);
+    fn max16(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32);
 
     /// The same for eight.
-    fn max_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32);
+    fn max8(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32);
 
-    /// `max_half` that keeps count: `rows[i] = row` where `sums[i]` is replaced.
+    /// `max8` that also notes the winner: `rows[i] = row` where `sums[i]` is replaced.
     #[inline(always)]
-    fn max_half_of(
+    fn arg_max8(
         self,
         sums: &mut [f32; 8],
         rows: &mut [u32; 8],
@@ -31,53 +38,117 @@ pub(super) trait Lanes: Copy {
         signs: u32,
         row: u32,
     ) {
-        raise_of(sums, rows, values, signs, row);
+        raise_noting(sums, rows, values, signs, row);
     }
 
     /// f16 to f32.
-    fn widen(self, values: &[f16; 16]) -> [f32; 16];
-
-    /// Has memory fetched that will be read soon; a hint, which may point anywhere.
-    #[inline(always)]
-    fn prefetch<T>(self, _: *const T) {}
+    fn widen16(self, values: &[f16; 16]) -> [f32; 16];
 }
 
-/// A loop to run on the widest lanes of this machine; `run` must be `inline(always)`.
-pub(super) trait Task {
+/// A loop to be compiled for several instruction sets; `run` must be `inline(always)`.
+pub(super) trait Loop {
     type Output;
     fn run<L: Lanes>(self, lanes: L) -> Self::Output;
 }
 
-/// Runs `task` compiled for the widest vectors of this machine.
-pub(super) fn dispatch<T: Task>(task: T) -> T::Output {
+/// Runs a loop compiled for the widest vectors of this machine.
+pub(super) fn widest<T: Loop>(work: T) -> T::Output {
     #[cfg(target_arch = "x86_64")]
-    {
-        if x86::Avx512::is_available() {
-            // SAFETY: the features that the function is compiled for were just found.
-            return unsafe { x86::avx512(task) };
-        }
-        if x86::Avx2::is_available() {
-            // SAFETY: as above.
-            return unsafe { x86::avx2(task) };
-        }
+    if let Some(lanes) = x86::Avx512::detect() {
+        return lanes.run(work);
     }
-    task.run(Portable)
+    up_to_avx2(work)
 }
 
-/// Nothing but what every machine has.
+/// The same for a loop that is no faster with AVX-512, which is not compiled for it.
+pub(super) fn up_to_avx2<T: Loop>(work: T) -> T::Output {
+    match Wide::detect() {
+        Some(lanes) => lanes.run(work),
+        None => Portable.run(work),
+    }
+}
+
+/// What a loop over groups of columns uses when the machine has vectors at all.
+#[cfg(target_arch = "x86_64")]
+pub(super) type Wide = x86::Avx2;
+/// Other processors have vectors that the compiler uses by itself.
+#[cfg(not(target_arch = "x86_64"))]
+pub(super) type Wide = Portable;
+
+/// The lanes for a block of some length, and whether it has a loop of its own: where its length is a constant.
+///
+/// Each case is a copy of every loop that each build of this crate compiles: hence AVX-512 only where it pays.
+pub(super) enum Blocked {
+    One(Portable),
+    Four(Wide),
+    Eight(Wide),
+    Sixteen(Wide),
+    #[cfg(target_arch = "x86_64")]
+    SixteenAvx512(x86::Avx512),
+    ThirtyTwo(Wide),
+    #[cfg(target_arch = "x86_64")]
+    ThirtyTwoAvx512(x86::Avx512),
+    Any(Wide),
+    /// On an x86 processor that has not even AVX2.
+    AnyPortable(Portable),
+}
+
+impl Blocked {
+    /// `constants` has bit `i` set where a block of `i` columns has a loop of its own.
+    #[inline(always)]
+    pub fn of(block: usize, constants: u64) -> Self {
+        let has_constant = block < 64 && constants >> block & 1 == 1;
+        if has_constant && block == 1 {
+            return Self::One(Portable);
+        }
+        let Some(lanes) = Wide::detect() else {
+            return Self::AnyPortable(Portable);
+        };
+        #[cfg(target_arch = "x86_64")]
+        if let (true, Some(lanes)) = (has_constant, x86::Avx512::detect()) {
+            match block {
+                16 => return Self::SixteenAvx512(lanes),
+                32 => return Self::ThirtyTwoAvx512(lanes),
+                _ => {}
+            }
+        }
+        match block {
+            4 if has_constant => Self::Four(lanes),
+            8 if has_constant => Self::Eight(lanes),
+            16 if has_constant => Self::Sixteen(lanes),
+            32 if has_constant => Self::ThirtyTwo(lanes),
+            _ => Self::Any(lanes),
+        }
+    }
+}
+
+/// Asks for memory that will be read or added to soon. A hint: it may point anywhere.
+#[inline(always)]
+pub(super) fn prefetch<T>(at: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch accesses nothing, wherever it points, and every x86-64 processor has it.
+    unsafe {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        _mm_prefetch::<_MM_HINT_T0>(at.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = at;
+}
+
+/// What every machine has.
 #[derive(Clone, Copy)]
 pub(super) struct Portable;
 
 impl Portable {
     #[inline(always)]
-    fn add_all<const N: usize>(sums: &mut [f32; N], values: &[f32; N], signs: u32) {
+    fn add<const N: usize>(sums: &mut [f32; N], values: &[f32; N], signs: u32) {
         for i in 0..N {
             sums[i] += values[i].flip(signs, i);
         }
     }
 
     #[inline(always)]
-    fn max_all<const N: usize>(sums: &mut [f32; N], values: &[f32; N], signs: u32) {
+    fn max<const N: usize>(sums: &mut [f32; N], values: &[f32; N], signs: u32) {
         for i in 0..N {
             sums[i].raise(values[i].flip(signs, i));
         }
@@ -85,35 +156,43 @@ impl Portable {
 }
 
 impl Lanes for Portable {
-    #[inline(always)]
-    fn add(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
-        Self::add_all(sums, values, signs);
+    fn detect() -> Option<Self> {
+        Some(Self)
+    }
+
+    fn run<T: Loop>(self, work: T) -> T::Output {
+        work.run(self)
     }
 
     #[inline(always)]
-    fn add_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-        Self::add_all(sums, values, signs);
+    fn add16(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
+        Self::add(sums, values, signs);
     }
 
     #[inline(always)]
-    fn max(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
-        Self::max_all(sums, values, signs);
+    fn add8(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
+        Self::add(sums, values, signs);
     }
 
     #[inline(always)]
-    fn max_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-        Self::max_all(sums, values, signs);
+    fn max16(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
+        Self::max(sums, values, signs);
     }
 
     #[inline(always)]
-    fn widen(self, values: &[f16; 16]) -> [f32; 16] {
-        values.map(f16::widen)
+    fn max8(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
+        Self::max(sums, values, signs);
+    }
+
+    #[inline(always)]
+    fn widen16(self, values: &[f16; 16]) -> [f32; 16] {
+        f16::widen_all(values)
     }
 }
 
-/// [`Lanes::max_half_of`] for any dtype of sums and any number of them.
+/// [`Lanes::arg_max8`] for any dtype of sums and any number of them.
 #[inline(always)]
-pub(super) fn raise_of<A: Accumulator>(
+pub(super) fn raise_noting<A: Accumulator>(
     sums: &mut [A],
     rows: &mut [u32],
     values: &[A],
@@ -130,49 +209,38 @@ pub(super) fn raise_of<A: Accumulator>(
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
-    use super::{Lanes, Task};
+    use super::{Lanes, Loop};
     use half::f16;
     use std::arch::x86_64::*;
 
     /// AVX-512 with its byte, word, double word and shorter-vector parts; only made where they are found.
     #[derive(Clone, Copy)]
-    pub struct Avx512(());
+    pub struct Avx512(Avx2);
 
     /// AVX2, FMA and F16C; only made where they are found.
     #[derive(Clone, Copy)]
     pub struct Avx2(());
 
-    impl Avx512 {
-        pub fn is_available() -> bool {
-            is_x86_feature_detected!("avx512f")
+    impl Lanes for Avx512 {
+        fn detect() -> Option<Self> {
+            let is_available = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512vl")
-                && Avx2::is_available()
+                && is_x86_feature_detected!("avx512vl");
+            Avx2::detect().filter(|_| is_available).map(Self)
         }
-    }
 
-    impl Avx2 {
-        pub fn is_available() -> bool {
-            is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("f16c")
+        fn run<T: Loop>(self, work: T) -> T::Output {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
+            fn run<T: Loop>(lanes: Avx512, work: T) -> T::Output {
+                work.run(lanes)
+            }
+            // SAFETY: an `Avx512` exists only where its features do.
+            unsafe { run(self, work) }
         }
-    }
 
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    pub fn avx512<T: Task>(task: T) -> T::Output {
-        task.run(Avx512(()))
-    }
-
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub fn avx2<T: Task>(task: T) -> T::Output {
-        task.run(Avx2(()))
-    }
-
-    impl Lanes for Avx512 {
         #[inline(always)]
-        fn add(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
+        fn add16(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
             // SAFETY: an `Avx512` exists only where its features do; the arrays hold the sixteen values that are accessed.
             unsafe {
                 let sum = _mm512_loadu_ps(sums.as_ptr());
@@ -184,7 +252,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn max(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
+        fn max16(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
             // SAFETY: as for `add`.
             unsafe {
                 let sum = _mm512_loadu_ps(sums.as_ptr());
@@ -199,17 +267,17 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn add_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-            Avx2(()).add_half(sums, values, signs);
+        fn add8(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
+            self.0.add8(sums, values, signs);
         }
 
         #[inline(always)]
-        fn max_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
-            Avx2(()).max_half(sums, values, signs);
+        fn max8(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
+            self.0.max8(sums, values, signs);
         }
 
         #[inline(always)]
-        fn max_half_of(
+        fn arg_max8(
             self,
             sums: &mut [f32; 8],
             rows: &mut [u32; 8],
@@ -217,16 +285,11 @@ mod x86 {
             signs: u32,
             row: u32,
         ) {
-            Avx2(()).max_half_of(sums, rows, values, signs, row);
+            self.0.arg_max8(sums, rows, values, signs, row);
         }
 
         #[inline(always)]
-        fn prefetch<T>(self, at: *const T) {
-            Avx2(()).prefetch(at);
-        }
-
-        #[inline(always)]
-        fn widen(self, values: &[f16; 16]) -> [f32; 16] {
+        fn widen16(self, values: &[f16; 16]) -> [f32; 16] {
             let mut wide = [0.0; 16];
             // SAFETY: as for `add`.
             unsafe {
@@ -277,32 +340,48 @@ mod x86 {
     }
 
     impl Lanes for Avx2 {
+        fn detect() -> Option<Self> {
+            let is_available = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
+            is_available.then_some(Self(()))
+        }
+
+        fn run<T: Loop>(self, work: T) -> T::Output {
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn run<T: Loop>(lanes: Avx2, work: T) -> T::Output {
+                work.run(lanes)
+            }
+            // SAFETY: an `Avx2` exists only where its features do.
+            unsafe { run(self, work) }
+        }
+
         #[inline(always)]
-        fn add(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
+        fn add16(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
             let (sums, values) = (sums.as_chunks_mut().0, values.as_chunks().0);
             self.add_eight::<0>(&mut sums[0], &values[0], signs);
             self.add_eight::<1>(&mut sums[1], &values[1], signs);
         }
 
         #[inline(always)]
-        fn max(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
+        fn max16(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
             let (sums, values) = (sums.as_chunks_mut().0, values.as_chunks().0);
             self.max_eight::<0>(&mut sums[0], &values[0], signs);
             self.max_eight::<1>(&mut sums[1], &values[1], signs);
         }
 
         #[inline(always)]
-        fn add_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
+        fn add8(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
             self.add_eight::<0>(sums, values, signs);
         }
 
         #[inline(always)]
-        fn max_half(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
+        fn max8(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
             self.max_eight::<0>(sums, values, signs);
         }
 
         #[inline(always)]
-        fn max_half_of(
+        fn arg_max8(
             self,
             sums: &mut [f32; 8],
             rows: &mut [u32; 8],
@@ -329,13 +408,7 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn prefetch<T>(self, at: *const T) {
-            // SAFETY: a prefetch reads nothing, wherever it points.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) };
-        }
-
-        #[inline(always)]
-        fn widen(self, values: &[f16; 16]) -> [f32; 16] {
+        fn widen16(self, values: &[f16; 16]) -> [f32; 16] {
             let mut wide = [0.0; 16];
             for (wide, values) in wide
                 .as_chunks_mut::<8>()
@@ -361,7 +434,7 @@ mod tests {
     /// All operations on values of every kind, for many signs.
     struct All;
 
-    impl Task for All {
+    impl Loop for All {
         type Output = Vec<u32>;
 
         #[inline(always)]
@@ -384,24 +457,24 @@ mod tests {
                     std::array::from_fn(|i| kinds[(i * 3 + round as usize / 8) % 8]);
                 // The payload of a NaN is nobody's business.
                 let bits_of = |x: f32| if x.is_nan() { !0 } else { x.to_bits() };
-                for operation in [L::add, L::max] {
+                for operation in [L::add16, L::max16] {
                     let mut sums = sums;
                     operation(lanes, &mut sums, &values, signs);
                     bits.extend(sums.map(bits_of));
                 }
-                for operation in [L::add_half, L::max_half] {
+                for operation in [L::add8, L::max8] {
                     let mut sums = *sums.first_chunk().unwrap();
                     operation(lanes, &mut sums, values.first_chunk().unwrap(), signs);
                     bits.extend(sums.map(bits_of));
                 }
                 let (mut of, mut best) = ([round; 8], *sums.first_chunk().unwrap());
                 let eight = values.first_chunk().unwrap();
-                lanes.max_half_of(&mut best, &mut of, eight, signs, !round);
+                lanes.arg_max8(&mut best, &mut of, eight, signs, !round);
                 bits.extend(of);
                 bits.extend(best.map(bits_of));
                 let halves =
                     std::array::from_fn(|i| f16::from_bits((round * 16) as u16 + i as u16));
-                bits.extend(lanes.widen(&halves).map(bits_of));
+                bits.extend(lanes.widen16(&halves).map(bits_of));
             }
             bits
         }
@@ -409,12 +482,8 @@ mod tests {
 
     #[test]
     fn all_lanes_agree_with_the_portable_ones() {
-        let want = All.run(Portable);
-        assert!(dispatch(All) == want, "the widest lanes");
-        #[cfg(target_arch = "x86_64")]
-        if x86::Avx2::is_available() {
-            // SAFETY: the features were just found.
-            assert!(unsafe { x86::avx2(All) } == want, "AVX2");
-        }
+        let want = Portable.run(All);
+        assert!(widest(All) == want, "the widest lanes");
+        assert!(up_to_avx2(All) == want, "AVX2");
     }
 }

@@ -1,0 +1,196 @@
+//! The command line: which layers a state dict holds, since it does not say so itself.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use anyhow::{bail, ensure, Context, Result};
+use candle_hashed_embedding_bag::{HashedEmbeddingBagConfig, Mode};
+use clap::Parser;
+
+/// Writes the hashed layers of a PyTorch state dict, and its other tensors, as a self-describing checkpoint.
+///
+/// A state dict does not say how large a virtual table is: name each layer, by its prefix in the state dict, with its rows
+/// and columns. Without a CHECKPOINT to write, the entries of the state dict are listed.
+#[derive(Parser)]
+#[command(arg_required_else_help = true, after_help = EXAMPLES)]
+pub struct Options {
+    /// The state dict: .pth, .pt or .safetensors
+    #[arg(required_unless_present = "inspect")]
+    pub state_dict: Option<PathBuf>,
+    /// The checkpoint to write
+    pub checkpoint: Option<PathBuf>,
+    /// The key of the state dict, where the file holds more: the training scripts of many models use state_dict
+    #[arg(long)]
+    pub key: Option<String>,
+    /// HashedEmbeddingBag of the package HashedEmbeddingBag. Options: mode (sum, mean, max), padding_idx,
+    /// include_last_offset
+    #[arg(long, value_name = "NAME:ROWSxCOLUMNS[,OPTION=VALUE]", value_parser = parser(Kind::Bag))]
+    bag: Vec<Request>,
+    /// HashedEmbedding of the same package. Options: padding_idx
+    #[arg(long, value_name = "NAME:ROWSxCOLUMNS[,OPTION=VALUE]", value_parser = parser(Kind::Embedding))]
+    embedding: Vec<Request>,
+    /// ROBE's HashedEmbeddingBag or HashedEmbeddingCPU. Options: uma_chunk_size, val_offset, and those of --bag
+    #[arg(long, value_name = "NAME:ROWSxCOLUMNS[,OPTION=VALUE]", value_parser = parser(Kind::Robe))]
+    robe: Vec<Request>,
+    /// The tables of the DLRM of ROBE's authors, which become a collection; NAME is the prefix of the model, mostly empty.
+    /// Options: uma_chunk_size, and those of --bag
+    #[arg(long, value_name = "NAME:ROWS+ROWS+…xCOLUMNS[,OPTION=VALUE]", value_parser = parser(Kind::RobeDlrm))]
+    robe_dlrm: Vec<Request>,
+    /// A table that is not hashed, NAME.weight of torch.nn.EmbeddingBag or Embedding: a hashed layer is fitted to it.
+    /// Options: compression (such as 1/64), and those of --bag
+    #[arg(long, value_name = "NAME[,OPTION=VALUE]", value_parser = parser(Kind::Fit))]
+    fit: Vec<Request>,
+    /// Leave out the tensors of the state dict that belong to none of these layers
+    #[arg(long)]
+    pub layers_only: bool,
+    /// List what a checkpoint holds, and check it
+    #[arg(long, value_name = "CHECKPOINT", exclusive = true)]
+    pub inspect: Option<PathBuf>,
+}
+
+impl Options {
+    /// All layers that are asked for.
+    pub fn requests(&self) -> impl Iterator<Item = &Request> {
+        [
+            &self.bag,
+            &self.embedding,
+            &self.robe,
+            &self.robe_dlrm,
+            &self.fit,
+        ]
+        .into_iter()
+        .flatten()
+    }
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  convert model.pth                                                    # lists its entries
+  convert model.pth model.safetensors --bag user:6040x16,mode=mean     # its entry is user.hashed_weight
+  convert emb.pth emb.safetensors --robe :100000x16,uma_chunk_size=8   # the state dict is the module's own
+  convert dlrm.pth dlrm.safetensors --key state_dict --robe-dlrm :1460+583+10131227x16,uma_chunk_size=8
+  convert full.pth small.safetensors --fit item,compression=1/32       # item.weight becomes item.hashed_weight
+  convert --inspect model.safetensors";
+
+/// What a layer was in PyTorch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Kind {
+    Bag,
+    Embedding,
+    Robe,
+    RobeDlrm,
+    Fit,
+}
+
+impl Kind {
+    /// The options that `NAME:ROWSxCOLUMNS` may be followed by.
+    fn options(self) -> &'static [&'static str] {
+        match self {
+            Self::Bag => &["mode", "padding_idx", "include_last_offset"],
+            Self::Embedding => &["padding_idx"],
+            Self::Robe => &[
+                "mode",
+                "padding_idx",
+                "include_last_offset",
+                "uma_chunk_size",
+                "val_offset",
+            ],
+            Self::RobeDlrm => &[
+                "mode",
+                "padding_idx",
+                "include_last_offset",
+                "uma_chunk_size",
+            ],
+            Self::Fit => &["mode", "padding_idx", "include_last_offset", "compression"],
+        }
+    }
+}
+
+/// A layer to convert, as the command line describes it.
+#[derive(Debug, Clone)]
+pub struct Request {
+    pub kind: Kind,
+    pub name: String,
+    /// Rows of each table; none where the table itself says its size.
+    pub rows: Vec<usize>,
+    pub columns: usize,
+    pub config: HashedEmbeddingBagConfig,
+    /// Of [`Kind::Fit`].
+    pub compression: f64,
+    pub uma_chunk_size: usize,
+}
+
+/// Parses `NAME:ROWSxCOLUMNS[,OPTION=VALUE]`, or `NAME[,OPTION=VALUE]` for [`Kind::Fit`], whose table says its size.
+fn parser(kind: Kind) -> impl Fn(&str) -> Result<Request> + Clone {
+    move |text| {
+        let (head, options) = text.split_once(',').unwrap_or((text, ""));
+        let mut request = Request {
+            kind,
+            name: head.to_string(),
+            rows: vec![],
+            columns: 0,
+            config: HashedEmbeddingBagConfig::default(),
+            compression: 1.0 / 64.0,
+            uma_chunk_size: 1,
+        };
+        if kind != Kind::Fit {
+            let (name, size) = head.rsplit_once(':').context("no :ROWSxCOLUMNS")?;
+            let (rows, columns) = size.split_once('x').context("no x in ROWSxCOLUMNS")?;
+            let rows = rows.split('+').map(|rows| number("rows", rows));
+            request.name = name.to_string();
+            request.rows = rows.collect::<Result<_>>()?;
+            request.columns = number("columns", columns)?;
+            ensure!(
+                request.rows.len() == 1 || kind == Kind::RobeDlrm,
+                "one table has one number of rows"
+            );
+        }
+        for option in options.split(',').filter(|option| !option.is_empty()) {
+            request.set(option)?;
+        }
+        Ok(request)
+    }
+}
+
+fn number<T: FromStr>(what: &str, text: &str) -> Result<T> {
+    text.parse()
+        .ok()
+        .with_context(|| format!("{what} must be a number in range, got {text:?}"))
+}
+
+impl Request {
+    fn set(&mut self, option: &str) -> Result<()> {
+        let (key, value) = option.split_once('=').unwrap_or((option, "true"));
+        let known = self.kind.options();
+        ensure!(
+            known.contains(&key),
+            "unknown option {key:?}, only {}",
+            known.join(", ")
+        );
+        let config = &mut self.config;
+        match key {
+            "mode" => {
+                config.mode = match value {
+                    "sum" => Mode::Sum,
+                    "mean" => Mode::Mean,
+                    "max" => Mode::Max,
+                    _ => bail!("mode must be sum, mean or max, got {value:?}"),
+                }
+            }
+            "padding_idx" => config.padding_idx = Some(number(key, value)?),
+            "include_last_offset" => {
+                config.include_last_offset = value
+                    .parse()
+                    .context("include_last_offset must be true or false")?;
+            }
+            "uma_chunk_size" => self.uma_chunk_size = number(key, value)?,
+            "val_offset" => config.first_row = number(key, value)?,
+            "compression" => {
+                let (over, under) = value.split_once('/').unwrap_or((value, "1"));
+                self.compression = number::<f64>(key, over)? / number::<f64>(key, under)?;
+            }
+            _ => bail!("option {key:?} is not implemented"),
+        }
+        Ok(())
+    }
+}

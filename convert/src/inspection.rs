@@ -1,0 +1,171 @@
+//! A look into files: the entries of a state dict, and the layers of a checkpoint, which is checked.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::{ensure, Result};
+use candle_core::{DType, Device, Tensor};
+use candle_hashed_embedding_bag::{
+    Balanced, Checkpoint, Hash, Mix, Mode, Overflow, StateDict, TensorInfo,
+};
+use comfy_table::{presets, Table};
+
+use crate::conversion::join;
+
+/// The entries of a state dict; their values are not read.
+pub fn list(state: StateDict) -> Result<String> {
+    let mut table = new_table(&["entry", "dtype", "shape"]);
+    let mut notes = String::new();
+    for key in state.keys() {
+        match state.tensor_info(key) {
+            Ok(info) => {
+                if info.candle_dtype.is_none() {
+                    writeln!(notes, "{key:?}: candle has no dtype for {}", info.dtype)?;
+                }
+                table.add_row(tensor_row(key, &info));
+            }
+            // A tensor without dtype and shape of its own, such as a sparse one.
+            Err(error) => {
+                writeln!(notes, "{error}")?;
+                table.add_row([key, "-", "-"]);
+            }
+        }
+    }
+    Ok(format!("{table}\n{notes}"))
+}
+
+/// What a checkpoint holds.
+///
+/// # Errors
+/// What is wrong with its description, and a hashed value that is not finite.
+pub fn inspect(path: &Path) -> Result<String> {
+    let checkpoint = Checkpoint::open(path)?;
+    let (mut layers, mut parameters) = (new_table(&HashedLayer::COLUMNS), vec![]);
+    for layer in hashed_layers(&checkpoint) {
+        let parameter = join(layer.name, "hashed_weight");
+        let weight = checkpoint.tensor(&parameter, &Device::Cpu)?;
+        ensure_finite(&parameter, &weight)?;
+        layers.add_row(layer.row(&parameter, &weight));
+        parameters.push(parameter);
+    }
+    let mut report = format!("{layers}\n");
+
+    let mut others = new_table(&["other tensor", "dtype", "shape"]);
+    let names = checkpoint.tensor_names();
+    for name in names.filter(|name| !parameters.contains(name)) {
+        others.add_row(tensor_row(&name, &checkpoint.tensor_info(&name)?));
+    }
+    if !others.is_empty() {
+        writeln!(report, "{others}")?;
+    }
+    let bytes = std::fs::metadata(path)?.len();
+    writeln!(report, "{}: {bytes} bytes, checked", path.display())?;
+    Ok(report)
+}
+
+/// A layer or a collection of a checkpoint.
+struct HashedLayer<'a> {
+    name: &'a str,
+    /// Rows of each table.
+    rows: Vec<usize>,
+    embedding_dim: usize,
+    mode: Mode,
+    padding_idx: Option<i64>,
+    hash: Hash,
+}
+
+fn hashed_layers(checkpoint: &Checkpoint) -> impl Iterator<Item = HashedLayer<'_>> {
+    let layers = checkpoint.layers().map(|(name, spec)| HashedLayer {
+        name,
+        rows: vec![spec.num_embeddings],
+        embedding_dim: spec.embedding_dim,
+        mode: spec.mode,
+        padding_idx: spec.padding_idx,
+        hash: spec.hash,
+    });
+    let collections = checkpoint.collections().map(|(name, spec)| HashedLayer {
+        name,
+        rows: spec.tables.iter().map(|t| t.num_embeddings).collect(),
+        embedding_dim: spec.embedding_dim,
+        mode: spec.mode,
+        padding_idx: spec.padding_idx,
+        hash: spec.hash,
+    });
+    layers.chain(collections)
+}
+
+impl HashedLayer<'_> {
+    const COLUMNS: [&'static str; 10] = [
+        "parameter",
+        "rows",
+        "columns",
+        "mode",
+        "padding_idx",
+        "hash",
+        "dtype",
+        "values",
+        "compression",
+        "bytes",
+    ];
+
+    fn row(&self, parameter: &str, weight: &Tensor) -> [String; 10] {
+        let rows: Vec<_> = self.rows.iter().map(usize::to_string).collect();
+        let total: f64 = self.rows.iter().map(|&rows| rows as f64).sum();
+        let (values, dtype) = (weight.elem_count(), weight.dtype());
+        let compression = total * self.embedding_dim as f64 / values as f64;
+        [
+            parameter.to_string(),
+            rows.join(" + "),
+            self.embedding_dim.to_string(),
+            format!("{:?}", self.mode).to_lowercase(),
+            self.padding_idx
+                .map_or("-".to_string(), |row| row.to_string()),
+            describe(self.hash),
+            dtype.as_str().to_string(),
+            values.to_string(),
+            format!("1/{compression:.1}"),
+            (values * dtype.size_in_bytes()).to_string(),
+        ]
+    }
+}
+
+fn ensure_finite(parameter: &str, weight: &Tensor) -> Result<()> {
+    let values: Vec<f64> = weight.to_dtype(DType::F64)?.to_vec1()?;
+    let broken = values.iter().filter(|value| !value.is_finite()).count();
+    ensure!(
+        broken == 0,
+        "{parameter}: {broken} of {} values are not finite",
+        values.len()
+    );
+    Ok(())
+}
+
+fn describe(hash: Hash) -> String {
+    let blocks = |family, seed| {
+        let signed = if hash.signed() { "signed" } else { "unsigned" };
+        format!("{family}, seed {seed}, block {}, {signed}", hash.block())
+    };
+    match hash {
+        hash if hash == Hash::original() => "HashedEmbeddingBag's".to_string(),
+        Hash::Affine(affine) if affine.overflow == Overflow::Refuse => {
+            format!("ROBE's, block {}", hash.block())
+        }
+        Hash::Affine(_) => format!("affine, block {}", hash.block()),
+        Hash::Balanced(Balanced { seed, .. }) => blocks("balanced", seed),
+        Hash::Mix(Mix { seed, .. }) => blocks("mix", seed),
+        other => format!("{other:?}"),
+    }
+}
+
+fn new_table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_style(presets::UTF8_FULL_CONDENSED.with_rounded_corners())
+        .set_header(header);
+    table
+}
+
+fn tensor_row(key: &str, info: &TensorInfo) -> [String; 3] {
+    let dims = format!("{:?}", info.shape);
+    [key.to_string(), info.dtype.clone(), dims]
+}

@@ -1,0 +1,61 @@
+//! From a PyTorch state dict to a self-describing checkpoint, and a look into either.
+//!
+//! ```text
+//! cargo install --path convert      once; then, say
+//! convert model.pth model.safetensors --bag user:6040x16,mode=mean
+//! convert --help
+//! ```
+//!
+//! | module | |
+//! |---|---|
+//! | [`arguments`] | the command line |
+//! | [`conversion`] | the layers of a state dict, written as a checkpoint |
+//! | [`inspection`] | what a state dict or a checkpoint holds |
+
+mod arguments;
+mod conversion;
+mod inspection;
+
+use std::io::{self, ErrorKind, Write};
+
+use anyhow::{ensure, Context, Result};
+use candle_hashed_embedding_bag::StateDict;
+use clap::Parser;
+
+use crate::arguments::Options;
+
+fn main() -> Result<()> {
+    let report = run(Options::parse())?;
+    let mut stdout = io::stdout().lock();
+    match stdout
+        .write_all(report.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        // Whoever reads this has seen enough, as in `convert model.pth | head -1`.
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        written => written.context("standard output"),
+    }
+}
+
+/// Does what is asked, and returns what there is to say of it.
+fn run(options: Options) -> Result<String> {
+    if let Some(checkpoint) = &options.inspect {
+        return inspection::inspect(checkpoint);
+    }
+    let path = options.state_dict.as_ref().context("no state dict")?;
+    let state = match &options.key {
+        None => StateDict::open(path)?,
+        Some(key) => StateDict::open_nested(path, key)?,
+    };
+    let Some(checkpoint) = &options.checkpoint else {
+        return inspection::list(state);
+    };
+    ensure!(
+        options.requests().next().is_some(),
+        "which entries are hashed layers? --bag, --embedding, --robe, --robe-dlrm and --fit say so; `convert {}` lists the \
+         entries",
+        path.display()
+    );
+    let fits = conversion::convert(state, options.requests(), !options.layers_only, checkpoint)?;
+    Ok(fits + &inspection::inspect(checkpoint)?)
+}

@@ -1,0 +1,262 @@
+//! The program `convert` as a process, on state dicts that PyTorch wrote.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+
+use anyhow::{ensure, Result};
+use candle_core::{DType, Device, Module, Tensor};
+use candle_hashed_embedding_bag::{
+    checkpoint, Checkpoint, HashedEmbeddingBag, HashedEmbeddingBagConfig, StateDict,
+};
+use tempfile::TempDir;
+
+/// The folder that `tests/golden` is in.
+const REPOSITORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
+
+/// The program with these arguments; `{}` stands for `folder`.
+fn command(folder: &TempDir, arguments: &str) -> Command {
+    let arguments = arguments.replace("{}", &folder.path().display().to_string());
+    let mut command = Command::new(env!("CARGO_BIN_EXE_convert"));
+    command
+        .args(arguments.split_whitespace())
+        .current_dir(REPOSITORY);
+    command
+}
+
+/// What it prints.
+fn convert(folder: &TempDir, arguments: &str) -> Result<String> {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = command(folder, arguments).output()?;
+    ensure!(
+        status.success(),
+        "{arguments}: {}",
+        String::from_utf8(stderr)?
+    );
+    Ok(String::from_utf8(stdout)?)
+}
+
+/// What it says when it fails, which it must.
+fn refused(folder: &TempDir, arguments: &str) -> Result<String> {
+    let output = command(folder, arguments).output()?;
+    ensure!(!output.status.success(), "{arguments}: not refused");
+    Ok(String::from_utf8(output.stderr)?)
+}
+
+#[track_caller]
+fn assert_says(said: &str, lines: &[&str]) {
+    let said: Vec<String> = said
+        .lines()
+        .map(|line| line.replace(['│', '┆'], " "))
+        .map(|line| line.split_whitespace().collect::<Vec<_>>().join(" "))
+        .collect();
+    for line in lines {
+        assert!(
+            said.iter().any(|said| said.contains(line)),
+            "{said:#?}\nlacks {line}"
+        );
+    }
+}
+
+#[test]
+fn every_kind() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for (arguments, lines) in [
+        (
+            "tests/golden/original.pth {}/out --bag :1000x16,mode=mean,padding_idx=-1,include_last_offset",
+            &["1000 16 mean -1 HashedEmbeddingBag's f32 1600 1/10.0 6400", "bytes, checked"][..],
+        ),
+        (
+            "tests/golden/original_embedding.pth {}/out --key state_dict --embedding words:3000x10",
+            &["words.hashed_embedding_bag.hashed_weight 3000 10 sum - HashedEmbeddingBag's f32 900", "head.weight f32 [2, 10]"],
+        ),
+        (
+            "tests/golden/robe.pth {}/out --robe :1000x20,uma_chunk_size=8,val_offset=1234",
+            &["1000 20 sum - ROBE's, block 8 f32 500 1/40.0 2000"],
+        ),
+        (
+            "tests/golden/robe_cpu.pth {}/out --robe :1000x10,uma_chunk_size=4,val_offset=77",
+            &["1000 10 sum - ROBE's, block 4 f32 300"],
+        ),
+        (
+            "tests/golden/robe_dlrm.pth {}/out --key state_dict --robe-dlrm :100+7+1000x16,uma_chunk_size=8",
+            &["100 + 7 + 1000 16 sum - ROBE's, block 8 f32 640 1/27.7 2560", "bot_l.0.weight f32 [16, 13]"],
+        ),
+        (
+            "tests/golden/original_embedding.pth {}/out --key state_dict --fit head,compression=1/2",
+            &["\"head\" is fitted with a relative error of", "head.hashed_weight 2 10 sum - balanced, seed 0, block 4, signed f32 12"],
+        ),
+        (
+            "tests/golden/robe_dlrm.safetensors {}/out --robe-dlrm :100+7+1000x16,uma_chunk_size=8 --layers-only",
+            &["100 + 7 + 1000 16"],
+        ),
+    ] {
+        let said = convert(&folder, arguments)?;
+        assert_says(&said, lines);
+        assert!(said.ends_with(&convert(&folder, "--inspect {}/out")?));
+    }
+    assert!(!convert(&folder, "--inspect {}/out")?.contains("bot_l"));
+    Ok(())
+}
+
+#[test]
+fn the_layer_is_the_one_imported() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    convert(
+        &folder,
+        "tests/golden/robe.pth {}/out --robe :1000x20,uma_chunk_size=8,val_offset=1234",
+    )?;
+    let opened = Checkpoint::open(folder.path().join("out"))?;
+    let opened = opened.hashed_embedding_bag("", DType::F32, &Device::Cpu)?;
+    let mut state = StateDict::open(Path::new(REPOSITORY).join("tests/golden/robe.pth"))?;
+    let config = HashedEmbeddingBagConfig {
+        first_row: 1234,
+        ..Default::default()
+    };
+    let imported = state.robe("", 1000, 20, 8, config, &Device::Cpu)?;
+    let indices = Tensor::new(&[[0u32, 1, 999], [7, 7, 500]], &Device::Cpu)?;
+    assert_eq!(
+        opened.forward(&indices)?.to_vec2::<f32>()?,
+        imported.forward(&indices)?.to_vec2::<f32>()?
+    );
+    Ok(())
+}
+
+#[test]
+fn what_it_says_of_mistakes() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for (arguments, said) in [
+        (
+            "tests/golden/robe.pth {}/out",
+            "which entries are hashed layers?",
+        ),
+        (
+            "tests/golden/robe.pth {}/out --bag 1000x16",
+            "no :ROWSxCOLUMNS",
+        ),
+        (
+            "tests/golden/robe.pth {}/out --bag :1000",
+            "no x in ROWSxCOLUMNS",
+        ),
+        (
+            "tests/golden/robe.pth {}/out --bag :1e3x16",
+            "rows must be a number in range, got \"1e3\"",
+        ),
+        (
+            "tests/golden/robe.pth {}/out --bag :5+5x16",
+            "one table has one number of rows",
+        ),
+        (
+            "tests/golden/robe.pth {}/out --bag :5x16,mode=median",
+            "mode must be sum, mean or max",
+        ),
+        (
+            "tests/golden/robe.pth {}/out --bag :5x16,val_offset=3",
+            "unknown option \"val_offset\", only mode, padding_idx, include_last_offset",
+        ),
+        (
+            "tests/golden/robe.pth {}/out --bag :1000x16",
+            "random_numbers is no entry of this module",
+        ),
+        (
+            "tests/golden/robe_dlrm.pth {}/out --bag :1000x16",
+            "the state dict may be under state_dict",
+        ),
+        (
+            "--inspect tests/golden/robe_dlrm.safetensors",
+            "no hashed_embedding_bag in __metadata__",
+        ),
+        ("--inspect {}/out --layers-only", "cannot be used with"),
+        ("{}/none.pth", "No such file"),
+    ] {
+        let got = refused(&folder, arguments)?;
+        assert!(got.contains(said), "{got}\nlacks {said}");
+    }
+    assert!(
+        !folder.path().join("out").exists(),
+        "nothing is written on an error"
+    );
+
+    let nan = HashedEmbeddingBag::new(
+        Tensor::new(&[1f32, f32::NAN], &Device::Cpu)?,
+        10,
+        2,
+        HashedEmbeddingBagConfig::default(),
+    )?;
+    checkpoint::save(folder.path().join("nan"), [], [("a", &nan)])?;
+    let got = refused(&folder, "--inspect {}/nan")?;
+    assert!(
+        got.contains("a.hashed_weight: 1 of 2 values are not finite"),
+        "{got}"
+    );
+    Ok(())
+}
+
+#[test]
+fn listing() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let said = convert(&folder, "tests/golden/robe.pth")?;
+    assert_says(
+        &said,
+        &[
+            "hashed_weight f32 [500]",
+            "random_numbers i64 [51]",
+            "signature i64 [2]",
+        ],
+    );
+    Ok(())
+}
+
+#[test]
+fn what_candle_has_no_dtype_for_is_listed_and_left_out() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let said = convert(&folder, "tests/golden/structures/dtypes.pth")?;
+    assert_says(
+        &said,
+        &[
+            "mask bool [3]",
+            "codes i8 [1, 2]",
+            "sparse - -",
+            "user.hashed_weight f32 [40]",
+            "\"mask\": candle has no dtype for bool",
+            "import: sparse: a tensor made by _rebuild_sparse_tensor, which is not read",
+        ],
+    );
+    let arguments = "tests/golden/structures/dtypes.pth {}/out --bag user:10x4";
+    // Tensors of other kinds cannot be left out by their dtype.
+    let said = refused(&folder, arguments)?;
+    assert_says(&said, &["import: meta: a tensor made by"]);
+    convert(&folder, &format!("{arguments} --layers-only"))?;
+
+    let arguments = "tests/golden/structures/lacking.pth {}/out --bag user:10x4";
+    let said = convert(&folder, arguments)?;
+    assert_says(
+        &said,
+        &[
+            "\"mask\" is left out: candle has no dtype for bool",
+            "\"codes\" is left out: candle has no dtype for i8",
+            "user.hashed_weight 10 4 sum",
+            "head.weight f32 [2, 4]",
+        ],
+    );
+    let opened = Checkpoint::open(folder.path().join("out"))?;
+    let names: Vec<_> = opened.tensor_names().collect();
+    assert_eq!(names, ["head.bias", "head.weight", "user.hashed_weight"]);
+    Ok(())
+}
+
+#[test]
+fn a_closed_standard_output_is_no_error() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let mut process = command(&folder, "tests/golden/robe.pth")
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    drop(process.stdout.take());
+    let output = process.wait_with_output()?;
+    assert!(output.status.success(), "{output:?}");
+    assert!(output.stderr.is_empty(), "{output:?}");
+    Ok(())
+}

@@ -1,0 +1,117 @@
+//! Trains a recommender whose embedding tables are hashed, evaluates it, and recommends movies with it.
+//!
+//! ```text
+//! cargo run --release -p recommender                            train on generated ratings, evaluate
+//! cargo run --release -p recommender -- recommend --user 42     ask the trained model
+//! cargo run --release -p recommender -- --data ml-1m            the same on a MovieLens set
+//! cargo run --release -p recommender -- recommend --user 42 --data ml-1m
+//! cargo run --release -p recommender -- --data train.txt --format criteo     a click log
+//! cargo run --release -p recommender -- sweep --data ml-1m      quality against size
+//! ```
+
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use candle_nn::VarMap;
+use clap::Parser;
+
+use recommender::data::{write_generated, Data, Part};
+use recommender::evaluate::evaluate;
+use recommender::model::Dlrm;
+use recommender::options::{self, Command, Format, Options};
+use recommender::output;
+use recommender::recommend::{recommend, user_row};
+use recommender::report::{self, Summary};
+use recommender::saved::{self, ClickModel, Recommender};
+use recommender::sweep::sweep;
+use recommender::{init, train};
+
+fn main() -> Result<()> {
+    match Options::parse().command() {
+        Command::Train(options) => train_and_save(&options),
+        Command::Evaluate(options) => evaluate_saved(&options),
+        Command::Recommend(options) => print_recommendations(&options),
+        Command::Sweep(options) => sweep(&options),
+        Command::Generate(options) => generate(&options),
+    }?;
+    output::finish()
+}
+
+fn train_and_save(options: &options::Train) -> Result<()> {
+    let start = Instant::now();
+    let (path, device) = (options.common.checkpoint(), options.common.device()?);
+    output::ensure_replaceable(&path)?;
+    let data = options.load()?;
+    let examples = data.examples();
+    let vars = VarMap::new();
+    let model = Dlrm::new(
+        &examples.schema(),
+        options.embedding_config()?,
+        init::seeded(&vars, options.seed, &device),
+    )?;
+    report::introduction(&data, &model);
+
+    let best = train::train(&model, &vars, examples, options.settings(&data))?;
+    let test = evaluate(&model, examples, Part::Test)?;
+    saved::save(&path, &model, &vars, &data)?;
+    Summary::default()
+        .fact("best epoch", best.epoch.to_string())
+        .metrics("valid", best.valid)
+        .metrics("test", test)
+        .best_reachable(data.truth())
+        .parameters(&model)
+        .checkpoint(&path)?
+        .fact(
+            "seconds",
+            format!(
+                "{:.1} training, {:.1} in all",
+                best.seconds,
+                start.elapsed().as_secs_f64()
+            ),
+        )
+        .print();
+    best.ensure_converged()
+}
+
+fn evaluate_saved(options: &options::Evaluate) -> Result<()> {
+    let (common, reading) = (&options.common, &options.reading);
+    let (path, device) = (common.checkpoint(), common.device()?);
+    let (model, data) = match reading.format {
+        Format::Movielens => {
+            let recommender = Recommender::open(&path, &device)?;
+            let ratings = recommender.ratings(common.data.clone())?;
+            (recommender.model, Data::Ratings(ratings))
+        }
+        Format::Criteo => {
+            let clicks = ClickModel::open(&path, &device)?;
+            let log = common.data.as_deref().context("--format needs --data")?;
+            let log = clicks.clicks(log, reading.skip_malformed)?;
+            (clicks.model, Data::Clicks(log))
+        }
+    };
+    let test = evaluate(&model, data.examples(), Part::Test)?.ensure_finite()?;
+    Summary::default()
+        .metrics("test", test)
+        .best_reachable(data.truth())
+        .parameters(&model)
+        .print();
+    Ok(())
+}
+
+fn print_recommendations(options: &options::Recommend) -> Result<()> {
+    let recommender = Recommender::open(&options.common.checkpoint(), &options.common.device()?)?;
+    let user = user_row(&recommender, options.user)?;
+    let movies = recommend(&recommender, user, 10)?;
+    let titles = recommender.source(options.common.data.clone())?.titles()?;
+    report::recommendations(&recommender.catalog, user, &titles, &movies);
+    Ok(())
+}
+
+fn generate(options: &options::Generate) -> Result<()> {
+    let truth = write_generated(&options.file, options.lines.get(), options.seed)?;
+    Summary::default()
+        .fact("written", options.file.display().to_string())
+        .best_reachable(Some(truth))
+        .print();
+    Ok(())
+}

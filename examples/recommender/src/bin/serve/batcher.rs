@@ -1,0 +1,279 @@
+//! Concurrent requests gathered into batches, behind a bounded queue.
+//!
+//! A batch is computed when it is full, or when its oldest request has waited for the deadline; while one is computed the
+//! next one gathers, so under load there is no waiting for the deadline. Room in the queue is counted in rows and not in
+//! requests, since rows are what takes time and memory. A request holds its room until it is answered.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, OwnedSemaphorePermit, Semaphore};
+use tokio::time::{timeout_at, Instant};
+
+use crate::metrics::{Batches, Metrics};
+use crate::serving::Model;
+
+#[derive(Clone, Copy)]
+pub struct Limits {
+    /// Most rows in a batch.
+    pub batch_rows: usize,
+    /// Longest time that a request waits for others.
+    pub deadline: Duration,
+    /// Most rows that wait or are being computed.
+    pub queue_rows: usize,
+}
+
+/// What a request asks of a model. All of its rows must be valid for that model.
+pub enum Work {
+    /// (user row, movie row) pairs, to be scored.
+    Pairs(Vec<(u32, u32)>),
+    /// Bags of rows of a table, to be pooled; `offsets` are their starts.
+    Bags {
+        table: String,
+        indices: Vec<i64>,
+        offsets: Vec<i64>,
+    },
+}
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub enum Failure {
+    /// The queue has no room.
+    Full,
+    /// What went wrong in the model.
+    Model(String),
+}
+
+pub type Answer = Result<Vec<f32>, Failure>;
+
+pub struct Batcher {
+    limits: Limits,
+    queue: mpsc::UnboundedSender<Job>,
+    room: Arc<Semaphore>,
+}
+
+struct Job {
+    model: Arc<Model>,
+    work: Work,
+    accepted: Instant,
+    caller: Caller,
+}
+
+/// Who waits for a part of a batch's answers, and the room in the queue that is held meanwhile.
+struct Caller {
+    reply: oneshot::Sender<Answer>,
+    room: OwnedSemaphorePermit,
+}
+
+impl Caller {
+    fn answer(self, answer: Answer) {
+        // Before the answer, so that a caller who asks again at once finds the room.
+        drop(self.room);
+        // A caller that has gone needs no answer.
+        let _ = self.reply.send(answer);
+    }
+}
+
+impl Batcher {
+    pub fn start(limits: Limits, metrics: &Metrics) -> Self {
+        let (queue, jobs) = mpsc::unbounded_channel();
+        tokio::spawn(run(jobs, limits, metrics.batches.clone()));
+        Self {
+            limits,
+            queue,
+            room: Arc::new(Semaphore::new(limits.queue_rows)),
+        }
+    }
+
+    /// Most rows of a request.
+    pub fn max_rows(&self) -> usize {
+        self.limits.batch_rows
+    }
+
+    /// Rows that wait or are being computed.
+    pub fn queued_rows(&self) -> usize {
+        self.limits.queue_rows - self.room.available_permits()
+    }
+
+    /// What `model` answers to at most [`max_rows`](Self::max_rows) rows, computed together with what others ask.
+    pub async fn compute(&self, model: &Arc<Model>, work: Work) -> Answer {
+        if work.rows() == 0 {
+            return Ok(Vec::new());
+        }
+        let room = self.room.clone().try_acquire_many_owned(work.rows() as u32);
+        let room = room.map_err(|_| Failure::Full)?;
+        let (reply, answer) = oneshot::channel();
+        let job = Job {
+            model: model.clone(),
+            work,
+            accepted: Instant::now(),
+            caller: Caller { reply, room },
+        };
+        // Only a panic closes the other end of either channel.
+        let lost = || Failure::Model("the computation panicked".to_owned());
+        self.queue.send(job).map_err(|_| lost())?;
+        let values = answer.await.map_err(|_| lost())??;
+        match values.iter().find(|value| !value.is_finite()) {
+            Some(value) => Err(Failure::Model(format!("the model answers {value}"))),
+            None => Ok(values),
+        }
+    }
+}
+
+impl Work {
+    fn rows(&self) -> usize {
+        match self {
+            Self::Pairs(pairs) => pairs.len(),
+            Self::Bags {
+                indices, offsets, ..
+            } => indices.len().max(offsets.len()),
+        }
+    }
+
+    /// How many answers there are: one per pair or bag, all of the same number of values.
+    fn answers(&self) -> usize {
+        match self {
+            Self::Pairs(pairs) => pairs.len(),
+            Self::Bags { offsets, .. } => offsets.len(),
+        }
+    }
+
+    /// Appends the rows of `other`, or returns it if one computation cannot answer both.
+    fn join(&mut self, other: Self) -> Option<Self> {
+        match (self, other) {
+            (Self::Pairs(pairs), Self::Pairs(more)) => {
+                pairs.extend(more);
+                None
+            }
+            (
+                Self::Bags {
+                    table,
+                    indices,
+                    offsets,
+                },
+                Self::Bags {
+                    table: same,
+                    indices: more,
+                    offsets: starts,
+                },
+            ) if *table == same => {
+                let start = indices.len() as i64;
+                indices.extend(more);
+                offsets.extend(starts.iter().map(|offset| start + offset));
+                None
+            }
+            (_, other) => Some(other),
+        }
+    }
+}
+
+/// Gathers and computes batches until the queue is closed.
+async fn run(mut jobs: mpsc::UnboundedReceiver<Job>, limits: Limits, metrics: Batches) {
+    let mut next = None;
+    while let Some(batch) = gather(&mut jobs, &mut next, limits).await {
+        let rows: usize = batch.iter().map(|job| job.work.rows()).sum();
+        metrics.requests.observe(batch.len() as f64);
+        metrics.rows.observe(rows as f64);
+        let start = Instant::now();
+        // Off the threads that serve connections. The callers of a computation that panics learn of it by their replies.
+        if let Err(error) = tokio::task::spawn_blocking(|| compute(batch)).await {
+            tracing::error!(%error, "a batch");
+        }
+        metrics.seconds.observe(start.elapsed().as_secs_f64());
+    }
+}
+
+/// The next batch; `next` keeps the job that did not fit into it.
+async fn gather(
+    jobs: &mut mpsc::UnboundedReceiver<Job>,
+    next: &mut Option<Job>,
+    limits: Limits,
+) -> Option<Vec<Job>> {
+    let first = match next.take() {
+        Some(job) => job,
+        None => jobs.recv().await?,
+    };
+    let deadline = first.accepted + limits.deadline;
+    let mut rows = first.work.rows();
+    let mut batch = vec![first];
+    // Past the deadline this still takes what is there already.
+    while rows < limits.batch_rows {
+        let Ok(Some(job)) = timeout_at(deadline, jobs.recv()).await else {
+            break;
+        };
+        rows += job.work.rows();
+        if rows > limits.batch_rows {
+            *next = Some(job);
+            break;
+        }
+        batch.push(job);
+    }
+    Some(batch)
+}
+
+/// Jobs that one computation answers.
+struct Group {
+    model: Arc<Model>,
+    work: Work,
+    callers: Vec<(usize, Caller)>,
+}
+
+impl Group {
+    fn new(job: Job) -> Self {
+        Self {
+            callers: vec![(job.work.answers(), job.caller)],
+            model: job.model,
+            work: job.work,
+        }
+    }
+
+    /// Adds the job, or returns it if it does not belong here.
+    fn join(&mut self, job: Job) -> Option<Job> {
+        if !Arc::ptr_eq(&self.model, &job.model) {
+            return Some(job);
+        }
+        let answers = job.work.answers();
+        match self.work.join(job.work) {
+            None => {
+                self.callers.push((answers, job.caller));
+                None
+            }
+            Some(work) => Some(Job { work, ..job }),
+        }
+    }
+
+    fn answer(self) {
+        match self.model.compute(&self.work) {
+            Ok(values) => {
+                let width = values.len() / self.work.answers().max(1);
+                let mut values = values.as_slice();
+                for (answers, caller) in self.callers {
+                    let (own, rest) = values.split_at(answers * width);
+                    values = rest;
+                    caller.answer(Ok(own.to_vec()));
+                }
+            }
+            Err(error) => {
+                let message = format!("{error:#}");
+                for (_, caller) in self.callers {
+                    caller.answer(Err(Failure::Model(message.clone())));
+                }
+            }
+        }
+    }
+}
+
+fn compute(batch: Vec<Job>) {
+    let mut groups: Vec<Group> = Vec::new();
+    // Nothing is computed for callers who have gone.
+    for job in batch
+        .into_iter()
+        .filter(|job| !job.caller.reply.is_closed())
+    {
+        let left = groups
+            .iter_mut()
+            .try_fold(job, |job, group| group.join(job));
+        groups.extend(left.map(Group::new));
+    }
+    groups.into_iter().for_each(Group::answer);
+}

@@ -1,0 +1,79 @@
+//! The command line.
+
+use std::num::NonZeroU32;
+use std::time::Duration;
+
+use anyhow::{ensure, Result};
+use clap::Parser;
+
+use crate::batcher::Limits;
+use crate::input::BodyLimits;
+use recommender::options::Common;
+
+/// Serves a trained recommender over HTTP.
+///
+/// The checkpoint is read again, and the model replaced, at SIGHUP or POST /reload. SIGTERM finishes what is in flight.
+/// The log goes to standard error; RUST_LOG=debug shows every request.
+#[derive(Parser)]
+#[command(name = "serve")]
+pub struct Options {
+    #[command(flatten)]
+    pub model: Common,
+    /// Address or name, and port, to listen on; port 0 takes a free one. The first line of standard output says which.
+    #[arg(long, default_value = "127.0.0.1:8080", value_name = "HOST:PORT")]
+    pub listen: String,
+    /// Most rows computed at once, and most in one request. A row is a pair to score, or an index or a bag to embed.
+    #[arg(long, default_value_t = 4096, value_name = "ROWS")]
+    batch_rows: u32,
+    /// Longest time that a request waits for others to be computed with it. Those that come while a batch is computed
+    /// are the next batch whatever this is.
+    #[arg(long, default_value_t = 0, value_name = "MS")]
+    batch_deadline_ms: u64,
+    /// Most rows that wait or are being computed; requests beyond are answered 503.
+    #[arg(long, default_value_t = 65536, value_name = "ROWS")]
+    queue_rows: u32,
+    /// Largest body of a request; others are answered 413.
+    #[arg(long, default_value_t = 1 << 20, value_name = "BYTES")]
+    max_body_bytes: usize,
+    /// Longest time that a client may take for the head of a request, counted from the end of the one before, and again for
+    /// its body. So much later an idle connection ends too.
+    #[arg(long, default_value = "30", value_name = "SECONDS")]
+    read_timeout_seconds: NonZeroU32,
+    /// Most connections at a time; others wait to be accepted. Each takes a file descriptor.
+    #[arg(long, default_value = "1000", value_name = "COUNT")]
+    pub max_connections: NonZeroU32,
+    /// Longest time that SIGTERM waits for requests in flight.
+    #[arg(long, default_value_t = 30, value_name = "SECONDS")]
+    drain_seconds: u64,
+}
+
+impl Options {
+    pub fn limits(&self) -> Result<Limits> {
+        ensure!(
+            1 <= self.batch_rows && self.batch_rows <= self.queue_rows,
+            "--batch-rows must lie in 1..={}, which is --queue-rows, got {}",
+            self.queue_rows,
+            self.batch_rows
+        );
+        Ok(Limits {
+            batch_rows: self.batch_rows as usize,
+            deadline: Duration::from_millis(self.batch_deadline_ms),
+            queue_rows: self.queue_rows as usize,
+        })
+    }
+
+    pub fn body_limits(&self) -> BodyLimits {
+        BodyLimits {
+            max_bytes: self.max_body_bytes,
+            timeout: self.read_timeout(),
+        }
+    }
+
+    pub fn read_timeout(&self) -> Duration {
+        Duration::from_secs(self.read_timeout_seconds.get().into())
+    }
+
+    pub fn drain(&self) -> Duration {
+        Duration::from_secs(self.drain_seconds)
+    }
+}

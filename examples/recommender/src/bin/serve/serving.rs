@@ -1,0 +1,149 @@
+//! The model in service, and its replacement while requests run.
+//!
+//! A [`Model`] never changes. Each request takes the one in service when it arrives and keeps it to its end, so a
+//! replacement disturbs none of them; the old model goes when its last request does.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, RwLock};
+
+use anyhow::{ensure, Context, Result};
+use candle_core::Device;
+use candle_hashed_embedding_bag::HashedEmbeddingBag;
+
+use crate::batcher::Work;
+use recommender::data::Catalog;
+use recommender::embeddings::{list, Embeddings};
+use recommender::options::Common;
+use recommender::saved::Recommender;
+
+pub struct Model {
+    recommender: Recommender,
+    tables: Vec<(String, HashedEmbeddingBag)>,
+    /// By published movie id; empty where the checkpoint does not say and `--data` is not given.
+    titles: BTreeMap<i64, String>,
+    device: Device,
+    /// 1 for the model the server started with, and one more for each that replaced it.
+    pub generation: u64,
+}
+
+pub struct Serving {
+    source: Common,
+    device: Device,
+    current: RwLock<Arc<Model>>,
+    /// Held while a checkpoint is read: of two reloads, the later one reads the later file.
+    reloading: tokio::sync::Mutex<()>,
+}
+
+impl Serving {
+    pub fn open(source: Common) -> Result<Self> {
+        let device = source.device()?;
+        let model = Model::open(&source, &device, 1)?;
+        Ok(Self {
+            source,
+            device,
+            current: RwLock::new(Arc::new(model)),
+            reloading: tokio::sync::Mutex::default(),
+        })
+    }
+
+    /// The model that new requests are answered by.
+    pub fn model(&self) -> Arc<Model> {
+        let current = self.current.read();
+        current.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads the checkpoint again and puts its model in service.
+    ///
+    /// # Errors
+    /// What is wrong with the new checkpoint; the old model then stays.
+    pub async fn reload(&self) -> Result<Arc<Model>> {
+        let _turn = self.reloading.lock().await;
+        let (source, device) = (self.source.clone(), self.device.clone());
+        let generation = self.model().generation + 1;
+        let open = move || Model::open(&source, &device, generation);
+        let model = Arc::new(tokio::task::spawn_blocking(open).await??);
+        let current = self.current.write();
+        *current.unwrap_or_else(PoisonError::into_inner) = model.clone();
+        Ok(model)
+    }
+}
+
+impl Model {
+    fn open(source: &Common, device: &Device, generation: u64) -> Result<Self> {
+        let recommender = Recommender::open(&source.checkpoint(), device)?;
+        let titles = match recommender.source(source.data.clone()) {
+            Ok(data) => data.titles()?,
+            Err(_) if source.data.is_none() => BTreeMap::new(),
+            Err(error) => return Err(error),
+        };
+        let model = Self {
+            tables: tables(recommender.model.embeddings())?,
+            recommender,
+            titles,
+            device: device.clone(),
+            generation,
+        };
+        // The first forward makes thread pools and loads kernels: now, and not at the first request. It also shows that
+        // this model can answer.
+        let scored = model.compute(&Work::Pairs(vec![(0, 0)]))?;
+        ensure!(
+            scored.iter().all(|logit| logit.is_finite()),
+            "the model scores its first user and movie as {scored:?}"
+        );
+        Ok(model)
+    }
+
+    pub fn catalog(&self) -> &Catalog {
+        &self.recommender.catalog
+    }
+
+    pub fn title(&self, movie: i64) -> Option<&str> {
+        self.titles.get(&movie).map(String::as_str)
+    }
+
+    /// The embedding tables, by name.
+    pub fn tables(&self) -> impl Iterator<Item = (&str, &HashedEmbeddingBag)> {
+        self.tables.iter().map(|(name, table)| (&**name, table))
+    }
+
+    pub fn table(&self, name: &str) -> Option<&HashedEmbeddingBag> {
+        self.tables()
+            .find_map(|(table, layer)| (table == name).then_some(layer))
+    }
+
+    /// A logit per pair, or the vectors of the bags one after the other.
+    pub fn compute(&self, work: &Work) -> Result<Vec<f32>> {
+        match work {
+            Work::Pairs(pairs) => {
+                let batch = self.catalog().batch(pairs);
+                Ok(self.recommender.model.forward(&batch)?.to_vec1()?)
+            }
+            Work::Bags {
+                table,
+                indices,
+                offsets,
+            } => {
+                let layer = self.table(table).context("no such table")?;
+                let end = layer
+                    .config()
+                    .include_last_offset
+                    .then_some(indices.len() as i64);
+                let offsets: Vec<i64> = offsets.iter().copied().chain(end).collect();
+                let indices = list(indices, &self.device)?;
+                let offsets = list(&offsets, &self.device)?;
+                let vectors = layer.forward_with_offsets(&indices, &offsets)?;
+                Ok(vectors.flatten_all()?.to_vec1()?)
+            }
+        }
+    }
+}
+
+/// The embedding tables by name, each as a layer of its own on the parameter that it shares.
+fn tables(embeddings: &Embeddings) -> Result<Vec<(String, HashedEmbeddingBag)>> {
+    let names = embeddings
+        .collections()
+        .flat_map(|(_, collection)| collection.tables().map(move |(name, _)| (collection, name)));
+    names
+        .map(|(collection, name)| Ok((name.to_owned(), collection.table(name)?)))
+        .collect()
+}

@@ -1,0 +1,118 @@
+//! Where examples come from, and the form in which a model sees them.
+//!
+//! ```text
+//! MovieLens files ─┐
+//!                  ├──> Ratings, in memory ──┐
+//! generator ───────┘                         ├──> Examples ──> batches of numbers, bags of rows and labels
+//! Criteo click log ───> Clicks, streamed ────┘
+//! ```
+
+mod bags;
+mod criteo;
+mod ratings;
+
+use std::hash::{Hash, Hasher};
+
+use anyhow::Result;
+use rand::rngs::StdRng;
+use twox_hash::XxHash64;
+
+pub use bags::Bags;
+pub use criteo::{write_generated, Clicks};
+pub use ratings::{Catalog, Entities, Feature, Ratings, Source, MOVIE_FEATURES, USER_FEATURES};
+
+/// Training fits the first part, chooses its epoch by the second and never sees the third.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Part {
+    /// Is fitted.
+    Train,
+    /// Chooses the epoch.
+    Valid,
+    /// Is scored once, at the end.
+    Test,
+}
+
+/// What a model of some examples reads of each.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Schema {
+    /// How many numbers an example has.
+    pub numbers: usize,
+    /// The embedding tables: name and number of rows.
+    pub tables: Vec<(&'static str, usize)>,
+}
+
+/// Examples without their labels.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Batch {
+    /// `Schema::numbers` of each example, one example after the other.
+    pub numbers: Vec<f32>,
+    /// For each table of the schema, the bag of rows that each example pools.
+    pub bags: Vec<Bags>,
+}
+
+/// Batches with a label per example.
+pub type Batches<'a> = Box<dyn Iterator<Item = Result<(Batch, Vec<bool>)>> + 'a>;
+
+/// Examples in three parts.
+pub trait Examples {
+    /// What a model of these examples reads.
+    fn schema(&self) -> Schema;
+
+    /// The number of examples in a part.
+    fn len(&self, part: Part) -> usize;
+
+    /// A part in batches of `batch_size`, the last of what is left: in file order or, given a generator, shuffled.
+    fn batches<'a>(
+        &'a self,
+        part: Part,
+        batch_size: usize,
+        shuffle: Option<&'a mut StdRng>,
+    ) -> Result<Batches<'a>>;
+}
+
+/// Labels, and the probabilities they were drawn with: what is known of generated examples.
+#[derive(Clone, Debug, Default)]
+pub struct Truth {
+    /// Whether each example was liked or clicked.
+    pub labels: Vec<bool>,
+    /// The probability of a positive label of each example.
+    pub probabilities: Vec<f64>,
+}
+
+/// What a program was told to train on.
+pub enum Data {
+    /// Of movies, by users.
+    Ratings(Ratings),
+    /// On advertisements.
+    Clicks(Clicks),
+}
+
+impl Data {
+    /// Either kind as what a model is trained on.
+    pub fn examples(&self) -> &dyn Examples {
+        match self {
+            Self::Ratings(ratings) => ratings,
+            Self::Clicks(clicks) => clicks,
+        }
+    }
+
+    /// A hash of all examples: what is known of a data set is not true of another at the same path.
+    pub fn fingerprint(&self) -> u64 {
+        match self {
+            Self::Ratings(ratings) => {
+                let mut hasher = XxHash64::with_seed(0);
+                (&ratings.catalog, &ratings.rows).hash(&mut hasher);
+                hasher.finish()
+            }
+            Self::Clicks(clicks) => clicks.fingerprint(),
+        }
+    }
+
+    /// The truth of the test part, where it is known.
+    pub fn truth(&self) -> Option<Truth> {
+        match self {
+            Self::Ratings(ratings) => ratings.truth(Part::Test),
+            Self::Clicks(_) => None,
+        }
+    }
+}

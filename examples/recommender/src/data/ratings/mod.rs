@@ -1,0 +1,375 @@
+//! Ratings of movies by users, with what is known of both: small enough to be held in memory.
+//!
+//! ```text
+//! MovieLens files ─┐              ┌─ catalog: users and movies with dense row numbers and their features
+//!                  ├──> Ratings ──┤
+//! generator ───────┘              └─ rows: (user row, movie row, liked) in file order
+//! ```
+//!
+//! The [`Catalog`] is the part a trained model cannot work without, so it travels in the checkpoint.
+
+mod generated;
+mod movielens;
+mod records;
+mod split;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+
+use anyhow::Result;
+use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
+
+use self::split::part;
+use super::{Bags, Batch, Batches, Examples, Part, Schema, Truth};
+
+/// The features a user or a movie may have besides its id, in the order in which the model reads them.
+pub const USER_FEATURES: [&str; 4] = ["gender", "age", "occupation", "zip"];
+/// See [`USER_FEATURES`].
+pub const MOVIE_FEATURES: [&str; 2] = ["genres", "words"];
+
+/// A word in a single title says nothing that the movie's own row does not.
+const MIN_WORD_COUNT: usize = 2;
+
+/// Where ratings come from.
+pub enum Source {
+    /// Made up, with a planted structure.
+    Generated {
+        /// Decides all of it.
+        seed: u64,
+    },
+    /// The folder of a MovieLens set.
+    Files(PathBuf),
+}
+
+/// A data set.
+pub struct Ratings {
+    /// Where it came from.
+    pub source: Source,
+    /// Its users and movies.
+    pub catalog: Catalog,
+    /// In file order: the split goes by position.
+    pub rows: Vec<Rating>,
+    /// The probability each label was drawn with, where the data is generated.
+    pub probabilities: Option<Vec<f64>>,
+    /// The features that no row has a value of, or none often enough to be learnt from: they get no table.
+    pub left_out: Vec<&'static str>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Hash)]
+pub struct Rating {
+    pub user: u32,
+    pub movie: u32,
+    pub liked: bool,
+}
+
+/// Users and movies as the model knows them.
+#[derive(Clone, Debug, PartialEq, Hash)]
+pub struct Catalog {
+    /// Who rated, or might have.
+    pub users: Entities,
+    /// What was rated, or might have been.
+    pub movies: Entities,
+    /// For each user row, the movie rows this user has rated: not to be recommended again.
+    pub seen: Bags,
+}
+
+/// One side of a rating: all users, or all movies.
+#[derive(Clone, Debug, PartialEq, Hash)]
+pub struct Entities {
+    /// The published ids, ascending; the position of an id is its row. Rows are dense, so the size of the table that
+    /// hashing replaces is the number of distinct ids and not the largest id.
+    pub ids: Vec<i64>,
+    /// What is known of them besides their ids.
+    pub features: Vec<Feature>,
+}
+
+/// A feature with a vocabulary, and the bag of its values that each row of an [`Entities`] has.
+#[derive(Clone, Debug, PartialEq, Hash)]
+pub struct Feature {
+    /// Of the feature, and of its embedding table.
+    pub name: &'static str,
+    /// The distinct values, sorted; the position of a value is its row.
+    pub vocabulary: Vec<String>,
+    /// The rows of the values of each user or movie.
+    pub bags: Bags,
+}
+
+impl Source {
+    /// Reads or makes the data set.
+    ///
+    /// # Errors
+    /// A file that is missing, or a line that does not fit, by file, line and field.
+    pub fn load(self) -> Result<Ratings> {
+        match self {
+            Self::Generated { seed } => generated::generate(seed),
+            Self::Files(dir) => movielens::read(&dir),
+        }
+    }
+
+    /// The titles of all movies by published id, without reading or drawing a single rating.
+    pub fn titles(&self) -> Result<BTreeMap<i64, String>> {
+        match self {
+            Self::Generated { seed } => Ok((1..).zip(generated::titles(*seed)).collect()),
+            Self::Files(dir) => movielens::titles(dir),
+        }
+    }
+}
+
+impl Ratings {
+    /// The ratings of a part, in file order.
+    pub fn part(&self, wanted: Part) -> Vec<Rating> {
+        self.select(wanted, &self.rows)
+    }
+
+    /// The truth of a part, where it is known.
+    pub fn truth(&self, wanted: Part) -> Option<Truth> {
+        let probabilities = self.probabilities.as_ref()?;
+        Some(Truth {
+            labels: self.part(wanted).iter().map(|r| r.liked).collect(),
+            probabilities: self.select(wanted, probabilities),
+        })
+    }
+
+    fn select<T: Copy>(&self, wanted: Part, per_rating: &[T]) -> Vec<T> {
+        (0..)
+            .zip(per_rating)
+            .filter(|(row, _)| part(*row) == wanted)
+            .map(|(_, &value)| value)
+            .collect()
+    }
+}
+
+impl Examples for Ratings {
+    fn schema(&self) -> Schema {
+        self.catalog.schema()
+    }
+
+    fn len(&self, wanted: Part) -> usize {
+        (0..self.rows.len() as u64)
+            .filter(|&row| part(row) == wanted)
+            .count()
+    }
+
+    fn batches<'a>(
+        &'a self,
+        part: Part,
+        batch_size: usize,
+        shuffle: Option<&'a mut StdRng>,
+    ) -> Result<Batches<'a>> {
+        let mut rows = self.part(part);
+        if let Some(rng) = shuffle {
+            rows.shuffle(rng);
+        }
+        let starts = (0..rows.len()).step_by(batch_size);
+        Ok(Box::new(starts.map(move |start| {
+            let rows = &rows[start..rows.len().min(start + batch_size)];
+            let pairs: Vec<_> = rows.iter().map(Rating::pair).collect();
+            let labels = rows.iter().map(|rating| rating.liked).collect();
+            Ok((self.catalog.batch(&pairs), labels))
+        })))
+    }
+}
+
+impl Rating {
+    pub fn pair(&self) -> (u32, u32) {
+        (self.user, self.movie)
+    }
+}
+
+impl Catalog {
+    /// A table per id and per feature, in the order of [`Self::batch`].
+    pub fn schema(&self) -> Schema {
+        let side = |name, entities: &Entities| {
+            let mut tables = vec![(name, entities.ids.len())];
+            tables.extend(
+                entities
+                    .features
+                    .iter()
+                    .map(|feature| (feature.name, feature.vocabulary.len())),
+            );
+            tables
+        };
+        Schema {
+            numbers: 0,
+            tables: [side("user", &self.users), side("movie", &self.movies)].concat(),
+        }
+    }
+
+    /// What a model is asked about (user row, movie row) pairs.
+    pub fn batch(&self, pairs: &[(u32, u32)]) -> Batch {
+        let side = |entities: &Entities, rows: Vec<u32>| {
+            let mut bags: Vec<Bags> = entities
+                .features
+                .iter()
+                .map(|feature| feature.bags.gather(&rows))
+                .collect();
+            bags.insert(0, Bags::of_one_each(rows));
+            bags
+        };
+        let (users, movies) = pairs.iter().copied().unzip();
+        Batch {
+            numbers: Vec::new(),
+            bags: [side(&self.users, users), side(&self.movies, movies)].concat(),
+        }
+    }
+}
+
+impl Entities {
+    /// Users or movies with the features that have values; the names of the others are added to `left_out`.
+    fn new(
+        ids: Vec<i64>,
+        features: impl IntoIterator<Item = Feature>,
+        left_out: &mut Vec<&'static str>,
+    ) -> Self {
+        let is_there = |feature: &Feature| !feature.vocabulary.is_empty();
+        let (features, empty): (_, Vec<_>) = features.into_iter().partition(is_there);
+        left_out.extend(empty.iter().map(|feature| feature.name));
+        Self { ids, features }
+    }
+
+    /// The row of a published id.
+    pub fn row(&self, id: i64) -> Option<u32> {
+        self.ids.binary_search(&id).ok().map(|row| row as u32)
+    }
+
+    /// What to say of an id that has no row; `kind` is "user" or "movie".
+    pub fn unknown(&self, kind: &str, id: i64) -> String {
+        let (first, last) = (
+            self.ids.first().copied().unwrap_or(0),
+            self.ids.last().copied().unwrap_or(0),
+        );
+        format!(
+            "no {kind} {id}: the model knows {} {kind}s, with ids from {first} to {last}",
+            self.ids.len()
+        )
+    }
+
+    /// The values of `feature` at `row`, for people.
+    pub fn describe(&self, feature: &str, row: u32) -> String {
+        let Some(feature) = self.features.iter().find(|f| f.name == feature) else {
+            return String::new();
+        };
+        let values = feature
+            .bags
+            .bag(row as usize)
+            .iter()
+            .map(|&value| feature.vocabulary[value as usize].as_str());
+        values.collect::<Vec<_>>().join(", ")
+    }
+}
+
+impl Feature {
+    /// Builds vocabulary and bags from the values of every row, and drops values that fewer than `min_count` rows have.
+    /// An empty value is one that is missing.
+    fn new<V: AsRef<str>>(name: &'static str, rows: &[Vec<V>], min_count: usize) -> Self {
+        let mut counts: HashMap<&str, usize> = HashMap::new();
+        rows.iter()
+            .flatten()
+            .for_each(|value| *counts.entry(value.as_ref()).or_default() += 1);
+        let mut vocabulary: Vec<&str> = counts
+            .into_iter()
+            .filter(|&(value, count)| !value.is_empty() && count >= min_count)
+            .map(|(value, _)| value)
+            .collect();
+        vocabulary.sort_unstable();
+        let mut bags = Bags::default();
+        for row in rows {
+            bags.push(
+                row.iter()
+                    .filter_map(|v| vocabulary.binary_search(&v.as_ref()).ok())
+                    .map(|value| value as u32),
+            );
+        }
+        Self {
+            name,
+            vocabulary: vocabulary.into_iter().map(str::to_owned).collect(),
+            bags,
+        }
+    }
+}
+
+/// For each user row, the movies this user has rated.
+fn seen(users: usize, ratings: &[Rating]) -> Bags {
+    let mut movies = vec![Vec::new(); users];
+    ratings
+        .iter()
+        .for_each(|rating| movies[rating.user as usize].push(rating.movie));
+    let mut seen = Bags::default();
+    movies.into_iter().for_each(|movies| seen.push(movies));
+    seen
+}
+
+/// The distinct words of a title, lower-cased; the year in brackets counts as a word.
+fn title_words(title: &str) -> Vec<String> {
+    let mut words: Vec<String> = title
+        .split(|c: char| !c.is_alphanumeric())
+        .filter(|word| !word.is_empty())
+        .map(str::to_lowercase)
+        .collect();
+    words.sort_unstable();
+    words.dedup();
+    words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_of_a_title() {
+        assert_eq!(
+            title_words("Amélie & the AMÉLIE (2001)"),
+            ["2001", "amélie", "the"]
+        );
+    }
+
+    #[test]
+    fn rare_values_leave_their_bags() {
+        let feature = Feature::new("words", &[vec!["b", "a"], vec!["rare"], vec!["a", "b"]], 2);
+        assert_eq!(feature.vocabulary, ["a", "b"]);
+        let bags: Vec<&[u32]> = (0..3).map(|row| feature.bags.bag(row)).collect();
+        assert_eq!(bags, [&[1, 0][..], &[], &[0, 1]]);
+    }
+
+    #[test]
+    fn a_batch_asks_every_table_for_one_bag_per_pair() -> Result<()> {
+        let catalog = generated::generate(0)?.catalog;
+        let bags = catalog.batch(&[(7, 1), (3, 0), (7, 0)]).bags;
+        assert_eq!(bags.len(), catalog.schema().tables.len());
+        assert!(bags.iter().all(|bags| bags.len() == 3));
+        assert_eq!(bags[0].indices(), [7, 3, 7]);
+        assert_eq!(bags[4].indices(), [1, 0, 0]);
+        assert_eq!(bags[5].bag(0), catalog.movies.features[0].bags.bag(1));
+        Ok(())
+    }
+
+    #[test]
+    fn batches_hold_a_part_once() -> Result<()> {
+        let ratings = generated::generate(0)?;
+        let mut rng = rand::SeedableRng::seed_from_u64(1);
+        let read = |shuffle| -> Result<Vec<_>> {
+            let mut rows = Vec::new();
+            for batch in ratings.batches(Part::Valid, 1000, shuffle)? {
+                let (batch, liked) = batch?;
+                let pairs = batch.bags[0].indices().iter().zip(batch.bags[4].indices());
+                rows.extend(pairs.zip(liked).map(|((&user, &movie), liked)| Rating {
+                    user,
+                    movie,
+                    liked,
+                }));
+            }
+            Ok(rows)
+        };
+        let (mut shuffled, in_order) = (read(Some(&mut rng))?, read(None)?);
+        assert_eq!(in_order, ratings.part(Part::Valid));
+        assert_eq!(in_order.len(), ratings.len(Part::Valid));
+        assert_ne!(shuffled, in_order);
+        let key = |rating: &Rating| rating.pair();
+        let mut in_order = in_order;
+        shuffled.sort_by_key(key);
+        in_order.sort_by_key(key);
+        assert_eq!(shuffled, in_order);
+        Ok(())
+    }
+}

@@ -1,0 +1,270 @@
+//! The embedding tables, and how the parameters are shared out among them.
+//!
+//! `compression` limits the parameters of all tables together. Small tables (a dozen genres, two genders) stay plain: they
+//! matter much and cost next to nothing. The large ones are hashed into what is left. Each of the two kinds is one
+//! collection: one parameter, one lookup.
+
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor, WithDType};
+use candle_hashed_embedding_bag::{
+    hashed_embedding_bag_collection, Checkpoint, Hash, HashedEmbeddingBagCollection,
+    HashedEmbeddingBagConfig, JaggedLayout, Mode,
+};
+use candle_nn::VarBuilder;
+
+use crate::data::{Bags, Schema};
+
+/// Tables of fewer rows than this are small.
+const SMALL: usize = 64;
+
+/// The names of the collections. A model may lack either.
+const COLLECTIONS: [&str; 2] = ["plain", "hashed"];
+
+/// How to make the tables.
+#[derive(Clone, Copy, Debug)]
+pub struct EmbeddingConfig {
+    /// The columns of every table.
+    pub embedding_dim: usize,
+    /// The most parameters per value of all tables together; 1 is the reference, where every table is plain.
+    pub compression: f64,
+    /// The hash of the large tables.
+    pub hash: Hash,
+}
+
+/// The tables of a schema.
+pub struct Embeddings {
+    collections: Vec<Collection>,
+}
+
+struct Collection {
+    name: &'static str,
+    /// The positions of its tables in the schema.
+    tables: Vec<usize>,
+    collection: HashedEmbeddingBagCollection,
+}
+
+impl Embeddings {
+    /// New tables, with variables from `vb`.
+    ///
+    /// # Errors
+    /// A compression that leaves the large tables less than one block of the hash.
+    pub fn new(schema: &Schema, config: EmbeddingConfig, vb: VarBuilder) -> Result<Self> {
+        let rows: Vec<usize> = schema.tables.iter().map(|&(_, rows)| rows).collect();
+        let (plain, share) = config.share_out(&rows)?;
+        let (small, large): (Vec<usize>, Vec<usize>) =
+            (0..rows.len()).partition(|&table| plain[table]);
+        // In a plain table no two values share a parameter. Even with as many parameters as values, a hash that mixes would
+        // let some share and leave a third of the parameters unused.
+        let identity = Hash::identity(config.embedding_dim);
+        let kinds = [(small, identity, 1.0), (large, config.hash, share)];
+
+        let mut collections = Vec::new();
+        for (name, (tables, hash, compression)) in COLLECTIONS.into_iter().zip(kinds) {
+            if tables.is_empty() {
+                continue;
+            }
+            let bag = HashedEmbeddingBagConfig {
+                // The mean, so that a film of six genres does not count for more than one of two.
+                mode: Mode::Mean,
+                hash: Some(hash),
+                include_last_offset: true,
+                ..Default::default()
+            };
+            let named = tables.iter().map(|&table| schema.tables[table]);
+            let (dim, vb) = (config.embedding_dim, vb.pp(name));
+            let collection = hashed_embedding_bag_collection(named, dim, compression, bag, vb)?;
+            collections.push(Collection {
+                name,
+                tables,
+                collection,
+            });
+        }
+        Ok(Self { collections })
+    }
+
+    /// The tables of a checkpoint, which records their hash.
+    ///
+    /// # Errors
+    /// Tables other than those of the schema.
+    pub fn open(schema: &Schema, checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+        let mut collections = Vec::new();
+        for name in COLLECTIONS {
+            if checkpoint.collections().all(|(other, _)| other != name) {
+                continue;
+            }
+            let collection =
+                checkpoint.hashed_embedding_bag_collection(name, DType::F32, device)?;
+            let position = |table| {
+                let position = schema.tables.iter().position(|known| *known == table);
+                let (name, rows) = table;
+                position.with_context(|| format!("unexpected table {name} of {rows} rows"))
+            };
+            collections.push(Collection {
+                name,
+                tables: collection.tables().map(position).collect::<Result<_>>()?,
+                collection,
+            });
+        }
+        let found: usize = collections.iter().map(|c| c.tables.len()).sum();
+        ensure!(
+            found == schema.tables.len(),
+            "{found} embedding tables instead of {}",
+            schema.tables.len()
+        );
+        Ok(Self { collections })
+    }
+
+    /// Pools `bags`, one list per table of the schema, into `(batch, tables, embedding_dim)`. The tables come in the order of
+    /// the collections, not of the schema.
+    pub fn forward(&self, bags: &[Bags], device: &Device) -> candle_core::Result<Tensor> {
+        let pooled = self.collections.iter().map(|kind| {
+            let bags: Bags = kind.tables.iter().map(|&table| &bags[table]).collect();
+            let values = list(bags.indices(), device)?;
+            let offsets = list(bags.offsets(), device)?;
+            kind.collection
+                .forward_jagged(&values, &offsets, JaggedLayout::FeatureMajor)
+        });
+        Tensor::cat(&pooled.collect::<candle_core::Result<Vec<_>>>()?, 1)
+    }
+
+    /// The collections by name, as a checkpoint wants them.
+    pub fn collections(
+        &self,
+    ) -> impl Iterator<Item = (&'static str, &HashedEmbeddingBagCollection)> {
+        let collections = self.collections.iter();
+        collections.map(|kind| (kind.name, &kind.collection))
+    }
+
+    /// The number of tables.
+    pub fn num_tables(&self) -> usize {
+        self.collections.iter().map(|kind| kind.tables.len()).sum()
+    }
+
+    /// The columns of every table.
+    pub fn embedding_dim(&self) -> usize {
+        let first = self.collections.first();
+        first.map_or(0, |kind| kind.collection.embedding_dim())
+    }
+
+    /// How many values the tables hold: what they store, and what they would store without hashing.
+    pub fn parameters(&self) -> (usize, usize) {
+        let collections = || self.collections().map(|(_, collection)| collection);
+        let stored = collections().map(|c| c.hashed_weight().elem_count()).sum();
+        let rows = collections().flat_map(|c| c.tables());
+        let rows: usize = rows.map(|(_, rows)| rows).sum();
+        (stored, rows * self.embedding_dim())
+    }
+}
+
+impl EmbeddingConfig {
+    /// Which tables, of so many rows each, are plain, and the compression of the others together.
+    fn share_out(&self, rows: &[usize]) -> Result<(Vec<bool>, f64)> {
+        let values = |rows: &[usize]| rows.iter().sum::<usize>() as f64 * self.embedding_dim as f64;
+        let small: Vec<usize> = rows.iter().copied().filter(|&n| n < SMALL).collect();
+        let (all, small) = (values(rows), values(&small));
+        let budget = all * self.compression;
+        if self.compression == 1.0 {
+            return Ok((vec![true; rows.len()], 1.0));
+        }
+        // If there are very few parameters, the ids need them more than plain small tables do.
+        let small_fits = small <= budget / 2.0;
+        let plain = if small_fits { small } else { 0.0 };
+        let is_plain = rows.iter().map(|&n| small_fits && n < SMALL).collect();
+        // A hashed collection is rounded up to whole blocks, so it may exceed its share by up to a block.
+        let share = (budget - plain - self.hash.block() as f64) / (all - plain);
+        ensure!(
+            plain == all || share > 0.0,
+            "a compression of {} leaves {budget:.0} parameters, too few for hashed tables",
+            self.compression
+        );
+        Ok((is_plain, share))
+    }
+}
+
+/// A 1-D tensor. candle cannot allocate an empty one on CUDA, so that is an empty view of another.
+pub fn list<T: WithDType>(values: &[T], device: &Device) -> candle_core::Result<Tensor> {
+    match values {
+        [] => Tensor::zeros(1, T::DTYPE, device)?.narrow(0, 0, 0),
+        values => Tensor::new(values, device),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_nn::VarMap;
+
+    fn embeddings(compression: f64, rows: &[usize]) -> Result<Embeddings> {
+        let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
+        let schema = Schema {
+            numbers: 0,
+            tables: names.into_iter().zip(rows.iter().copied()).collect(),
+        };
+        let config = EmbeddingConfig {
+            embedding_dim: 16,
+            compression,
+            hash: Hash::default_for(16),
+        };
+        let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+        Embeddings::new(&schema, config, vb)
+    }
+
+    #[test]
+    fn the_promise_is_kept_and_used() -> Result<()> {
+        let rows = [6040, 2, 7, 21, 678, 3883, 18, 1461];
+        let all = 16 * rows.iter().sum::<usize>();
+        assert_eq!(embeddings(1.0, &rows)?.parameters(), (all, all));
+        for share in [2, 4, 16, 64, 256, 1024] {
+            let (kept, uncompressed) = embeddings(1.0 / share as f64, &rows)?.parameters();
+            assert_eq!(uncompressed, all);
+            assert!(kept * share <= all, "1/{share}: {kept} of {all}");
+            assert!(kept + 2 * 16 >= all / share, "1/{share}: {kept} of {all}");
+        }
+        assert!(embeddings(1e-5, &rows).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn plain_tables_are_plain() -> Result<()> {
+        let embeddings = embeddings(1.0, &[100, 3])?;
+        let (_, collection) = embeddings.collections().next().context("a collection")?;
+        let weight = collection.hashed_weight().reshape((103, 16))?;
+        let bags = [
+            Bags::of_one_each(vec![99, 0, 7]),
+            Bags::of_one_each(vec![0, 2, 2]),
+        ];
+        let rows = Tensor::new(&[99u32, 100, 0, 102, 7, 102], &Device::Cpu)?;
+        assert_eq!(
+            embeddings.forward(&bags, &Device::Cpu)?.to_vec3::<f32>()?,
+            weight
+                .embedding(&rows)?
+                .reshape((3, 2, 16))?
+                .to_vec3::<f32>()?
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn every_table_gets_its_own_bags() -> Result<()> {
+        // The second of the tables is plain, so the order of the vectors is not that of the bags.
+        let embeddings = embeddings(0.5, &[1000, 3, 500])?;
+        let bags = [vec![999, 1], vec![2, 0], vec![3, 499]].map(Bags::of_one_each);
+        let vectors = embeddings.forward(&bags, &Device::Cpu)?;
+        let mut tables = Vec::new();
+        for (_, collection) in embeddings.collections() {
+            for (name, _) in collection.tables() {
+                let bags = &bags[["a", "b", "c"].iter().position(|n| *n == name).unwrap()];
+                let indices = Tensor::new(bags.indices(), &Device::Cpu)?;
+                let offsets = Tensor::new(bags.offsets(), &Device::Cpu)?;
+                let table = collection.table(name)?;
+                tables.push(table.forward_with_offsets(&indices, &offsets)?);
+            }
+        }
+        assert_eq!(embeddings.num_tables(), 3);
+        assert_eq!(
+            vectors.to_vec3::<f32>()?,
+            Tensor::stack(&tables, 1)?.to_vec3::<f32>()?
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,39 @@
+//! A recommender whose embedding tables are hashed: what the programs `recommender`, which trains, and `serve` share.
+//!
+//! ```text
+//! options ──> data ──> train ──> evaluate ──> saved ──> recommend, or the server
+//!                        │
+//!                      model = embeddings (hashed) + MLPs, begun by init
+//! ```
+//!
+//! | module | |
+//! |---|---|
+//! | [`options`] | the command line of `recommender` |
+//! | [`data`] | examples: ratings of MovieLens or of a generator, or a log of clicks, as batches of bags of rows |
+//! | [`model`] | the DLRM: embeddings, dots, MLPs |
+//! | [`embeddings`] | the embedding tables in two collections, and how the parameters are shared out among them |
+//! | [`init`] | initial values that depend on the seed alone |
+//! | [`train`] | AdamW, best epoch |
+//! | [`evaluate`] | AUC and logloss |
+//! | [`saved`] | one checkpoint file with all that a trained model needs |
+//! | [`recommend`] | the best unseen movies |
+//! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
+//! | [`report`] | what is printed |
+//! | [`output`] | standard output whose reader may leave, files that may not be writable |
+
+#![warn(missing_docs)]
+
+pub mod data;
+pub mod embeddings;
+pub mod evaluate;
+pub mod init;
+pub mod model;
+// Its doc comments are the help texts of the command line.
+#[allow(missing_docs)]
+pub mod options;
+pub mod output;
+pub mod recommend;
+pub mod report;
+pub mod saved;
+pub mod sweep;
+pub mod train;

@@ -1,0 +1,440 @@
+//! The command line.
+
+use std::fmt;
+use std::num::{NonZeroU16, NonZeroU32, NonZeroU64, NonZeroUsize};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::{bail, ensure, Context, Result};
+use candle_core::Device;
+use candle_hashed_embedding_bag::Hash;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::data::{Clicks, Data, Part, Source};
+use crate::embeddings::EmbeddingConfig;
+use crate::train::Settings;
+
+const STEPS_PER_EPOCH: usize = 400;
+const LARGEST_BATCH: usize = 4096;
+const ROWS_PER_FIELD: u32 = 100_000;
+
+/// Weight decay of plain tables of ratings. It is high, and matters most of all settings: a user with twenty ratings has
+/// sixteen values to remember them by. Hashed tables need less, as they have fewer values to remember with.
+const TABLE_DECAY: f64 = 3.0;
+
+/// Trains a recommender whose embedding tables are hashed, evaluates it, and recommends movies with it.
+///
+/// Without a subcommand it trains; without --data it makes its own ratings.
+#[derive(Parser)]
+#[command(name = "recommender", args_conflicts_with_subcommands = true)]
+pub struct Options {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    train: Train,
+}
+
+#[derive(Subcommand)]
+pub enum Command {
+    /// Train a model, evaluate it on the test part and write a checkpoint.
+    Train(Train),
+    /// Evaluate a checkpoint on the test part.
+    Evaluate(Evaluate),
+    /// Print the movies a user has not seen and will like best.
+    Recommend(Recommend),
+    /// Train at several compressions, with several hashes and seeds: quality against size as a table, a .csv and an .svg.
+    Sweep(Sweep),
+    /// Write a click log in Criteo's format, with a planted structure.
+    Generate(Generate),
+}
+
+/// What a model is made of, or asked with.
+#[derive(Args, Clone)]
+pub struct Common {
+    /// A MovieLens folder, in the .csv or the .dat layout, or a file in another --format [default: generated ratings].
+    #[arg(long, value_name = "PATH")]
+    pub data: Option<PathBuf>,
+    /// File of the trained model [default: recommender.safetensors in the folder of temporary files].
+    #[arg(long, value_name = "FILE")]
+    checkpoint: Option<PathBuf>,
+    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
+    device: DeviceKind,
+}
+
+#[derive(Args)]
+pub struct Train {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(flatten)]
+    reading: Reading,
+    #[command(flatten)]
+    fit: Fit,
+    /// Parameters kept per value of the embedding tables, such as 1/16 or 0.0625; 1 is plain tables, not hashed.
+    #[arg(long, default_value = "1/16", value_parser = parse_compression)]
+    compression: f64,
+    #[arg(long, default_value = "default", help = HASH_HELP)]
+    hash: HashChoice,
+    /// Decides the initial values, the order of the examples and the generated ratings.
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+#[derive(Args)]
+pub struct Evaluate {
+    #[command(flatten)]
+    pub common: Common,
+    #[command(flatten)]
+    pub reading: Reading,
+}
+
+#[derive(Args)]
+pub struct Recommend {
+    #[command(flatten)]
+    pub common: Common,
+    /// Id of the user, as in the ratings.
+    #[arg(long, value_name = "ID", allow_negative_numbers = true)]
+    pub user: i64,
+}
+
+#[derive(Args)]
+pub struct Sweep {
+    /// A MovieLens folder, or a file in another --format [default: generated ratings].
+    #[arg(long, value_name = "PATH")]
+    data: Option<PathBuf>,
+    #[command(flatten)]
+    reading: Reading,
+    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
+    device: DeviceKind,
+    #[command(flatten)]
+    fit: Fit,
+    /// Compressions to train at, besides 1.
+    #[arg(long, value_delimiter = ',', default_value = "1/4,1/16,1/64", value_parser = parse_compression)]
+    pub compressions: Vec<f64>,
+    #[arg(long, value_delimiter = ',', default_value = "default,mix:16,original", help = HASH_HELP)]
+    pub hashes: Vec<HashChoice>,
+    /// How often to train each model: with the seeds 1, 2, …
+    #[arg(long, default_value = "3")]
+    pub seeds: NonZeroU64,
+    /// Folder for auc-vs-size.csv and auc-vs-size.svg. Runs that the former already holds are not repeated.
+    #[arg(long, value_name = "DIR", default_value = ".")]
+    pub out: PathBuf,
+}
+
+#[derive(Args)]
+pub struct Generate {
+    /// The file to write, compressed if its name ends in .gz.
+    pub file: PathBuf,
+    #[arg(long, default_value = "100000")]
+    pub lines: NonZeroU64,
+    #[arg(long, default_value_t = 1)]
+    pub seed: u64,
+}
+
+/// How to read the data.
+#[derive(Args)]
+pub struct Reading {
+    #[arg(long, value_enum, default_value_t = Format::Movielens, requires = "data")]
+    pub format: Format,
+    /// Of a click log, skip the lines that do not fit the format, and count them, instead of stopping at the first.
+    #[arg(long, requires = "format")]
+    pub skip_malformed: bool,
+}
+
+/// How to train.
+#[derive(Args)]
+struct Fit {
+    #[arg(long, default_value = "16")]
+    embedding_dim: NonZeroU16,
+    /// Of a click log, the rows of each category's table; categories are hashed into them [default: 100000].
+    #[arg(long, value_name = "ROWS", requires = "format")]
+    rows_per_field: Option<NonZeroU32>,
+    /// Passes over the train part [default: 8 of ratings, 1 of clicks].
+    #[arg(long)]
+    epochs: Option<NonZeroUsize>,
+    /// Examples per step [default: such that an epoch has about 400 steps, at most 4096].
+    #[arg(long)]
+    batch_size: Option<NonZeroUsize>,
+    /// Learning rate of the first step; it falls linearly to zero.
+    #[arg(long, default_value = "0.002", value_parser = parse_lr)]
+    lr: f64,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
+pub enum Format {
+    /// Ratings of movies, as GroupLens publishes them.
+    Movielens,
+    /// Clicks on advertisements: label, 13 integers, 26 categories, separated by tabs; may be compressed by gzip.
+    Criteo,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DeviceKind {
+    Cpu,
+    Cuda,
+}
+
+const HASH_HELP: &str = "`default`, the crate's; `balanced:8`, the same in blocks of 8 columns; `mix:8`, rows at random \
+    places; `original`, that of the PyTorch package HashedEmbeddingBag";
+
+/// A hash, before the embedding dimension is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HashChoice {
+    Default,
+    Balanced { block: usize },
+    Mix { block: usize },
+    Original,
+}
+
+impl Options {
+    pub fn command(self) -> Command {
+        self.command.unwrap_or(Command::Train(self.train))
+    }
+}
+
+impl Train {
+    pub fn load(&self) -> Result<Data> {
+        let data = self.common.data.as_deref();
+        self.reading.load(data, self.fit.rows_per_field, self.seed)
+    }
+
+    pub fn embedding_config(&self) -> Result<EmbeddingConfig> {
+        self.fit.embedding_config(self.compression, self.hash)
+    }
+
+    pub fn settings(&self, data: &Data) -> Settings {
+        self.fit.settings(data, self.compression, self.seed)
+    }
+}
+
+impl Sweep {
+    /// The examples, which no seed of the sweep changes.
+    pub fn load(&self) -> Result<Data> {
+        let data = self.data.as_deref();
+        self.reading.load(data, self.fit.rows_per_field, 1)
+    }
+
+    pub fn device(&self) -> Result<Device> {
+        self.device.open()
+    }
+
+    pub fn embedding_config(&self, compression: f64, hash: HashChoice) -> Result<EmbeddingConfig> {
+        self.fit.embedding_config(compression, hash)
+    }
+
+    pub fn settings(&self, data: &Data, compression: f64, seed: u64) -> Settings {
+        self.fit.settings(data, compression, seed)
+    }
+
+    /// What the examples are called in the results.
+    pub fn data(&self) -> String {
+        self.data
+            .as_ref()
+            .map_or_else(|| "generated".to_owned(), |path| path.display().to_string())
+    }
+}
+
+impl Reading {
+    fn load(&self, path: Option<&Path>, rows: Option<NonZeroU32>, seed: u64) -> Result<Data> {
+        Ok(match self.format {
+            Format::Movielens => {
+                let source = match path {
+                    Some(dir) => Source::Files(dir.to_owned()),
+                    None => Source::Generated { seed },
+                };
+                Data::Ratings(source.load()?)
+            }
+            Format::Criteo => {
+                let path = path.context("--format criteo needs --data")?;
+                let rows = rows.map_or(ROWS_PER_FIELD, NonZeroU32::get);
+                Data::Clicks(Clicks::open(path, rows, self.skip_malformed)?)
+            }
+        })
+    }
+}
+
+impl Common {
+    pub fn checkpoint(&self) -> PathBuf {
+        self.checkpoint
+            .clone()
+            .unwrap_or_else(|| std::env::temp_dir().join("recommender.safetensors"))
+    }
+
+    pub fn device(&self) -> Result<Device> {
+        self.device.open()
+    }
+}
+
+impl DeviceKind {
+    fn open(self) -> Result<Device> {
+        match self {
+            Self::Cpu => Ok(Device::Cpu),
+            Self::Cuda => {
+                ensure!(
+                    candle_core::utils::cuda_is_available(),
+                    "built without CUDA: rebuild with --features cuda"
+                );
+                Device::new_cuda(0).context("no CUDA device")
+            }
+        }
+    }
+}
+
+impl Fit {
+    fn embedding_config(&self, compression: f64, hash: HashChoice) -> Result<EmbeddingConfig> {
+        let embedding_dim = usize::from(self.embedding_dim.get());
+        let hash = match hash {
+            HashChoice::Default => Hash::default_for(embedding_dim),
+            HashChoice::Balanced { block } => Hash::balanced(block),
+            HashChoice::Mix { block } => Hash::mix(block),
+            HashChoice::Original => Hash::original(),
+        };
+        Ok(EmbeddingConfig {
+            embedding_dim,
+            compression,
+            hash,
+        })
+    }
+
+    fn settings(&self, data: &Data, compression: f64, seed: u64) -> Settings {
+        // A user's taste is learnt by going over their ratings again; a log is long, and its categories come again.
+        let (epochs, table_decay) = match data {
+            Data::Ratings(_) => (8, TABLE_DECAY * compression.sqrt()),
+            Data::Clicks(_) => (1, 0.0),
+        };
+        // Weight decay acts once per step, so it is the number of steps that must not depend on the size of the data for
+        // one setting to suit all of it.
+        let batch_size = data.examples().len(Part::Train).div_ceil(STEPS_PER_EPOCH);
+        let batch_size = batch_size.clamp(1, LARGEST_BATCH);
+        Settings {
+            epochs: self.epochs.map_or(epochs, NonZeroUsize::get),
+            batch_size: self.batch_size.map_or(batch_size, NonZeroUsize::get),
+            lr: self.lr,
+            table_decay,
+            seed,
+        }
+    }
+}
+
+impl FromStr for HashChoice {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let number = |block: &str| -> Result<usize> {
+            let block = block.parse().context("its block is no number")?;
+            // A hash is checked where it is bound to a length; any one block would do.
+            Hash::balanced(block).check_len(block)?;
+            Ok(block)
+        };
+        Ok(match text.split_once(':') {
+            None if text == "default" => Self::Default,
+            None if text == "original" => Self::Original,
+            Some(("balanced", block)) => Self::Balanced {
+                block: number(block)?,
+            },
+            Some(("mix", block)) => Self::Mix {
+                block: number(block)?,
+            },
+            _ => bail!("it must be default, balanced:BLOCK, mix:BLOCK or original"),
+        })
+    }
+}
+
+impl fmt::Display for HashChoice {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Default => write!(f, "default"),
+            Self::Balanced { block } => write!(f, "balanced:{block}"),
+            Self::Mix { block } => write!(f, "mix:{block}"),
+            Self::Original => write!(f, "original"),
+        }
+    }
+}
+
+fn parse_compression(text: &str) -> Result<f64> {
+    let value = match text.split_once('/') {
+        Some((numerator, denominator)) => {
+            numerator.trim().parse::<f64>()? / denominator.trim().parse::<f64>()?
+        }
+        None => text.parse()?,
+    };
+    ensure!(
+        value > 0.0 && value <= 1.0,
+        "it must be above 0 and at most 1"
+    );
+    Ok(value)
+}
+
+fn parse_lr(text: &str) -> Result<f64> {
+    let value: f64 = text.parse()?;
+    ensure!(
+        value > 0.0 && value.is_finite(),
+        "it must be a positive number"
+    );
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn command_line_is_consistent() {
+        <Options as CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn train_is_the_default() -> Result<()> {
+        for args in [
+            &["recommender", "--seed", "3"][..],
+            &["recommender", "train", "--seed", "3"],
+        ] {
+            let Command::Train(train) = Options::try_parse_from(args)?.command() else {
+                bail!("not train")
+            };
+            assert_eq!(train.seed, 3);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn compressions() {
+        assert_eq!(parse_compression("1/16").ok(), Some(0.0625));
+        assert_eq!(parse_compression("0.0625").ok(), Some(0.0625));
+        assert_eq!(parse_compression("1").ok(), Some(1.0));
+        for wrong in ["", "0", "2", "-1", "1/0", "1/", "NaN", "a/b"] {
+            assert!(parse_compression(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn hashes() -> Result<()> {
+        for text in ["default", "balanced:4", "mix:8", "original"] {
+            assert_eq!(text.parse::<HashChoice>()?.to_string(), text);
+        }
+        for wrong in [
+            "",
+            "mix",
+            "mix:",
+            "mix:0",
+            "balanced:33",
+            "balanced:-1",
+            "original:8",
+        ] {
+            assert!(wrong.parse::<HashChoice>().is_err(), "{wrong}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn options_of_a_format_need_it() {
+        let parses = |args: &str| Options::try_parse_from(args.split(' ')).is_ok();
+        assert!(!parses("recommender --format criteo"));
+        assert!(!parses("recommender --data log --skip-malformed"));
+        assert!(!parses("recommender --data log --rows-per-field 10"));
+        assert!(parses(
+            "recommender --data log --format criteo --skip-malformed --rows-per-field 10"
+        ));
+        assert!(parses("recommender sweep --data log --format criteo"));
+    }
+}

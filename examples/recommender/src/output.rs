@@ -1,0 +1,109 @@
+//! Standard output, whose reader may leave, and files, which had better be writable before hours of work than after.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::path::Path;
+use std::sync::{Mutex, PoisonError};
+
+use anyhow::{ensure, Context, Result};
+
+/// The first failure of standard output.
+static FAILURE: Mutex<Option<io::Error>> = Mutex::new(None);
+
+/// `println!` for programs that must not end where it panics: see [`print()`].
+#[macro_export]
+macro_rules! say {
+    ($($message:tt)*) => {
+        $crate::output::print(format_args!($($message)*))
+    };
+}
+
+/// Prints a line to standard output. A failure stops nothing, so that a training ends in a checkpoint even if nobody reads
+/// on, as in `recommender | head -1`; [`finish`] reports it.
+pub fn print(line: fmt::Arguments) {
+    remember(writeln!(io::stdout(), "{line}"));
+}
+
+/// To be called when the work is done.
+///
+/// # Errors
+/// The first failure of standard output, unless it is that its reader has left: who leaves has seen enough.
+pub fn finish() -> Result<()> {
+    remember(io::stdout().flush());
+    let failure = FAILURE
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take();
+    match failure {
+        Some(error) if error.kind() != ErrorKind::BrokenPipe => {
+            Err(error).context("standard output")
+        }
+        _ => Ok(()),
+    }
+}
+
+fn remember(printed: io::Result<()>) {
+    if let Err(error) = printed {
+        let mut failure = FAILURE.lock().unwrap_or_else(PoisonError::into_inner);
+        failure.get_or_insert(error);
+    }
+}
+
+/// Whether a file at `path` can be made, or replaced by a rename.
+///
+/// # Errors
+/// Why not.
+pub fn ensure_replaceable(path: &Path) -> Result<()> {
+    let why = || format!("cannot write {}", path.display());
+    ensure!(!path.is_dir(), "{}: it is a folder", why());
+    // What a symbolic link points to is written where that is.
+    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let folder = match target.parent() {
+        Some(folder) if folder != Path::new("") => folder,
+        _ => Path::new("."),
+    };
+    tempfile::tempfile_in(folder).with_context(why)?;
+    Ok(())
+}
+
+/// Whether a file at `path` can be made, or written to if it is there.
+///
+/// # Errors
+/// Why not.
+pub fn ensure_writable(path: &Path) -> Result<()> {
+    if !path.exists() {
+        return ensure_replaceable(path);
+    }
+    let opened = File::options().append(true).open(path);
+    opened.with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn places_that_cannot_be_written_are_named() -> Result<()> {
+        let folder = tempfile::tempdir()?;
+        let (file, none) = (folder.path().join("file"), folder.path().join("none/file"));
+        ensure_replaceable(&file)?;
+        ensure_writable(&file)?;
+        assert!(!file.exists(), "trying leaves nothing behind");
+        fs::write(&file, "kept")?;
+        ensure_replaceable(&file)?;
+        ensure_writable(&file)?;
+        assert_eq!(fs::read_to_string(&file)?, "kept");
+        for wrong in [folder.path(), &none, &file.join("below")] {
+            for error in [ensure_replaceable(wrong), ensure_writable(wrong)] {
+                let error = format!("{:#}", error.err().context("no error")?);
+                assert!(
+                    error.starts_with(&format!("cannot write {}: ", wrong.display())),
+                    "{error}"
+                );
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,250 @@
+//! What the program prints.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use comfy_table::{presets, Table};
+
+use crate::data::{Catalog, Clicks, Data, Examples, Ratings, Source, Truth};
+use crate::evaluate::Metrics;
+use crate::model::Dlrm;
+use crate::recommend::Recommendation;
+use crate::say;
+use crate::sweep::{Measure, Point};
+
+/// What is about to be trained, on what.
+pub fn introduction(data: &Data, model: &Dlrm) {
+    match data {
+        Data::Ratings(ratings) => ratings_introduction(ratings),
+        Data::Clicks(clicks) => clicks_introduction(clicks),
+    }
+    say!("  parameters   {}\n", parameters(model));
+}
+
+fn ratings_introduction(ratings: &Ratings) {
+    let source = match &ratings.source {
+        Source::Generated { seed } => {
+            format!("generated from seed {seed}; --data DIR reads a MovieLens set instead")
+        }
+        Source::Files(dir) => format!("MovieLens, {}", dir.display()),
+    };
+    let catalog = &ratings.catalog;
+    let liked = ratings.rows.iter().filter(|rating| rating.liked).count();
+    let rows: Vec<_> = catalog
+        .schema()
+        .tables
+        .into_iter()
+        .map(|(name, n)| format!("{name} {}", grouped(n)))
+        .collect();
+    say!("Will this user like this movie? A DLRM with hashed embedding tables.\n");
+    say!("  ratings      {source}");
+    say!(
+        "               {} by {} users of {} movies, {:.0} % liked",
+        grouped(ratings.rows.len()),
+        grouped(catalog.users.ids.len()),
+        grouped(catalog.movies.ids.len()),
+        100.0 * liked as f64 / ratings.rows.len() as f64
+    );
+    say!("  table rows   {}", rows.join(", "));
+    if !ratings.left_out.is_empty() {
+        let names = ratings.left_out.join(", ");
+        say!("  left out     {names}: no value occurs often enough to be learnt from");
+    }
+}
+
+fn clicks_introduction(clicks: &Clicks) {
+    let (counts, tables) = (clicks.counts(), clicks.schema().tables);
+    say!("Will this be clicked? A DLRM with hashed embedding tables.\n");
+    say!("  clicks       Criteo, {}", clicks.path().display());
+    say!(
+        "               {} examples, {:.0} % clicked, {} malformed lines skipped",
+        grouped(counts.examples as usize),
+        100.0 * counts.clicked as f64 / counts.examples as f64,
+        grouped(counts.malformed as usize)
+    );
+    say!(
+        "  table rows   {} for each of {} categories",
+        grouped(tables[0].1),
+        tables.len()
+    );
+}
+
+/// A table of results, one line per fact.
+pub struct Summary(Table);
+
+impl Default for Summary {
+    fn default() -> Self {
+        Self(table())
+    }
+}
+
+impl Summary {
+    /// How good the scores of a part are.
+    pub fn metrics(self, part: &str, metrics: Metrics) -> Self {
+        let logloss = format!("logloss {:.4}", metrics.logloss);
+        let value = match metrics.auc {
+            Some(auc) => format!("AUC {auc:.4}   {logloss}"),
+            None => format!("{logloss}   no AUC: all labels are equal"),
+        };
+        self.fact(part, value)
+    }
+
+    /// What the true probabilities score on the test part. No model can expect to do better.
+    pub fn best_reachable(self, truth: Option<Truth>) -> Self {
+        match truth {
+            Some(truth) => self.metrics("test, best reachable", Metrics::of_truth(&truth)),
+            None => self,
+        }
+    }
+
+    /// How many values the embedding tables store, and would store without hashing.
+    pub fn parameters(self, model: &Dlrm) -> Self {
+        self.fact("embedding parameters", parameters(model))
+    }
+
+    /// The file that was written, and its size.
+    pub fn checkpoint(self, path: &Path) -> Result<Self> {
+        let bytes = path
+            .metadata()
+            .with_context(|| path.display().to_string())?
+            .len();
+        Ok(self.fact(
+            "checkpoint",
+            format!("{} bytes, {}", grouped(bytes as usize), path.display()),
+        ))
+    }
+
+    /// Any other line.
+    pub fn fact(mut self, name: &str, value: String) -> Self {
+        self.0.add_row([name, &value]);
+        self
+    }
+
+    /// Prints the table.
+    pub fn print(self) {
+        say!("\n{}", self.0);
+    }
+}
+
+/// A user, and the movies recommended to them.
+pub fn recommendations(
+    catalog: &Catalog,
+    user: u32,
+    titles: &BTreeMap<i64, String>,
+    movies: &[Recommendation],
+) {
+    let features = catalog.users.features.iter();
+    let traits: Vec<_> = features
+        .map(|f| format!("{} {}", f.name, catalog.users.describe(f.name, user)))
+        .collect();
+    let id = catalog.users.ids[user as usize];
+    say!(
+        "User {id} has rated {} movies. {}",
+        catalog.seen.bag(user as usize).len(),
+        traits.join(", ")
+    );
+    let mut table = table();
+    table.set_header(["", "title", "genres", "will like it"]);
+    for (rank, movie) in (1..).zip(movies) {
+        let id = catalog.movies.ids[movie.movie as usize];
+        table.add_row([
+            format!("{rank}"),
+            titles
+                .get(&id)
+                .cloned()
+                .unwrap_or_else(|| format!("movie {id}")),
+            catalog.movies.describe("genres", movie.movie),
+            format!("{:.1} %", 100.0 * movie.probability),
+        ]);
+    }
+    say!("\n{table}");
+}
+
+/// Quality, by `measure`, against size, and how each hash does against `baseline`, if that takes part.
+pub fn sweep(points: &[Point], measure: Measure, baseline: &str) {
+    let at = |hash: &str, compression| {
+        let mut points = points.iter();
+        points.find(|point| point.hash == hash && point.compression == compression)
+    };
+    let against = |point: &Point| {
+        let baseline = at(baseline, point.compression)?;
+        (point.hash != baseline.hash).then(|| point.mean() - baseline.mean())
+    };
+    let mut table = table();
+    table.set_header([
+        "compression",
+        "hash",
+        "parameters",
+        &format!("{measure}, mean"),
+        "lowest, highest",
+        &format!("against {baseline}"),
+    ]);
+    for point in points {
+        let (lowest, highest) = point.range();
+        table.add_row([
+            fraction(point.compression),
+            point.hash.clone(),
+            grouped(point.parameters),
+            format!("{:.4}", point.mean()),
+            format!("{lowest:.4}, {highest:.4}"),
+            against(point).map_or(String::new(), |difference| format!("{difference:+.4}")),
+        ]);
+    }
+    say!("\n{table}");
+    if measure == Measure::Logloss {
+        say!("All labels of the test part are equal, so there is no AUC; less logloss is better.");
+    }
+
+    let mut hashes: Vec<&str> = points.iter().map(|point| point.hash.as_str()).collect();
+    hashes.sort_unstable();
+    hashes.dedup();
+    for hash in hashes {
+        let of_hash = points.iter().filter(|point| point.hash == hash);
+        let compared: Vec<_> = of_hash
+            .filter_map(|point| Some((fraction(point.compression), against(point)?)))
+            .collect();
+        let is_ahead = |(_, difference): &&(String, f64)| measure.is_better(*difference);
+        let (ahead, behind): (Vec<_>, Vec<_>) = compared.iter().partition(is_ahead);
+        for (word, those) in [("ahead of", ahead), ("not ahead of", behind)] {
+            let those: Vec<_> = those
+                .iter()
+                .map(|(c, d)| format!("{c} ({d:+.4})"))
+                .collect();
+            if !those.is_empty() {
+                say!("{hash} is {word} {baseline} at {}", those.join(", "));
+            }
+        }
+    }
+}
+
+/// `1/16` for 0.0625.
+pub fn fraction(compression: f64) -> String {
+    let denominator = (1.0 / compression).round();
+    if compression < 1.0 && 1.0 / denominator == compression {
+        format!("1/{denominator}")
+    } else {
+        format!("{compression}")
+    }
+}
+
+fn table() -> Table {
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_FULL_CONDENSED.with_rounded_corners());
+    table
+}
+
+fn parameters(model: &Dlrm) -> String {
+    let (stored, uncompressed) = model.embeddings().parameters();
+    let ratio = uncompressed as f64 / stored as f64;
+    format!(
+        "{} instead of {}, 1/{ratio:.1}",
+        grouped(stored),
+        grouped(uncompressed)
+    )
+}
+
+/// 1234567 as `1,234,567`.
+fn grouped(n: usize) -> String {
+    indicatif::HumanCount(n as u64).to_string()
+}

@@ -1,0 +1,424 @@
+//! A trained model in one file, with what is needed to ask it something.
+//!
+//! | tensor | dtype | |
+//! |---|---|---|
+//! | `plain.hashed_weight`, `hashed.hashed_weight` | f32 | the embedding tables; the crate's metadata says how to read them |
+//! | `top.<i>.weight`, `top.<i>.bias` | f32 | the MLP |
+//!
+//! A model of ratings, a [`Recommender`], brings its catalog:
+//!
+//! | tensor | dtype | |
+//! |---|---|---|
+//! | `user_ids`, `movie_ids` | i64 | the published id of each row |
+//! | `<feature>.vocabulary` | u8 | the values, joined by newlines; a newline in a value is `\n`, a backslash `\\` |
+//! | `<feature>.indices`, `<feature>.offsets` | u32 | the bag of values of each user or movie |
+//! | `seen.indices`, `seen.offsets` | u32 | the movies that each user has rated |
+//! | `generator_seed` | i64 | only if trained on generated data: its seed |
+//!
+//! A model of clicks, a [`ClickModel`], needs no more than its hash:
+//!
+//! | tensor | dtype | |
+//! |---|---|---|
+//! | `bottom.<i>.weight`, `bottom.<i>.bias` | f32 | the MLP of the numbers |
+//! | `clicks.counts` | i64 | how many examples the log had, and how many were clicked |
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{anyhow, bail, ensure, Context, Result};
+use candle_core::{Device, Tensor};
+use candle_hashed_embedding_bag::{checkpoint, checkpoint::TableSpec, Checkpoint};
+use candle_nn::VarMap;
+
+use crate::data::{
+    Bags, Catalog, Clicks, Data, Entities, Feature, Ratings, Source, MOVIE_FEATURES, USER_FEATURES,
+};
+use crate::model::Dlrm;
+
+/// A trained model of ratings.
+pub struct Recommender {
+    /// The users and movies it knows.
+    pub catalog: Catalog,
+    /// Scores pairs of them.
+    pub model: Dlrm,
+    generator_seed: Option<u64>,
+}
+
+/// A trained model of clicks.
+pub struct ClickModel {
+    /// Scores clicks.
+    pub model: Dlrm,
+    rows_per_field: u32,
+    /// Of the log it was trained on: examples, and clicked ones.
+    counts: [i64; 2],
+}
+
+/// Writes the model, whose variables are `vars` and which was trained on `data`.
+pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data) -> Result<()> {
+    let variables = vars
+        .data()
+        .lock()
+        .map_err(|_| anyhow!("a thread panicked while it held the variables"))?
+        .clone();
+    let mut tensors: Vec<_> = variables
+        .into_iter()
+        .map(|(name, var)| (name, var.as_tensor().clone()))
+        .collect();
+    match data {
+        Data::Ratings(Ratings {
+            source, catalog, ..
+        }) => {
+            put_entities(&mut tensors, "user", &catalog.users)?;
+            put_entities(&mut tensors, "movie", &catalog.movies)?;
+            put_bags(&mut tensors, "seen", &catalog.seen)?;
+            if let Source::Generated { seed } = source {
+                put(&mut tensors, "generator_seed", &[*seed as i64])?;
+            }
+        }
+        Data::Clicks(clicks) => put(&mut tensors, CLICK_COUNTS, &counts(clicks))?,
+    }
+    checkpoint::save(path, tensors, model.embeddings().collections())
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+impl Recommender {
+    /// Opens what [`save`] wrote of a model of ratings.
+    ///
+    /// # Errors
+    /// A file that is missing, damaged or of another kind, by its path.
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
+        open(path, |checkpoint| Self::read(checkpoint, device))
+    }
+
+    fn read(checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+        let users =
+            entities(checkpoint, "user", &USER_FEATURES).context("it is no model of ratings")?;
+        let movies = entities(checkpoint, "movie", &MOVIE_FEATURES)?;
+        let seen = get_bags(checkpoint, "seen", users.ids.len(), movies.ids.len())?;
+        let catalog = Catalog {
+            users,
+            movies,
+            seen,
+        };
+        let model = Dlrm::open(&catalog.schema(), checkpoint, device)?;
+        let seed: Option<Vec<i64>> = get(checkpoint, "generator_seed").ok();
+        Ok(Self {
+            catalog,
+            model,
+            generator_seed: seed.and_then(|seed| seed.first().map(|&seed| seed as u64)),
+        })
+    }
+
+    /// Where its ratings are: in `dir`, or, if they were generated, in the generator.
+    pub fn source(&self, dir: Option<PathBuf>) -> Result<Source> {
+        match (self.generator_seed, dir) {
+            (Some(seed), None) => Ok(Source::Generated { seed }),
+            (None, Some(dir)) => Ok(Source::Files(dir)),
+            (Some(_), Some(_)) => {
+                bail!("the checkpoint was trained on generated ratings: leave out --data")
+            }
+            (None, None) => {
+                bail!("the checkpoint was trained on a MovieLens set: name its folder with --data")
+            }
+        }
+    }
+
+    /// The ratings it was trained on.
+    pub fn ratings(&self, dir: Option<PathBuf>) -> Result<Ratings> {
+        let ratings = self.source(dir)?.load()?;
+        // The split goes by position: in other ratings, the test part would hold examples of the training.
+        ensure!(
+            ratings.catalog == self.catalog,
+            "these are not the ratings that the checkpoint was trained on"
+        );
+        Ok(ratings)
+    }
+}
+
+impl ClickModel {
+    /// Opens what [`save`] wrote of a model of clicks.
+    ///
+    /// # Errors
+    /// A file that is missing, damaged or of another kind, by its path.
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
+        open(path, |checkpoint| Self::read(checkpoint, device))
+    }
+
+    fn read(checkpoint: &Checkpoint, device: &Device) -> Result<Self> {
+        let counts: Vec<i64> = get(checkpoint, CLICK_COUNTS).context("it is no model of clicks")?;
+        let counts = counts.try_into().map_err(|counts: Vec<_>| {
+            anyhow!("tensor {CLICK_COUNTS} has {counts:?}, not 2 values")
+        })?;
+        let table = tables(checkpoint).next().context("no embedding tables")?;
+        let rows_per_field = u32::try_from(table.num_embeddings)?;
+        let model = Dlrm::open(&Clicks::schema_of(rows_per_field), checkpoint, device)?;
+        Ok(Self {
+            model,
+            rows_per_field,
+            counts,
+        })
+    }
+
+    /// The clicks it was trained on, in the log at `path`.
+    pub fn clicks(&self, path: &Path, skip_malformed: bool) -> Result<Clicks> {
+        let clicks = Clicks::open(path, self.rows_per_field, skip_malformed)?;
+        ensure!(
+            counts(&clicks) == self.counts,
+            "these are not the clicks that the checkpoint was trained on"
+        );
+        Ok(clicks)
+    }
+}
+
+const CLICK_COUNTS: &str = "clicks.counts";
+
+fn counts(clicks: &Clicks) -> [i64; 2] {
+    let counts = clicks.counts();
+    [counts.examples as i64, counts.clicked as i64]
+}
+
+fn open<T>(path: &Path, read: impl FnOnce(&Checkpoint) -> Result<T>) -> Result<T> {
+    let opened = Checkpoint::open(path).map_err(anyhow::Error::from);
+    opened
+        .and_then(|checkpoint| read(&checkpoint))
+        .with_context(|| {
+            format!(
+                "cannot open the checkpoint {}; training writes it",
+                path.display()
+            )
+        })
+}
+
+type Tensors = Vec<(String, Tensor)>;
+
+fn put<T: candle_core::WithDType>(
+    tensors: &mut Tensors,
+    name: impl Into<String>,
+    values: &[T],
+) -> Result<()> {
+    tensors.push((name.into(), Tensor::new(values, &Device::Cpu)?));
+    Ok(())
+}
+
+fn put_entities(tensors: &mut Tensors, name: &str, entities: &Entities) -> Result<()> {
+    put(tensors, format!("{name}_ids"), &entities.ids)?;
+    for feature in &entities.features {
+        put(
+            tensors,
+            format!("{}.vocabulary", feature.name),
+            join(&feature.vocabulary).as_bytes(),
+        )?;
+        put_bags(tensors, feature.name, &feature.bags)?;
+    }
+    Ok(())
+}
+
+/// Values as one text, which [`split`] takes apart, whatever is in them.
+fn join(values: &[String]) -> String {
+    let escaped = values
+        .iter()
+        .map(|value| value.replace('\\', "\\\\").replace('\n', "\\n"));
+    escaped.collect::<Vec<_>>().join("\n")
+}
+
+fn split(text: &str) -> Vec<String> {
+    text.split('\n').map(unescape).collect()
+}
+
+fn unescape(value: &str) -> String {
+    let (mut plain, mut rest) = (String::new(), value.chars().peekable());
+    while let Some(c) = rest.next() {
+        let meant = match (c, rest.peek()) {
+            ('\\', Some('\\')) => Some('\\'),
+            ('\\', Some('n')) => Some('\n'),
+            // A backslash before anything else: files written before there were escapes have it.
+            _ => None,
+        };
+        if meant.is_some() {
+            rest.next();
+        }
+        plain.push(meant.unwrap_or(c));
+    }
+    plain
+}
+
+fn put_bags(tensors: &mut Tensors, name: &str, bags: &Bags) -> Result<()> {
+    put(tensors, format!("{name}.indices"), bags.indices())?;
+    put(tensors, format!("{name}.offsets"), bags.offsets())
+}
+
+fn get<T: candle_core::WithDType>(checkpoint: &Checkpoint, name: &str) -> Result<Vec<T>> {
+    checkpoint
+        .tensor(name, &Device::Cpu)?
+        .to_vec1()
+        .with_context(|| format!("tensor {name}"))
+}
+
+fn entities(checkpoint: &Checkpoint, name: &str, features: &[&'static str]) -> Result<Entities> {
+    let ids: Vec<i64> = get(checkpoint, &format!("{name}_ids"))?;
+    ensure!(
+        ids.is_sorted_by(|a, b| a < b),
+        "tensor {name}_ids does not ascend"
+    );
+    // A feature is there if its table is.
+    let has = |feature: &&&str| tables(checkpoint).any(|table| table.name == **feature);
+    let features = features
+        .iter()
+        .filter(has)
+        .map(|&name| {
+            let vocabulary = String::from_utf8(get(checkpoint, &format!("{name}.vocabulary"))?)
+                .with_context(|| format!("tensor {name}.vocabulary"))?;
+            let vocabulary = split(&vocabulary);
+            let bags = get_bags(checkpoint, name, ids.len(), vocabulary.len())?;
+            Ok(Feature {
+                name,
+                vocabulary,
+                bags,
+            })
+        })
+        .collect::<Result<_>>()?;
+    Ok(Entities { ids, features })
+}
+
+/// The embedding tables of all collections.
+fn tables(checkpoint: &Checkpoint) -> impl Iterator<Item = &TableSpec> {
+    checkpoint
+        .collections()
+        .flat_map(|(_, collection)| &collection.tables)
+}
+
+/// The bags of `rows` rows, whose indices are all below `bound`.
+fn get_bags(checkpoint: &Checkpoint, name: &str, rows: usize, bound: usize) -> Result<Bags> {
+    let bags = Bags::from_parts(
+        get(checkpoint, &format!("{name}.indices"))?,
+        get(checkpoint, &format!("{name}.offsets"))?,
+    );
+    bags.filter(|bags| {
+        bags.len() == rows && bags.indices().iter().all(|&index| (index as usize) < bound)
+    })
+    .with_context(|| {
+        format!(
+            "tensors {name}.indices and {name}.offsets are not {rows} bags of values below {bound}"
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{write_generated, Part};
+    use crate::evaluate::{evaluate, logits};
+    use crate::options::{Command, Options};
+    use crate::train::Settings;
+    use crate::{init, train};
+    use clap::Parser;
+
+    #[test]
+    fn a_trained_model_comes_back_whole() -> Result<()> {
+        let source = Source::Generated { seed: u64::MAX };
+        let data = Data::Ratings(source.load()?);
+        let Data::Ratings(ratings) = &data else {
+            bail!("no ratings")
+        };
+        let (model, vars) = trained(&data)?;
+
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("model.safetensors");
+        save(&path, &model, &vars, &data)?;
+        let opened = Recommender::open(&path, &Device::Cpu)?;
+        assert_eq!(opened.catalog, ratings.catalog);
+        assert_eq!(opened.ratings(None)?.rows, ratings.rows);
+        assert!(opened.source(Some(dir.path().to_owned())).is_err());
+
+        let pairs: Vec<_> = (0..100).map(|i| (i, 2 * i)).collect();
+        assert_eq!(
+            logits(&opened.model, &opened.catalog, &pairs)?,
+            logits(&model, &ratings.catalog, &pairs)?
+        );
+        assert!(ClickModel::open(&path, &Device::Cpu).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_model_of_clicks_comes_back_whole() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let (log, other) = (dir.path().join("log.gz"), dir.path().join("other"));
+        write_generated(&log, 3_000, 1)?;
+        write_generated(&other, 1_000, 1)?;
+        let data = Data::Clicks(Clicks::open(&log, 2_000, false)?);
+        let (model, vars) = trained(&data)?;
+
+        let path = dir.path().join("model.safetensors");
+        save(&path, &model, &vars, &data)?;
+        let opened = ClickModel::open(&path, &Device::Cpu)?;
+        let clicks = opened.clicks(&log, false)?;
+        assert_eq!(
+            evaluate(&opened.model, &clicks, Part::Test)?,
+            evaluate(&model, data.examples(), Part::Test)?
+        );
+        assert!(opened.clicks(&other, false).is_err());
+        assert!(Recommender::open(&path, &Device::Cpu).is_err());
+        Ok(())
+    }
+
+    /// A model after one epoch, which has taught it something.
+    fn trained(data: &Data) -> Result<(Dlrm, VarMap)> {
+        let Command::Train(options) = Options::parse_from(["", "--epochs", "1"]).command() else {
+            bail!("train is the default")
+        };
+        let settings = Settings {
+            batch_size: data.examples().len(Part::Train).div_ceil(12),
+            ..options.settings(data)
+        };
+        let (examples, vars) = (data.examples(), VarMap::new());
+        let vb = init::seeded(&vars, 1, &Device::Cpu);
+        let model = Dlrm::new(&examples.schema(), options.embedding_config()?, vb)?;
+        let before = evaluate(&model, examples, Part::Valid)?;
+        let best = train::train(&model, &vars, examples, settings)?;
+        assert!(best.valid.logloss < before.logloss);
+        Ok((model, vars))
+    }
+
+    #[test]
+    fn any_names_come_back() {
+        for values in [
+            &["Drama", "War"][..],
+            &[
+                "Drama\nComedy",
+                "\n",
+                "\\n",
+                "\\",
+                "\\\n\\",
+                "C:\\new",
+                "ends\\",
+            ],
+            &["", "a"],
+            &[""],
+        ] {
+            assert_eq!(
+                split(&join(
+                    &values.iter().map(|v| v.to_string()).collect::<Vec<_>>()
+                )),
+                values
+            );
+        }
+        // As files of before there were escapes have them.
+        assert_eq!(split("a\\b\nc\\"), ["a\\b", "c\\"]);
+    }
+
+    #[test]
+    fn other_files_are_refused() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("model.safetensors");
+        let error = format!(
+            "{:#}",
+            Recommender::open(&path, &Device::Cpu)
+                .err()
+                .context("no error")?
+        );
+        assert!(
+            error.contains("model.safetensors; training writes it"),
+            "{error}"
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,289 @@
+//! The file of runs: what was trained, and what came of it.
+//!
+//! A run is a line, written when it ends. A program that is killed while it writes leaves a part of a line behind, and an
+//! editor may leave out the newline of the last one: the former is cut off, the latter completed.
+
+use std::fmt;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+
+use anyhow::{ensure, Context, Result};
+use serde::{de, Deserialize, Deserializer, Serialize, Serializer};
+
+use crate::report::fraction;
+use crate::say;
+
+/// All that decides a run.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Setting {
+    /// The path of the data set, for people.
+    pub data: String,
+    pub fingerprint: Fingerprint,
+    /// Of all embedding tables, before hashing.
+    pub rows: usize,
+    pub hash: String,
+    pub compression: f64,
+    pub seed: u64,
+    pub embedding_dim: usize,
+    pub epochs: usize,
+    pub batch_size: usize,
+    pub lr: f64,
+}
+
+/// A hash of the data set, in hexadecimal.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Fingerprint(pub u64);
+
+/// What came of a run. The last column is the one that may lose digits unnoticed when a line is cut off.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// Of the embedding tables, four bytes each.
+    pub parameters: usize,
+    /// Empty where all labels of the part are equal.
+    pub valid_auc: Option<f64>,
+    pub test_auc: Option<f64>,
+    pub test_logloss: f64,
+    pub seconds: f64,
+}
+
+/// The first line of the file: the fields of a [`Setting`] and of its [`Outcome`].
+const HEADER: &str =
+    "data,fingerprint,rows,hash,compression,seed,embedding_dim,epochs,batch_size,lr,\
+    parameters,valid_auc,test_auc,test_logloss,seconds";
+
+/// Runs, in memory and in their file.
+pub struct Runs {
+    known: Vec<(Setting, Outcome)>,
+    file: File,
+}
+
+impl Runs {
+    /// The runs in the file at `path`, which is made if it is not there.
+    ///
+    /// # Errors
+    /// A file that cannot be read and written, other columns, and a line that is no run.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::try_open(path).with_context(|| format!("runs in {}", path.display()))
+    }
+
+    fn try_open(path: &Path) -> Result<Self> {
+        let mut options = File::options();
+        let mut file = options.read(true).append(true).create(true).open(path)?;
+        let mut text = String::new();
+        file.read_to_string(&mut text)?;
+        let whole = text.rfind('\n').map_or(0, |last| last + 1);
+        let mut known = parse(&text[..whole])?;
+        match parse(&text) {
+            // A new file, or one that was cut off in its first line.
+            _ if whole == 0 && HEADER.starts_with(&text) => {
+                file.set_len(0)?;
+                file.write_all(format!("{HEADER}\n").as_bytes())?;
+            }
+            _ if whole == text.len() => {}
+            Ok(runs) => {
+                file.write_all(b"\n")?;
+                known = runs;
+            }
+            Err(error) if whole == 0 => return Err(error),
+            Err(_) => {
+                let path = path.display();
+                say!("the last line of {path} was cut off: its run is repeated");
+                file.set_len(whole as u64)?;
+            }
+        }
+        Ok(Self { known, file })
+    }
+
+    /// What came of a run with this setting, on the same data at whatever path.
+    pub fn find(&self, setting: &Setting) -> Option<Outcome> {
+        let is_same = |known: &Setting| {
+            let data = known.data.clone();
+            *known
+                == Setting {
+                    data,
+                    ..setting.clone()
+                }
+        };
+        let known = self.known.iter().find(|(known, _)| is_same(known));
+        known.map(|(_, outcome)| *outcome)
+    }
+
+    pub fn push(&mut self, setting: Setting, outcome: Outcome) -> Result<()> {
+        let line = line(|lines| lines.serialize((&setting, outcome)))?;
+        // At once, so that a killed program can hardly cut it.
+        self.file.write_all(line.as_bytes())?;
+        self.known.push((setting, outcome));
+        Ok(())
+    }
+}
+
+/// The runs in a whole file.
+fn parse(text: &str) -> Result<Vec<(Setting, Outcome)>> {
+    let mut reader = csv::Reader::from_reader(text.as_bytes());
+    let header = reader.headers()?.clone();
+    let columns = header.iter().collect::<Vec<_>>().join(",");
+    ensure!(
+        text.is_empty() || columns == HEADER,
+        "expected the columns {HEADER}, got {columns}; name another folder with --out"
+    );
+    let run = |record: csv::StringRecord| {
+        Ok((
+            record.deserialize(Some(&header))?,
+            record.deserialize(Some(&header))?,
+        ))
+    };
+    reader.records().map(|record| run(record?)).collect()
+}
+
+/// A line without the header.
+fn line(write: impl FnOnce(&mut csv::Writer<Vec<u8>>) -> csv::Result<()>) -> Result<String> {
+    let mut builder = csv::WriterBuilder::new();
+    let mut lines = builder.has_headers(false).from_writer(Vec::new());
+    write(&mut lines)?;
+    let bytes = lines.into_inner().map_err(|error| error.into_error())?;
+    Ok(String::from_utf8(bytes)?)
+}
+
+impl Serialize for Fingerprint {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&format_args!("{:016x}", self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Fingerprint {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        // A number would be taken for an integer, and e for an exponent, if the text were not asked for.
+        let text = String::deserialize(deserializer)?;
+        let value = u64::from_str_radix(&text, 16);
+        value.map(Self).map_err(de::Error::custom)
+    }
+}
+
+impl fmt::Display for Setting {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let (hash, compression) = (&self.hash, fraction(self.compression));
+        write!(f, "{hash}, compression {compression}, seed {}", self.seed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn setting(seed: u64) -> Setting {
+        Setting {
+            data: "a, \"b\"".to_owned(),
+            fingerprint: Fingerprint(0x1234_5678),
+            rows: 5000,
+            hash: "mix:8".to_owned(),
+            compression: 1.0 / 3.0,
+            seed,
+            embedding_dim: 16,
+            epochs: 8,
+            batch_size: 100,
+            lr: 0.002,
+        }
+    }
+
+    fn outcome(auc: f64) -> Outcome {
+        Outcome {
+            parameters: 1000,
+            valid_auc: Some(auc),
+            test_auc: None,
+            test_logloss: 0.5,
+            seconds: 1.25,
+        }
+    }
+
+    #[test]
+    fn runs_are_found_again() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("runs.csv");
+        Runs::open(&path)?.push(setting(1), outcome(0.7))?;
+        Runs::open(&path)?.push(setting(2), outcome(0.8))?;
+        let runs = Runs::open(&path)?;
+        assert_eq!(runs.find(&setting(1)), Some(outcome(0.7)));
+        assert_eq!(runs.find(&setting(2)), Some(outcome(0.8)));
+        assert_eq!(runs.find(&setting(3)), None);
+        assert_eq!(fs::read_to_string(&path)?.lines().count(), 3);
+        Ok(())
+    }
+
+    #[test]
+    fn a_run_belongs_to_its_data_and_not_to_the_path() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let mut runs = Runs::open(&dir.path().join("runs.csv"))?;
+        // Not to be read as the number 12e5.
+        let fingerprint = Fingerprint(0x12e5);
+        runs.push(
+            Setting {
+                fingerprint,
+                ..setting(1)
+            },
+            outcome(0.7),
+        )?;
+        let runs = Runs::open(&dir.path().join("runs.csv"))?;
+        let moved = Setting {
+            data: "elsewhere".to_owned(),
+            fingerprint,
+            ..setting(1)
+        };
+        assert_eq!(runs.find(&moved), Some(outcome(0.7)));
+        assert_eq!(runs.find(&setting(1)), None);
+        Ok(())
+    }
+
+    #[test]
+    fn a_last_line_without_a_newline_is_completed_or_repeated() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("runs.csv");
+        let mut runs = Runs::open(&path)?;
+        runs.push(setting(1), outcome(0.7))?;
+        runs.push(setting(2), outcome(0.8))?;
+        let text = fs::read_to_string(&path)?;
+        // Wherever it is cut, the runs before are there, and the file is as good as new once the others are added.
+        for end in 0..text.len() {
+            fs::write(&path, &text[..end])?;
+            let mut runs = Runs::open(&path).with_context(|| format!("cut at {end}"))?;
+            for (seed, auc) in [(1, 0.7), (2, 0.8)] {
+                match runs.find(&setting(seed)) {
+                    // Only the seconds, which are nothing but for show, may have lost digits.
+                    Some(found) => assert_eq!(
+                        Outcome {
+                            seconds: 1.25,
+                            ..found
+                        },
+                        outcome(auc)
+                    ),
+                    None => runs.push(setting(seed), outcome(auc))?,
+                }
+            }
+            let runs = Runs::open(&path)?;
+            assert_eq!(runs.known.len(), 2, "cut at {end}");
+            assert_eq!(fs::read_to_string(&path)?.lines().count(), 3);
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn files_that_are_no_runs_are_refused_and_stay() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("runs.csv");
+        for (text, said) in [
+            (
+                "hash,seed\nmix,1\n",
+                "expected the columns data,fingerprint",
+            ),
+            ("notes of mine", "got notes of mine"),
+            (&format!("{HEADER}\n1,2\n"), "line: 2"),
+        ] {
+            fs::write(&path, text)?;
+            let error = format!("{:#}", Runs::open(&path).err().context("no error")?);
+            assert!(error.contains(said), "{error}");
+            assert_eq!(fs::read_to_string(&path)?, text);
+        }
+        Ok(())
+    }
+}

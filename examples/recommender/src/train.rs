@@ -1,0 +1,374 @@
+//! Training: AdamW on the binary cross-entropy, keeping the epoch that scores the validation part best.
+
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::time::Instant;
+
+use anyhow::{anyhow, bail, ensure, Result};
+use candle_core::{backprop::GradStore, Tensor};
+use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
+use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
+use rand::rngs::StdRng;
+use rand::SeedableRng;
+
+use crate::data::{Examples, Part};
+use crate::evaluate::{evaluate, Metrics};
+use crate::model::Dlrm;
+use crate::say;
+
+/// The embedding tables learn this much faster than the MLP: a row is updated by few of the examples.
+const TABLE_SPEED: f64 = 3.0;
+
+/// Weight decay of the MLPs.
+const MLP_DECAY: f64 = 0.01;
+
+/// What training depends on besides the model and the examples.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Passes over the train part.
+    pub epochs: usize,
+    /// Examples per step.
+    pub batch_size: usize,
+    /// Learning rate of the first step; it falls linearly to zero.
+    pub lr: f64,
+    /// Weight decay of the embedding tables.
+    pub table_decay: f64,
+    /// Decides the order of the examples.
+    pub seed: u64,
+}
+
+/// What training reached: its best epoch, by the validation part.
+pub struct Best {
+    /// Its number, from 1.
+    pub epoch: usize,
+    /// How good its scores are.
+    pub valid: Metrics,
+    /// That the whole training took.
+    pub seconds: f64,
+    /// The epoch in which the loss left the finite numbers, which ended the training.
+    pub diverged: Option<usize>,
+}
+
+impl Best {
+    /// # Errors
+    /// That the training diverged, and which epoch is kept.
+    pub fn ensure_converged(&self) -> Result<()> {
+        match self.diverged {
+            None => Ok(()),
+            Some(epoch) => bail!(
+                "{}; the model is that of epoch {}",
+                divergence(epoch),
+                self.epoch
+            ),
+        }
+    }
+}
+
+fn divergence(epoch: usize) -> String {
+    format!("training diverged in epoch {epoch}: the loss is no finite number, and a lower --lr may help")
+}
+
+/// Trains `model`, whose variables are `vars`, and leaves it as it was after its best epoch.
+///
+/// # Errors
+/// Too few examples, what is wrong with reading them, and a divergence before the first epoch has ended.
+pub fn train(
+    model: &Dlrm,
+    vars: &VarMap,
+    examples: &dyn Examples,
+    settings: Settings,
+) -> Result<Best> {
+    let parts = [Part::Train, Part::Valid, Part::Test].map(|part| examples.len(part));
+    ensure!(
+        parts.iter().all(|&len| len > 0),
+        "{} examples are too few to split",
+        parts.iter().sum::<usize>()
+    );
+    let len = parts[0];
+    let steps_per_epoch = len.div_ceil(settings.batch_size);
+    let steps = settings.epochs.saturating_mul(steps_per_epoch);
+    let mut optimizer = Optimizers::new(vars, settings, steps)?;
+    let mut rng = StdRng::seed_from_u64(settings.seed);
+    let start = Instant::now();
+    let mut best: Option<(Best, HashMap<String, Tensor>)> = None;
+    let mut diverged = None;
+
+    'epochs: for epoch in 1..=settings.epochs {
+        let progress = progress_bar(len)?;
+        let mut losses = 0.0;
+        let epoch_start = Instant::now();
+        for batch in examples.batches(Part::Train, settings.batch_size, Some(&mut rng))? {
+            let (batch, labels) = batch?;
+            let targets: Vec<_> = labels.iter().map(|&l| f32::from(u8::from(l))).collect();
+            let targets = Tensor::new(targets, model.device())?;
+            let loss = cross_entropy(&model.forward(&batch)?, &targets)?;
+            optimizer.step(&loss.backward()?)?;
+            let loss = f64::from(loss.to_scalar::<f32>()?);
+            if !loss.is_finite() {
+                progress.finish_and_clear();
+                diverged = Some(epoch);
+                break 'epochs;
+            }
+            losses += loss * labels.len() as f64;
+            progress.inc(labels.len() as u64);
+            progress.set_message(format!("{:.4}", losses / progress.position() as f64));
+        }
+        progress.finish_and_clear();
+
+        let valid = evaluate(model, examples, Part::Valid)?;
+        if valid.ensure_finite().is_err() {
+            diverged = Some(epoch);
+            break;
+        }
+        say!(
+            "  epoch {epoch:>2}   train loss {:.4}   valid logloss {:.4}   {}{:>5.1} s",
+            losses / len as f64,
+            valid.logloss,
+            valid
+                .auc
+                .map_or(String::new(), |auc| format!("valid AUC {auc:.4}   ")),
+            epoch_start.elapsed().as_secs_f64()
+        );
+        if epoch == 1 && valid.auc.is_none() {
+            say!("  all labels of the valid part are equal, so there is no AUC: the epoch is chosen by logloss");
+        }
+        if best
+            .as_ref()
+            .is_none_or(|(best, _)| valid.is_better(&best.valid))
+        {
+            let reached = Best {
+                epoch,
+                valid,
+                seconds: 0.0,
+                diverged: None,
+            };
+            best = Some((reached, snapshot(vars)?));
+        }
+    }
+    let Some((best, values)) = best else {
+        bail!(diverged.map_or("there is no epoch".to_owned(), divergence));
+    };
+    vars.clone().set(values.into_iter())?;
+    Ok(Best {
+        seconds: start.elapsed().as_secs_f64(),
+        diverged,
+        ..best
+    })
+}
+
+/// One AdamW for the tables and one for the MLPs, with a learning rate that falls linearly to zero.
+struct Optimizers {
+    tables: AdamW,
+    mlps: AdamW,
+    lr: f64,
+    step: usize,
+    steps: usize,
+}
+
+impl Optimizers {
+    fn new(vars: &VarMap, settings: Settings, steps: usize) -> Result<Self> {
+        let vars = vars
+            .data()
+            .lock()
+            .map_err(|_| anyhow!("a thread panicked while it held the variables"))?;
+        let (mut tables, mut mlps) = (Vec::new(), Vec::new());
+        for (name, var) in vars.iter() {
+            let group = if name.ends_with(".hashed_weight") {
+                &mut tables
+            } else {
+                &mut mlps
+            };
+            group.push(var.clone());
+        }
+        let adamw = |vars, weight_decay| {
+            AdamW::new(
+                vars,
+                ParamsAdamW {
+                    weight_decay,
+                    ..Default::default()
+                },
+            )
+        };
+        Ok(Self {
+            tables: adamw(tables, settings.table_decay)?,
+            mlps: adamw(mlps, MLP_DECAY)?,
+            lr: settings.lr,
+            step: 0,
+            steps,
+        })
+    }
+
+    fn step(&mut self, gradients: &GradStore) -> Result<()> {
+        let lr = self.lr * (1.0 - self.step as f64 / self.steps as f64);
+        self.step += 1;
+        self.tables.set_learning_rate(lr * TABLE_SPEED);
+        self.mlps.set_learning_rate(lr);
+        self.tables.step(gradients)?;
+        self.mlps.step(gradients)?;
+        Ok(())
+    }
+}
+
+/// The mean of `ln(1 + e^logit) - label * logit`, written so that no logit overflows; `candle_nn`'s takes the logarithm
+/// of a sigmoid, which is infinite for a logit that is confidently wrong.
+fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
+    let softplus = (logits.relu()? + (logits.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
+    Ok((softplus - (logits * labels)?)?.mean_all()?)
+}
+
+/// The present values of all variables; a plain clone would change with the next step.
+fn snapshot(vars: &VarMap) -> Result<HashMap<String, Tensor>> {
+    let vars = vars
+        .data()
+        .lock()
+        .map_err(|_| anyhow!("a thread panicked while it held the variables"))?;
+    vars.iter()
+        .map(|(name, var)| Ok((name.clone(), var.as_tensor().copy()?)))
+        .collect()
+}
+
+/// Drawn only if the standard error is a terminal.
+fn progress_bar(rows: usize) -> Result<ProgressBar> {
+    let template = "  {bar:32} {human_pos} of {human_len} rows   {rate} rows/s   loss {msg}";
+    let style = ProgressStyle::with_template(template)?.with_key(
+        "rate",
+        |state: &ProgressState, out: &mut dyn Write| {
+            let _ = write!(out, "{}", HumanCount(state.per_sec() as u64));
+        },
+    );
+    Ok(ProgressBar::new(rows as u64).with_style(style))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::{write_generated, Bags, Batch, Batches, Clicks, Schema};
+    use crate::embeddings::EmbeddingConfig;
+    use crate::init::seeded;
+    use candle_core::Device;
+    use candle_hashed_embedding_bag::Hash;
+    use std::cell::Cell;
+
+    #[test]
+    fn cross_entropy_of_extreme_logits_is_finite() -> Result<()> {
+        let logits = Tensor::new(&[0f32, 1000.0, -1000.0, 1000.0], &Device::Cpu)?;
+        let labels = Tensor::new(&[1f32, 1.0, 1.0, 0.0], &Device::Cpu)?;
+        let loss = cross_entropy(&logits, &labels)?.to_scalar::<f32>()?;
+        assert!((loss - (2f32.ln() + 2000.0) / 4.0).abs() < 1e-2);
+        Ok(())
+    }
+
+    /// Examples of one row each, which break the model in the epoch `broken_in`.
+    struct Breaking {
+        vars: VarMap,
+        broken_in: usize,
+        epoch: Cell<usize>,
+    }
+
+    impl Examples for Breaking {
+        fn schema(&self) -> Schema {
+            Schema {
+                numbers: 0,
+                tables: vec![("row", 4)],
+            }
+        }
+
+        fn len(&self, _: Part) -> usize {
+            8
+        }
+
+        fn batches<'a>(
+            &'a self,
+            part: Part,
+            _: usize,
+            _: Option<&'a mut StdRng>,
+        ) -> Result<Batches<'a>> {
+            if part == Part::Train {
+                self.epoch.set(self.epoch.get() + 1);
+                if self.epoch.get() == self.broken_in {
+                    // As a step that is far too long leaves it.
+                    let nan = Tensor::new(&[f32::NAN], &Device::Cpu)?;
+                    self.vars.clone().set_one("top.2.bias", nan)?;
+                }
+            }
+            let batch = Batch {
+                numbers: Vec::new(),
+                bags: vec![Bags::of_one_each(vec![0, 1, 2, 3, 0, 1, 2, 3])],
+            };
+            let labels = [true, false].repeat(4);
+            Ok(Box::new(std::iter::once(Ok((batch, labels)))))
+        }
+    }
+
+    #[test]
+    fn a_divergence_is_an_error_and_the_best_epoch_before_it_stays() -> Result<()> {
+        let config = EmbeddingConfig {
+            embedding_dim: 4,
+            compression: 1.0,
+            hash: Hash::default_for(4),
+        };
+        let settings = Settings {
+            epochs: 5,
+            batch_size: 8,
+            lr: 0.01,
+            table_decay: 0.0,
+            seed: 1,
+        };
+        let train_until = |broken_in| -> Result<(Best, Metrics)> {
+            let examples = Breaking {
+                vars: VarMap::new(),
+                broken_in,
+                epoch: Cell::new(0),
+            };
+            let vb = seeded(&examples.vars, 1, &Device::Cpu);
+            let model = Dlrm::new(&examples.schema(), config, vb)?;
+            let best = train(&model, &examples.vars, &examples, settings)?;
+            Ok((best, evaluate(&model, &examples, Part::Valid)?))
+        };
+        let (best, _) = train_until(usize::MAX)?;
+        best.ensure_converged()?;
+
+        let (best, left) = train_until(3)?;
+        assert_eq!(best.diverged, Some(3));
+        assert!(best.epoch < 3);
+        assert_eq!(left, best.valid);
+        let said = best.ensure_converged().unwrap_err().to_string();
+        assert!(said.starts_with("training diverged in epoch 3"), "{said}");
+
+        let said = train_until(1).err().expect("no epoch ends").to_string();
+        assert!(said.starts_with("training diverged in epoch 1"), "{said}");
+        Ok(())
+    }
+
+    #[test]
+    fn clicks_are_learnt() -> Result<()> {
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("log.gz");
+        let truth = write_generated(&path, 10_000, 1)?;
+        let log = Clicks::open(&path, 5_000, false)?;
+        let config = EmbeddingConfig {
+            embedding_dim: 8,
+            compression: 1.0 / 16.0,
+            hash: Hash::default_for(8),
+        };
+        let settings = Settings {
+            epochs: 1,
+            batch_size: 50,
+            lr: 0.002,
+            table_decay: 0.0,
+            seed: 1,
+        };
+        let vars = VarMap::new();
+        let vb = seeded(&vars, 1, &Device::Cpu);
+        let model = Dlrm::new(&log.schema(), config, vb)?;
+        train(&model, &vars, &log, settings)?;
+        let reached = evaluate(&model, &log, Part::Test)?.auc;
+        let best = Metrics::of_truth(&truth).auc;
+        // From 8,000 examples; more bring it nearer to the best.
+        assert!(
+            reached > Some(0.66) && reached < best,
+            "{reached:?} of {best:?}"
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,297 @@
+//! The program `recommender` as a process: what it makes of odd data, of outputs that cannot be written, and of mistakes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use tempfile::TempDir;
+
+/// A folder of a test's own, in which its commands run.
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    /// A MovieLens set in the folder `name`: eighteen ratings of two movies, which `movies` describes.
+    fn movielens(&self, name: &str, movies: &str) {
+        let ratings: String = (1..=18)
+            .map(|i| format!("{},{},{}.0,1\n", i % 3 + 1, i % 2 + 1, i % 5 + 1))
+            .collect();
+        fs::create_dir_all(self.path(name)).unwrap();
+        let file = |file: &str| self.path(name).join(file);
+        fs::write(
+            file("movies.csv"),
+            format!("movieId,title,genres\n{movies}"),
+        )
+        .unwrap();
+        let header = "userId,movieId,rating,timestamp";
+        fs::write(file("ratings.csv"), format!("{header}\n{ratings}")).unwrap();
+    }
+
+    fn plain_movielens(&self) {
+        self.movielens("ml", "1,Alien (1979),Horror\n2,Brazil (1985),Comedy\n");
+    }
+
+    /// A click log of 500 lines, sorted by label if wanted, so that its valid and test parts have one class.
+    fn click_log(&self, sorted: bool) {
+        self.succeeds("generate log --lines 500");
+        if sorted {
+            let text = fs::read_to_string(self.path("log")).unwrap();
+            let mut lines: Vec<_> = text.lines().collect();
+            lines.sort_unstable_by(|a, b| b.cmp(a));
+            fs::write(self.path("log"), lines.join("\n")).unwrap();
+        }
+    }
+
+    fn command(&self, arguments: &str) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_recommender"));
+        command
+            .args(arguments.split_whitespace())
+            .current_dir(self.0.path())
+            .stdin(Stdio::null());
+        command
+    }
+
+    /// What a command prints.
+    #[track_caller]
+    fn succeeds(&self, arguments: &str) -> String {
+        let output = self.command(arguments).output().unwrap();
+        assert!(output.status.success(), "{arguments}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What a command says before it fails, on standard output and on standard error. It fails by an error, not by a panic.
+    #[track_caller]
+    fn fails(&self, arguments: &str) -> (String, String) {
+        failure(self.command(arguments).output().unwrap())
+    }
+}
+
+#[track_caller]
+fn failure(output: Output) -> (String, String) {
+    let (stdout, stderr) = (
+        String::from_utf8(output.stdout).unwrap(),
+        String::from_utf8(output.stderr).unwrap(),
+    );
+    // 1 is an error and 2 a command line that is not understood; a panic is 101.
+    let code = output.status.code();
+    assert!(matches!(code, Some(1 | 2)), "{code:?} {stdout} {stderr}");
+    (stdout, stderr)
+}
+
+/// The smallest and quickest training there is.
+const TRAIN: &str = "--data ml --compression 1 --epochs 2 --checkpoint m";
+
+#[test]
+fn a_closed_standard_output_costs_no_training() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    let mut process = folder
+        .command(TRAIN)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(process.stdout.take());
+    let output = process.wait_with_output().unwrap();
+    assert!(
+        output.status.success() && output.stderr.is_empty(),
+        "{output:?}"
+    );
+    folder.succeeds("recommend --user 1 --data ml --checkpoint m");
+}
+
+/// A full disk is not a reader who has left: the model is saved, and the failure reported.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_standard_output_that_fails_is_reported_at_the_end() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    let full = fs::File::options().write(true).open("/dev/full").unwrap();
+    let output = folder.command(TRAIN).stdout(full).output().unwrap();
+    let (_, said) = failure(output);
+    assert!(said.contains("standard output"), "{said}");
+    folder.succeeds("recommend --user 1 --data ml --checkpoint m");
+}
+
+#[test]
+fn a_divergence_is_an_error_that_replaces_no_model() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    folder.succeeds(TRAIN);
+    let good = fs::read(folder.path("m")).unwrap();
+    let (_, said) = folder.fails(&format!("{TRAIN} --lr 1e30"));
+    assert!(said.contains("training diverged in epoch 1"), "{said}");
+    assert_eq!(fs::read(folder.path("m")).unwrap(), good);
+
+    let sweep = "sweep --data ml --compressions 1 --seeds 1 --epochs 1 --lr 1e30";
+    let (_, said) = folder.fails(sweep);
+    assert!(
+        said.contains("plain, compression 1, seed 1") && said.contains("diverged"),
+        "{said}"
+    );
+}
+
+#[test]
+fn outputs_that_cannot_be_written_are_refused_before_the_work() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    folder.click_log(false);
+    fs::create_dir(folder.path("auc-vs-size.svg")).unwrap();
+    for (arguments, said) in [
+        ("--data ml --checkpoint no/such/m", "cannot write no/such/m"),
+        (
+            "--data ml --checkpoint ml",
+            "cannot write ml: it is a folder",
+        ),
+        ("--data ml --checkpoint log/m", "cannot write log/m"),
+        ("sweep --data ml", "cannot write ./auc-vs-size.svg"),
+        ("sweep --data ml --out log", "cannot make log"),
+        ("generate no/such/log", "cannot write no/such/log"),
+    ] {
+        let (printed, error) = folder.fails(arguments);
+        assert!(printed.is_empty(), "{arguments}: {printed}");
+        assert!(error.contains(said), "{arguments}: {error}");
+    }
+}
+
+#[test]
+fn any_names_train_and_open_again() {
+    let folder = Folder::new();
+    for (movies, left_out) in [
+        // A newline in a genre, and a backslash before an n.
+        (
+            "1,A (1995),\"Drama\nComedy\"\n2,B (1995),War\\news|\\\n",
+            None,
+        ),
+        // No title word comes twice.
+        ("1,Alien,Drama\n2,Brazil,Comedy\n", Some("words")),
+        // No movie has a genre.
+        (
+            "1,A (1995),(no genres listed)\n2,B (1995),\n",
+            Some("genres"),
+        ),
+        ("1,Alien,\n2,Brazil,\n", Some("genres, words")),
+    ] {
+        folder.movielens("ml", movies);
+        let printed = folder.succeeds(TRAIN);
+        let line = printed.lines().find(|line| line.contains("left out"));
+        match left_out {
+            None => assert_eq!(line, None),
+            Some(names) => assert!(line.unwrap().contains(&format!("{names}: ")), "{printed}"),
+        }
+        folder.succeeds("recommend --user 1 --data ml --checkpoint m");
+        folder.succeeds("evaluate --data ml --checkpoint m");
+    }
+}
+
+#[test]
+fn a_click_log_from_a_pipe_is_refused_at_once() {
+    if !Path::new("/dev/stdin").exists() {
+        return println!("skipped: no /dev/stdin");
+    }
+    let folder = Folder::new();
+    // Its other end stays open, and nothing is written to it: whoever reads from it waits.
+    let mut process = folder
+        .command("--data /dev/stdin --format criteo --checkpoint m")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let pipe = process.stdin.take();
+    let (_, said) = failure(process.wait_with_output().unwrap());
+    assert!(said.contains("must be a regular file"), "{said}");
+    drop(pipe);
+}
+
+#[test]
+fn one_class_is_judged_by_logloss() {
+    let folder = Folder::new();
+    folder.click_log(true);
+    let criteo = "--data log --format criteo --rows-per-field 100";
+    let printed = folder.succeeds(&format!("{criteo} --epochs 3 --checkpoint m"));
+    assert!(
+        printed.contains("the epoch is chosen by logloss"),
+        "{printed}"
+    );
+    let loglosses: Vec<&str> = printed
+        .lines()
+        .filter_map(|line| line.split_once("valid logloss "))
+        .filter_map(|(_, rest)| rest.split_whitespace().next())
+        .collect();
+    let best = printed
+        .lines()
+        .find_map(|line| line.split_once("best epoch"))
+        .and_then(|(_, rest)| rest.chars().find_map(|c| c.to_digit(10)))
+        .unwrap() as usize;
+    assert_eq!(loglosses.len(), 3, "{printed}");
+    assert_eq!(loglosses.iter().min(), loglosses.get(best - 1), "{printed}");
+    assert!(!printed.contains("NaN"), "{printed}");
+    let evaluated = folder.succeeds("evaluate --data log --format criteo --checkpoint m");
+    assert!(evaluated.contains("no AUC"), "{evaluated}");
+
+    let sweep = format!("sweep {criteo} --compressions 1/4 --hashes default,original --seeds 1");
+    for printed in [folder.succeeds(&sweep), folder.succeeds(&sweep)] {
+        assert!(printed.contains("test logloss, mean"), "{printed}");
+        assert!(
+            !printed.contains("NaN") && !printed.contains("inf"),
+            "{printed}"
+        );
+        assert!(
+            printed.lines().all(|line| line.chars().count() < 140),
+            "{printed}"
+        );
+    }
+}
+
+#[test]
+fn a_sweep_knows_its_data_again() {
+    let folder = Folder::new();
+    folder.click_log(false);
+    let sweep = "sweep --data log --format criteo --rows-per-field 100 --compressions 1/4 --hashes default --seeds 1";
+    let trained = |printed: String| printed.lines().filter(|l| l.contains(", seed ")).count();
+    assert_eq!(trained(folder.succeeds(sweep)), 2);
+    assert_eq!(trained(folder.succeeds(sweep)), 0);
+    // Cut off in its last line, as by a kill.
+    let csv = fs::read_to_string(folder.path("auc-vs-size.csv")).unwrap();
+    fs::write(folder.path("auc-vs-size.csv"), &csv[..csv.len() - 30]).unwrap();
+    let printed = folder.succeeds(sweep);
+    assert!(
+        printed.contains("was cut off: its run is repeated"),
+        "{printed}"
+    );
+    assert_eq!(trained(printed), 1);
+    // Other clicks at the same path.
+    folder.succeeds("generate log --lines 500 --seed 2");
+    assert_eq!(trained(folder.succeeds(sweep)), 2);
+    assert_eq!(trained(folder.succeeds(sweep)), 0);
+    let csv = fs::read_to_string(folder.path("auc-vs-size.csv")).unwrap();
+    assert_eq!(csv.lines().count(), 5);
+}
+
+#[test]
+fn extreme_arguments_are_errors_at_worst() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    folder.succeeds("generate one --lines 1");
+    folder.succeeds(&format!("{TRAIN} --batch-size {}", usize::MAX));
+    for (arguments, said) in [
+        ("generate none --lines 0", "invalid value '0'"),
+        ("--data ml --compression 1e-300 --checkpoint m", "too few for hashed tables"),
+        ("--data ml --embedding-dim 65536 --checkpoint m", "65536"),
+        ("--data ml --hash balanced:18446744073709551615 --checkpoint m", "balanced:"),
+        ("--data one --format criteo --checkpoint m", "1 examples are too few to split"),
+        ("--data one --format criteo --rows-per-field 4294967295 --embedding-dim 65535 --compression 1 --checkpoint m", ""),
+        ("recommend --user -9223372036854775808 --checkpoint ml", "cannot open the checkpoint"),
+    ] {
+        let (_, error) = folder.fails(arguments);
+        assert!(error.contains(said), "{arguments}: {error}");
+    }
+}

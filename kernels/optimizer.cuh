@@ -1,0 +1,138 @@
+// Optimiser steps, in place, in one pass over memory: the twin of src/optim/rules.rs, whose structs come as arguments.
+//
+// A thread updates vectors of consecutive values, striding by the grid: all of a vector's loads come before its stores, and
+// each value is read and written by one thread once. No result depends on the order of threads.
+//
+// Parameters and gradients are T, state and arithmetic Acc<T>. The arithmetic rounds after every operation (Rounded), as the
+// CPU's does, so both compute the same bits; memory, not arithmetic, is what these kernels wait for.
+#pragma once
+#include <cstdint>
+
+#include "vector.cuh"
+
+// A number whose multiplications are never fused with additions.
+template <typename A>
+struct Rounded {
+  A x;
+};
+
+__device__ __forceinline__ Rounded<float> operator+(Rounded<float> a, Rounded<float> b) { return {__fadd_rn(a.x, b.x)}; }
+__device__ __forceinline__ Rounded<float> operator-(Rounded<float> a, Rounded<float> b) { return {__fsub_rn(a.x, b.x)}; }
+__device__ __forceinline__ Rounded<float> operator*(Rounded<float> a, Rounded<float> b) { return {__fmul_rn(a.x, b.x)}; }
+__device__ __forceinline__ Rounded<float> operator/(Rounded<float> a, Rounded<float> b) { return {__fdiv_rn(a.x, b.x)}; }
+__device__ __forceinline__ Rounded<float> root(Rounded<float> a) { return {__fsqrt_rn(a.x)}; }
+__device__ __forceinline__ Rounded<double> operator+(Rounded<double> a, Rounded<double> b) { return {__dadd_rn(a.x, b.x)}; }
+__device__ __forceinline__ Rounded<double> operator-(Rounded<double> a, Rounded<double> b) { return {__dsub_rn(a.x, b.x)}; }
+__device__ __forceinline__ Rounded<double> operator*(Rounded<double> a, Rounded<double> b) { return {__dmul_rn(a.x, b.x)}; }
+__device__ __forceinline__ Rounded<double> operator/(Rounded<double> a, Rounded<double> b) { return {__ddiv_rn(a.x, b.x)}; }
+__device__ __forceinline__ Rounded<double> root(Rounded<double> a) { return {__dsqrt_rn(a.x)}; }
+
+// Each rule updates a value and its STATE values of state; see src/optim/rules.rs for the fields.
+template <typename A>
+struct AdamW {
+  static constexpr int STATE = 2;
+  Rounded<A> decay, beta1, complement1, beta2, complement2, correction2, step_size, eps;
+
+  __device__ __forceinline__ void update(Rounded<A> &param, Rounded<A> grad, Rounded<A> *state) const {
+    Rounded<A> &exp_avg = state[0], &exp_avg_sq = state[1];
+    exp_avg = beta1 * exp_avg + complement1 * grad;
+    exp_avg_sq = beta2 * exp_avg_sq + complement2 * (grad * grad);
+    const Rounded<A> denominator = root(exp_avg_sq) * correction2 + eps;
+    param = decay * param - step_size * (exp_avg / denominator);
+  }
+};
+
+template <typename A>
+struct Adagrad {
+  static constexpr int STATE = 1;
+  Rounded<A> weight_decay, step_size, eps;
+
+  __device__ __forceinline__ void update(Rounded<A> &param, Rounded<A> grad, Rounded<A> *state) const {
+    Rounded<A> &sum = state[0];
+    grad = grad + weight_decay * param;
+    sum = sum + grad * grad;
+    param = param - step_size * (grad / (root(sum) + eps));
+  }
+};
+
+template <typename A>
+struct Sgd {
+  static constexpr int STATE = 0;
+  Rounded<A> weight_decay, lr;
+
+  __device__ __forceinline__ void update(Rounded<A> &param, Rounded<A> grad, Rounded<A> *) const {
+    grad = grad + weight_decay * param;
+    param = param - lr * grad;
+  }
+};
+
+template <typename A>
+struct Momentum {
+  static constexpr int STATE = 1;
+  Rounded<A> weight_decay, momentum, intake, along_grad, along_buffer, lr;
+
+  __device__ __forceinline__ void update(Rounded<A> &param, Rounded<A> grad, Rounded<A> *state) const {
+    Rounded<A> &momentum_buffer = state[0];
+    grad = grad + weight_decay * param;
+    momentum_buffer = momentum * momentum_buffer + intake * grad;
+    const Rounded<A> direction = along_grad * grad + along_buffer * momentum_buffer;
+    param = param - lr * direction;
+  }
+};
+
+// V values that lie together, moved in accesses of 16 bytes at most.
+template <int V, typename T>
+struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Values {
+  T x[V];
+};
+
+template <int V, typename T>
+__device__ __forceinline__ Values<V, T> load_values(const T *from) {
+  return *reinterpret_cast<const Values<V, T> *>(from);
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store_values(T *to, const Values<V, T> &values) {
+  *reinterpret_cast<Values<V, T> *>(to) = values;
+}
+
+// Updates V values from position `at` on; their addresses are multiples of 16 bytes unless V is 1.
+template <int V, typename T, typename Rule>
+__device__ __forceinline__ void update(T *params, const T *grads, Acc<T> *state0, Acc<T> *state1, const Rule &rule,
+                                       uint64_t at) {
+  Values<V, T> param = load_values<V>(params + at);
+  const Values<V, T> grad = load_values<V>(grads + at);
+  Values<V, Acc<T>> first = {}, second = {};
+  if (Rule::STATE > 0) first = load_values<V>(state0 + at);
+  if (Rule::STATE > 1) second = load_values<V>(state1 + at);
+#pragma unroll
+  for (int v = 0; v < V; v++) {
+    Rounded<Acc<T>> value = {widen(param.x[v])}, state[2] = {{first.x[v]}, {second.x[v]}};
+    rule.update(value, {widen(grad.x[v])}, state);
+    narrow(param.x[v], value.x);
+    first.x[v] = state[0].x;
+    second.x[v] = state[1].x;
+  }
+  store_values(params + at, param);
+  if (Rule::STATE > 0) store_values(state0 + at, first);
+  if (Rule::STATE > 1) store_values(state1 + at, second);
+}
+
+// Updates n values; `aligned` says that params and grads start at multiples of 16 bytes, which state always does. State that
+// the rule does not have is null.
+template <typename T, typename Rule>
+__device__ __forceinline__ void step(T *params, const T *grads, Acc<T> *state0, Acc<T> *state1, const Rule &rule,
+                                     uint64_t n, bool aligned) {
+  constexpr int V = 16 / sizeof(T);  // accesses of 16 bytes
+  const uint64_t thread = blockIdx.x * uint64_t(blockDim.x) + threadIdx.x;
+  const uint64_t threads = gridDim.x * uint64_t(blockDim.x);
+  const uint64_t vectors = aligned ? n / V : 0;
+  for (uint64_t i = thread; i < vectors; i += threads) update<V>(params, grads, state0, state1, rule, i * V);
+  for (uint64_t i = vectors * V + thread; i < n; i += threads) update<1>(params, grads, state0, state1, rule, i);
+}
+
+#define OPTIMIZER_STEP_KERNEL(NAME, THREADS, RULE, T)                                                                  \
+  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
+      NAME(T *params, const T *grads, Acc<T> *state0, Acc<T> *state1, RULE<Acc<T>> rule, uint64_t n, uint32_t aligned) { \
+    step(params, grads, state0, state1, rule, n, aligned != 0);                                                        \
+  }

@@ -1,0 +1,108 @@
+//! What is out of range, and the error that says so.
+//!
+//! On the CPU, the threads of a lookup check the indices that they look up. On CUDA a kernel only finds out whether anything is
+//! out of range; the checks here then find what, for the same message.
+
+use crate::bags::{BagShape, Index};
+use crate::error::{bail, error};
+use crate::tables::Tables;
+use candle_core::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::ops::Range;
+
+/// What happens with a row or an offset that is out of range.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum BoundsCheck {
+    /// An error that names position and value, on CPU and CUDA alike. On CUDA a kernel checks them before the lookup, and each
+    /// call waits for that kernel, not for the lookup.
+    #[default]
+    Error,
+    /// No check and no synchronisation. A row outside the table is hashed like any other, offsets are clamped into
+    /// `indices`: the result is then meaningless, but nothing outside the tensors is read or written.
+    Off,
+}
+
+/// An error for the first offset that breaks the contract: the first is 0, none decreases, none passes `nnz`.
+pub(crate) fn check_offsets<O: Index>(offsets: &[O], nnz: usize) -> Result<()> {
+    let mut previous = 0;
+    for (position, offset) in offsets.iter().enumerate() {
+        let offset = offset.as_i64();
+        let previous = std::mem::replace(&mut previous, offset);
+        if position == 0 && offset != 0 {
+            bail!("offsets must start at 0, got {offset} at position 0");
+        }
+        if offset < previous {
+            bail!(
+                "offsets must not decrease, got {offset} after {previous} at position {position}"
+            );
+        }
+        if offset > nnz as i64 {
+            bail!("offsets must not pass the number of indices ({nnz}), got {offset} at position {position}");
+        }
+    }
+    Ok(())
+}
+
+/// An index whose row is neither padding nor in its table; ordered by position.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct BadRow {
+    position: usize,
+    table: usize,
+}
+
+impl BadRow {
+    /// The first one in the bags `of`. Offsets must have passed [`check_offsets`]. Indices that are in no bag are not checked,
+    /// as they are never looked up.
+    pub fn find<I: Index>(
+        indices: &[I],
+        ranges: impl Fn(usize) -> Range<usize>,
+        of: Range<usize>,
+        bags: &BagShape,
+        tables: &Tables,
+        padding_idx: Option<i64>,
+    ) -> Option<Self> {
+        let first_bad = |range: Range<usize>, table: usize| {
+            let rows = 0..tables.num_embeddings(table) as i64;
+            // A row below 0 and a row past the last both set the sign bit. Without branches the compiler vectorises this.
+            let signs = indices[range.clone()].iter().fold(0, |signs, index| {
+                let row = index.as_i64();
+                signs | row | (rows.end - 1).wrapping_sub(row)
+            });
+            if signs >= 0 {
+                return None;
+            }
+            let bad = indices[range.clone()].iter().position(|index| {
+                let row = index.as_i64();
+                !rows.contains(&row) && Some(row) != padding_idx
+            })?;
+            Some(Self {
+                position: range.start + bad,
+                table,
+            })
+        };
+        match (of.clone().next(), of.clone().next_back()) {
+            // The indices of all these bags are consecutive, and of one table.
+            (Some(first), Some(last)) if bags.tables == 1 => {
+                first_bad(ranges(first).start..ranges(last).end, 0)
+            }
+            _ => of
+                .filter_map(|bag| first_bad(ranges(bag), bag % bags.tables))
+                .min(),
+        }
+    }
+
+    pub fn error<I: Index>(&self, indices: &[I], tables: &Tables) -> Error {
+        let of_table = match tables.name(self.table) {
+            Some(name) => format!(" of table {name}"),
+            None => String::new(),
+        };
+        error(format_args!(
+            "indices{of_table} must lie in 0..{}, got {} at position {}",
+            tables.num_embeddings(self.table),
+            indices[self.position].as_i64(),
+            self.position,
+        ))
+    }
+}

@@ -1,0 +1,384 @@
+//! Self-describing safetensors: a model is rebuilt from the file alone.
+//!
+//! Beside the tensors, the file's `__metadata__` holds one key, `hashed_embedding_bag`, with one JSON string:
+//!
+//! ```json
+//! {"version":1,"layers":{"user":{"num_embeddings":6040,"embedding_dim":16,"mode":"sum","padding_idx":null,
+//!  "include_last_offset":false,"hash":{"kind":"mix","seed":0,"block":8,"signed":true,"balanced":true}}}}
+//! ```
+//!
+//! A [`HashedEmbeddingBagCollection`] stands beside the layers, with its tables in order:
+//!
+//! ```json
+//! "collections":{"sparse":{"tables":[{"name":"user","num_embeddings":6040},{"name":"movie","num_embeddings":3952}],
+//!  "embedding_dim":16,"mode":"sum","padding_idx":null,"include_last_offset":false,"hash":{…}}}
+//! ```
+//!
+//! The parameter of layer `user` is the tensor `user.hashed_weight` (of the layer with the empty name,
+//! `hashed_weight`). Any other reader of safetensors reads the file as it reads every other.
+//!
+//! ```
+//! use candle_core::{DType, Device, Module, Tensor};
+//! use candle_hashed_embedding_bag::{checkpoint, hashed_embedding_bag, Checkpoint};
+//! use candle_nn::{VarBuilder, VarMap};
+//!
+//! # fn main() -> candle_core::Result<()> {
+//! let device = Device::Cpu;
+//! let vars = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
+//! let layer = hashed_embedding_bag(1000, 16, 0.1, Default::default(), vb.pp("items"))?;
+//! let linear = candle_nn::linear(16, 1, vb.pp("head"))?;
+//!
+//! let folder = tempfile::tempdir()?;
+//! let path = folder.path().join("model.safetensors");
+//! let tensors = vars.data().lock().unwrap().clone();
+//! let tensors = tensors.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone()));
+//! checkpoint::save(&path, tensors, [("items", &layer)])?;
+//!
+//! let checkpoint = Checkpoint::open(&path)?;
+//! let served = checkpoint.hashed_embedding_bag("items", DType::F32, &device)?;
+//! let head = candle_nn::linear(16, 1, checkpoint.var_builder(DType::F32, &device).pp("head"))?;
+//! let indices = Tensor::new(&[[1u32, 2, 3]], &device)?;
+//! let (before, after) = (linear.forward(&layer.forward(&indices)?)?, head.forward(&served.forward(&indices)?)?);
+//! assert_eq!(before.to_vec2::<f32>()?, after.to_vec2::<f32>()?);
+//! # Ok(())
+//! # }
+//! ```
+
+pub(crate) mod file;
+mod spec;
+
+pub use spec::{CollectionSpec, LayerSpec, TableSpec};
+
+use crate::collection::HashedEmbeddingBagCollection;
+use crate::layer::{HashedEmbedding, HashedEmbeddingBag, HASHED_WEIGHT, INNER_BAG};
+use crate::op::WEIGHT_DTYPES;
+use candle_core::{bail, DType, Device, Error, Result, Shape, Tensor};
+use candle_nn::var_builder::SimpleBackend;
+use candle_nn::{Init, VarBuilder};
+use file::{check_shape, join, MappedFile, TensorInfo};
+use spec::{Description, METADATA_KEY};
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+
+/// Something with a `hashed_weight` that [`save`] describes; made of a reference by `into`.
+#[derive(Debug, Clone, Copy)]
+pub enum Layer<'a> {
+    /// A [`HashedEmbeddingBag`].
+    Bag(&'a HashedEmbeddingBag),
+    /// A [`HashedEmbeddingBagCollection`].
+    Collection(&'a HashedEmbeddingBagCollection),
+}
+
+impl<'a> From<&'a HashedEmbeddingBag> for Layer<'a> {
+    fn from(layer: &'a HashedEmbeddingBag) -> Self {
+        Self::Bag(layer)
+    }
+}
+
+impl<'a> From<&'a HashedEmbeddingBagCollection> for Layer<'a> {
+    fn from(collection: &'a HashedEmbeddingBagCollection) -> Self {
+        Self::Collection(collection)
+    }
+}
+
+impl Layer<'_> {
+    fn hashed_weight(&self) -> &Tensor {
+        match self {
+            Self::Bag(layer) => layer.hashed_weight(),
+            Self::Collection(collection) => collection.hashed_weight(),
+        }
+    }
+}
+
+/// The name of the parameter of layer `name`.
+fn weight_name(name: &str) -> String {
+    join(name, HASHED_WEIGHT)
+}
+
+/// Saves a model: its tensors, and its hashed layers and collections by name (the prefix of their variable).
+///
+/// The parameter of layer `name` is written as `<name>.hashed_weight`; `tensors` may hold it too, as the variables of a
+/// `VarMap` do. A [`HashedEmbedding`] `emb` is saved as layer `emb.hashed_embedding_bag`: pass `emb.bag()`. Where there are
+/// both layers and collections, each goes [`into`](Into::into) a [`Layer`].
+///
+/// The file appears whole or not at all: it is written beside `path`, synced, and renamed over it, and the folder is synced.
+/// Where only that last step fails, the error is reported though the new file is in place.
+///
+/// A symbolic link at `path` is followed: the file that it leads to is replaced, and the link stays. On Unix a file that is
+/// replaced keeps its mode, though not its owner or access control lists, which belong to the process that saves.
+///
+/// # Errors
+/// A name given twice with different tensors, a dtype without a safetensors form in candle, something at `path` that is not
+/// a regular file, or what the file system reports.
+pub fn save<'a, N: Into<String>, L: Into<Layer<'a>>>(
+    path: impl AsRef<Path>,
+    tensors: impl IntoIterator<Item = (String, Tensor)>,
+    layers: impl IntoIterator<Item = (N, L)>,
+) -> Result<()> {
+    let mut all: BTreeMap<String, Tensor> = BTreeMap::new();
+    let mut insert = |name: String, tensor: Tensor| match all.get(&name) {
+        // safetensors would write it, and nothing could read the file.
+        _ if name == "__metadata__" => bail!("checkpoint: no tensor can be named {name}"),
+        Some(other) if other.id() != tensor.id() => {
+            bail!("checkpoint: two different tensors are named {name}")
+        }
+        _ => {
+            all.insert(name, tensor);
+            Ok(())
+        }
+    };
+    for (name, tensor) in tensors {
+        insert(name, tensor)?;
+    }
+    let mut description = Description::default();
+    for (name, layer) in layers {
+        let (name, layer) = (name.into(), layer.into());
+        insert(weight_name(&name), layer.hashed_weight().clone())?;
+        if description.layers.contains_key(&name) || description.collections.contains_key(&name) {
+            bail!("checkpoint: two layers are named {name}");
+        }
+        match layer {
+            Layer::Bag(layer) => {
+                description.layers.insert(name, layer.into());
+            }
+            Layer::Collection(collection) => {
+                description.collections.insert(name, collection.into());
+            }
+        }
+    }
+    // On the CPU first: the writer below has no way to report a failed copy.
+    let all = all
+        .into_iter()
+        .map(|(name, tensor)| {
+            if matches!(
+                tensor.dtype(),
+                DType::F6E2M3 | DType::F6E3M2 | DType::F4 | DType::F8E8M0
+            ) {
+                bail!(
+                    "checkpoint: tensor {name} has dtype {:?}, which candle cannot write",
+                    tensor.dtype()
+                );
+            }
+            Ok((name, tensor.to_device(&Device::Cpu)?))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let metadata = HashMap::from([(METADATA_KEY.to_string(), description.to_json()?)]);
+    let path = path.as_ref();
+    file::replace(path, |temporary| {
+        Ok(safetensors::serialize_to_file(
+            all,
+            Some(metadata),
+            temporary,
+        )?)
+    })
+    .map_err(|e| e.with_path(path))
+}
+
+/// A checkpoint file, opened: mapped, its description checked, no tensor read yet.
+///
+/// The file must not be changed in place while this is alive (as with every mapped file); [`save`] never does so.
+#[derive(Debug, Clone)]
+pub struct Checkpoint {
+    file: Arc<MappedFile>,
+    description: Arc<Description>,
+}
+
+impl Checkpoint {
+    /// Maps the file and checks what it says of its layers.
+    ///
+    /// # Errors
+    /// No such file, no safetensors file, no `hashed_embedding_bag` in its metadata, a missing or unknown version; and
+    /// by layer and field: an unknown hash, a value out of range, a missing tensor, a length that does not suit the
+    /// hash, a dtype that is no float.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let open = || {
+            let file = MappedFile::new(file::map(path)?).map_err(named)?;
+            let description = describe(&file).map_err(named)?;
+            Ok(Self {
+                file: Arc::new(file),
+                description: Arc::new(description),
+            })
+        };
+        open().map_err(|e: Error| e.with_path(path))
+    }
+
+    /// The hashed layers, by name, in order.
+    pub fn layers(&self) -> impl Iterator<Item = (&str, &LayerSpec)> {
+        let layers = self.description.layers.iter();
+        layers.map(|(name, spec)| (name.as_str(), spec))
+    }
+
+    /// The collections, by name, in order.
+    pub fn collections(&self) -> impl Iterator<Item = (&str, &CollectionSpec)> {
+        let collections = self.description.collections.iter();
+        collections.map(|(name, spec)| (name.as_str(), spec))
+    }
+
+    /// The hashed layer `name`, its parameter cast to `dtype` on `device`; untracked, for inference.
+    ///
+    /// # Errors
+    /// No such layer, or what the device says.
+    pub fn hashed_embedding_bag(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<HashedEmbeddingBag> {
+        let Some(spec) = self.description.layers.get(name) else {
+            let names: Vec<_> = self.layers().map(|(name, _)| name).collect();
+            bail!("checkpoint: no layer {name}, only {}", names.join(", "));
+        };
+        let hashed_weight = self.tensor(&weight_name(name), device)?;
+        spec.build(hashed_weight.to_dtype(dtype)?)
+    }
+
+    /// The collection `name`, its parameter cast to `dtype` on `device`; untracked, for inference.
+    ///
+    /// # Errors
+    /// No such collection, or what the device says.
+    pub fn hashed_embedding_bag_collection(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<HashedEmbeddingBagCollection> {
+        let Some(spec) = self.description.collections.get(name) else {
+            let names: Vec<_> = self.collections().map(|(name, _)| name).collect();
+            bail!(
+                "checkpoint: no collection {name}, only {}",
+                names.join(", ")
+            );
+        };
+        let hashed_weight = self.tensor(&weight_name(name), device)?;
+        spec.build(hashed_weight.to_dtype(dtype)?)
+    }
+
+    /// The [`HashedEmbedding`] `name`, saved as layer `<name>.hashed_embedding_bag`.
+    ///
+    /// # Errors
+    /// Those of [`hashed_embedding_bag`](Self::hashed_embedding_bag).
+    pub fn hashed_embedding(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<HashedEmbedding> {
+        let name = join(name, INNER_BAG);
+        self.hashed_embedding_bag(&name, dtype, device)
+            .map(HashedEmbedding::from)
+    }
+
+    /// The tensors of the file, for the layers that are not hashed. Reads what is asked for, and casts it to `dtype`.
+    pub fn var_builder(&self, dtype: DType, device: &Device) -> VarBuilder<'static> {
+        VarBuilder::from_backend(Box::new(Tensors(self.file.clone())), dtype, device.clone())
+    }
+
+    /// The names of all tensors of the file, in order; a layer's own are among them.
+    pub fn tensor_names(&self) -> impl Iterator<Item = String> {
+        let mut names = self.file.metadata().offset_keys();
+        names.sort_unstable();
+        names.into_iter()
+    }
+
+    /// The dtype and the shape of a tensor. Reads nothing of its values.
+    ///
+    /// # Errors
+    /// No such tensor.
+    pub fn tensor_info(&self, name: &str) -> Result<TensorInfo> {
+        self.file.info(name).map_err(named)
+    }
+
+    /// A tensor as it is stored, such as one of integers.
+    ///
+    /// # Errors
+    /// No such tensor, or a dtype candle does not have.
+    pub fn tensor(&self, name: &str, device: &Device) -> Result<Tensor> {
+        self.file.load(name, device).map_err(named)
+    }
+}
+
+/// Reads the description of the hashed layers, and checks that each layer can be built on its tensor.
+fn describe(file: &MappedFile) -> Result<Description> {
+    let metadata = file.metadata().metadata().as_ref();
+    let Some(json) = metadata.and_then(|metadata| metadata.get(METADATA_KEY)) else {
+        bail!("no {METADATA_KEY} in __metadata__");
+    };
+    let description = Description::from_json(json)?;
+    for (name, spec) in &description.layers {
+        check(file, "layer", name, |weight| spec.build(weight).map(drop))?;
+    }
+    for (name, spec) in &description.collections {
+        check(file, "collection", name, |weight| {
+            spec.build(weight).map(drop)
+        })?;
+    }
+    Ok(description)
+}
+
+/// Checks the parameter of a layer or collection, from which `build` makes it.
+fn check(
+    file: &MappedFile,
+    kind: &str,
+    name: &str,
+    build: impl Fn(Tensor) -> Result<()>,
+) -> Result<()> {
+    let weight = weight_name(name);
+    let Some(info) = file.metadata().info(&weight) else {
+        bail!("{kind} {name}: no tensor {weight}");
+    };
+    let dtype = DType::try_from(info.dtype).ok();
+    if !dtype.is_some_and(|dtype| WEIGHT_DTYPES.contains(&dtype)) {
+        bail!(
+            "{kind} {name}: {weight} must have a float dtype, got {:?}",
+            info.dtype
+        );
+    }
+    check_shape(&weight, &info.shape)?;
+    // The layer's own rules, on a stand-in of the right shape that holds no data.
+    let stand_in = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+    stand_in
+        .broadcast_as(info.shape.as_slice())
+        .and_then(build)
+        .map_err(|e| Error::msg(format!("{kind} {name}: {e}")))
+}
+
+/// An error that names the operation.
+fn named(e: Error) -> Error {
+    Error::msg(format!("checkpoint: {e}"))
+}
+
+/// The file as the source of a `VarBuilder`.
+struct Tensors(Arc<MappedFile>);
+
+impl SimpleBackend for Tensors {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let tensor = self.get_unchecked(name, dtype, device)?;
+        if tensor.shape() != &shape {
+            return Err(Error::UnexpectedShape {
+                msg: format!("shape mismatch for {name}"),
+                expected: shape,
+                got: tensor.shape().clone(),
+            }
+            .bt());
+        }
+        Ok(tensor)
+    }
+
+    fn get_unchecked(&self, name: &str, dtype: DType, device: &Device) -> Result<Tensor> {
+        self.0.load(name, device)?.to_dtype(dtype)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        self.0.metadata().info(name).is_some()
+    }
+}

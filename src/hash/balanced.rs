@@ -1,0 +1,116 @@
+//! The balanced family: as many rows in every block as in any other.
+//!
+//! The rows are divided into *strata* of as many consecutive rows as there are blocks. The rows of a stratum go to one block
+//! each: around the circle of blocks, `stride` blocks apart, from a starting point, the stratum's *turn*, which is a hash of
+//! the stratum and of `column / block`. So
+//!
+//! * every block serves as many rows as any other, give or take one for a stratum that is not full; at random places, some
+//!   blocks would serve twice as many rows as others;
+//! * two rows of one stratum never share a block, and two rows that share one share others only by chance.
+//!
+//! With `x` the row, `n = len / block` and `r = floor((2^64 - 1) / n) + 1`: bits 64 to 95 of `x * r` number the stratum, and
+//! `y`, bits 32 to 63, is the position of `x` in it, as a fraction of `2^32`.
+
+use super::block::BlockSlots;
+use super::mix::{self, finalize};
+use super::MAX_ROWS;
+
+/// A member of the balanced family: as many rows in every block as in any other, at places that depend on
+/// `(seed, column / block)` and on where the rows stand in the table. docs/format.md has the formula.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Balanced {
+    /// Two layers with different seeds fold their tables differently.
+    pub seed: u64,
+    /// How many consecutive columns share a hash and lie side by side: `1..=2^24`, at most 32 if signed.
+    pub block: usize,
+    /// Whether every value is multiplied by +1 or -1, by a bit of a hash of its row, so that rows that share a block are not
+    /// copies of each other. Signs are why long blocks, and so wide loads, cost next to no quality.
+    pub signed: bool,
+}
+
+impl Balanced {
+    /// Signed, with seed 0.
+    pub const fn new(block: usize) -> Self {
+        Self {
+            seed: 0,
+            block,
+            signed: true,
+        }
+    }
+
+    /// Binds the hash to a length that suits it.
+    pub(super) fn bind(&self, len: usize) -> BlockSlots {
+        BlockSlots::new(self.seed, self.block, self.signed, len, stride)
+    }
+}
+
+/// The distance of consecutive rows in blocks: the smallest number from 7 on that has no divisor in common with `num_blocks`.
+///
+/// Neighbouring rows are often the ones used most, so they should not crowd into one part of the memory.
+fn stride(num_blocks: usize) -> u32 {
+    let has_no_common_divisor = |stride: u64| {
+        let (mut a, mut b) = (num_blocks as u64, stride);
+        while b > 0 {
+            (a, b) = (b, a % b);
+        }
+        a == 1
+    };
+    // The product of the primes from 7 to 37 exceeds 2^32, so at least one of them qualifies.
+    (7..)
+        .find(|&stride| has_no_common_divisor(stride))
+        .unwrap_or(1) as u32
+}
+
+/// The hash of `column_block` that a turn starts from, in 32 bits.
+#[inline(always)]
+pub(super) fn start(key: u64, column_block: u64) -> u64 {
+    finalize(mix::start(key, column_block)) >> 32
+}
+
+/// The low half of a word. Vector units multiply two such halves in one instruction.
+#[inline(always)]
+const fn low(x: u64) -> u64 {
+    x & 0xFFFF_FFFF
+}
+
+/// [`Locate::locate`](super::Locate::locate) for this family.
+#[inline(always)]
+pub(super) fn locate(
+    slots: &BlockSlots,
+    rows: &[u64],
+    column_blocks: &[u64],
+    places: &mut [u32],
+    signs: &mut [u32],
+) {
+    let (factor_low, factor_high) = (low(slots.reciprocal), slots.reciprocal >> 32);
+    let n = rows.len();
+    // What depends on the row alone. Simple loops over separate arrays of 32-bit words are what the compiler vectorises.
+    let mut shares = [[0; MAX_ROWS]; 3];
+    let [lows, fractions, strata] = &mut shares;
+    let (lows, fractions, strata) = (&mut lows[..n], &mut fractions[..n], &mut strata[..n]);
+    for (i, &x) in rows.iter().enumerate() {
+        // Bits 32 to 95 of x * reciprocal.
+        let product = ((low(x) * factor_low) >> 32)
+            .wrapping_add(low(x) * factor_high)
+            .wrapping_add((x >> 32) * factor_low)
+            .wrapping_add(((x >> 32) * factor_high) << 32);
+        lows[i] = x as u32;
+        fractions[i] = (low(product) * u64::from(slots.stride)) as u32;
+        strata[i] = ((product >> 32) * 0x9E37_79B9) as u32;
+    }
+    let outputs = places.chunks_exact_mut(n).zip(signs.chunks_exact_mut(n));
+    for (&start, (places, signs)) in column_blocks.iter().zip(outputs) {
+        for i in 0..n {
+            // The multipliers and shifts of lowbias32, from Chris Wellons' hash-prospector.
+            let turn = strata[i].wrapping_add(start as u32);
+            let turn = (turn ^ (turn >> 15)).wrapping_mul(0x846C_A68B);
+            places[i] = fractions[i].wrapping_add(turn);
+            let bits = (lows[i] ^ turn).wrapping_mul(0x7FEB_352D);
+            let bits = (bits ^ (bits >> 15)).wrapping_mul(0x846C_A68B);
+            signs[i] = (bits ^ (bits >> 16)) & slots.sign_mask;
+        }
+        for place in places {
+            *place = slots.block_at(*place);
+        }
+    }
+}

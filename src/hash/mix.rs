@@ -1,0 +1,91 @@
+//! The mix family: every block of every row at a random place, by SplitMix64.
+
+use super::block::BlockSlots;
+
+/// A member of the mix family: rows at random places, by SplitMix64 of `(seed, row, column / block)`.
+///
+/// By chance some blocks serve many more rows than others, which costs quality unless every block serves dozens; the rows of a
+/// [`Balanced`](super::Balanced) hash are spread evenly.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Mix {
+    /// Two layers with different seeds fold their tables differently.
+    pub seed: u64,
+    /// How many consecutive columns share a hash and lie side by side: `1..=2^24`, at most 32 if signed.
+    pub block: usize,
+    /// Whether every value is multiplied by +1 or -1; see [`Balanced::signed`](super::Balanced::signed).
+    pub signed: bool,
+}
+
+impl Mix {
+    /// Signed, with seed 0.
+    pub const fn new(block: usize) -> Self {
+        Self {
+            seed: 0,
+            block,
+            signed: true,
+        }
+    }
+
+    /// Binds the hash to a length that suits it.
+    pub(super) fn bind(&self, len: usize) -> BlockSlots {
+        BlockSlots::new(self.seed, self.block, self.signed, len, |_| 0)
+    }
+}
+
+/// The increment of SplitMix64: `2^64` divided by the golden ratio, made odd.
+pub(super) const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+
+/// The finaliser of SplitMix64, a bijection of `u64` in which every input bit affects every output bit.
+pub(super) const fn finalize(mut h: u64) -> u64 {
+    h = (h ^ (h >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    h = (h ^ (h >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    h ^ (h >> 31)
+}
+
+/// Where SplitMix64 starts for `column_block` of row 0.
+#[inline(always)]
+pub(super) fn start(key: u64, column_block: u64) -> u64 {
+    key.wrapping_add(column_block.wrapping_add(1).wrapping_mul(GOLDEN))
+}
+
+/// [`Locate::locate`](super::Locate::locate) for this family.
+#[inline(always)]
+pub(super) fn locate(
+    slots: &BlockSlots,
+    rows: &[u64],
+    column_blocks: &[u64],
+    places: &mut [u32],
+    signs: &mut [u32],
+) {
+    let n = rows.len();
+    let outputs = places.chunks_exact_mut(n).zip(signs.chunks_exact_mut(n));
+    for (start, (places, signs)) in column_blocks.iter().zip(outputs) {
+        let outputs = places.iter_mut().zip(signs);
+        for (row, (place, signs)) in rows.iter().zip(outputs) {
+            let h = finalize(start.wrapping_add(*row));
+            *place = slots.block_at((h >> 32) as u32);
+            *signs = h as u32 & slots.sign_mask;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The hash before it is scaled to a block number: `(seed, row, column_block) -> h`.
+    #[test]
+    fn mix_is_splitmix64() {
+        for (seed, row, column_block, want) in [
+            (0, 0, 0, 0xe220_a839_7b1d_cdaf),
+            (0, 0, 1, 0x6e78_9e6a_a1b9_65f4),
+            (0, 1, 0, 0x910a_2dec_8902_5cc1),
+            (42, 123_456_789, 7, 0x3502_a7e4_2ada_2c11),
+            (0, 1 << 40, 3, 0xeee0_c8b0_e2b2_6a14),
+            (0, -1i64 as u64, 0, 0xe4d9_7177_1b65_2c20),
+        ] {
+            let h = finalize(start(finalize(seed), column_block).wrapping_add(row));
+            assert_eq!(h, want, "seed {seed} row {row} block {column_block}");
+        }
+    }
+}

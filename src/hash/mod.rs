@@ -1,0 +1,372 @@
+//! From a virtual element `(row, column)` to its slot in `hashed_weight`.
+//!
+//! Pure integers: nothing here knows a tensor. All arithmetic is on `u64` and wraps; a row is an `i64` index
+//! reinterpreted as `u64`. `block` consecutive columns share one hash and lie next to each other; `column / block` is called
+//! the column block.
+//!
+//! | file | family | slot of `(row, column)` in a `hashed_weight` of `len` values |
+//! |---|---|---|
+//! | `balanced.rs` | [`Balanced`] | `((y * stride + turn) mod 2^32 * (len / block) >> 32) * block + column % block`, explained there |
+//! | `mix.rs` | [`Mix`] | `(((h >> 32) * (len / block)) >> 32) * block + column % block`, `h` = output `column / block` of SplitMix64 started at `row` |
+//! | `affine.rs` | [`Affine`] | `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block` |
+//!
+//! A [`Hash`](enum@Hash) is bound to the length of `hashed_weight` once, giving [`Slots`]: `Copy` and `#[repr(C)]`, because the CUDA
+//! kernels take the same structs. The CPU loops see them through [`Locate`]. `kernels/hash.cuh` holds the same formulas for
+//! the GPU.
+
+mod affine;
+mod balanced;
+mod block;
+mod divisor;
+mod mix;
+mod spec;
+
+pub use affine::{Affine, Overflow};
+pub(crate) use affine::{AffineRows, AffineSlots};
+pub use balanced::Balanced;
+pub(crate) use block::BlockSlots;
+#[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
+pub(crate) use divisor::Divisor;
+pub use mix::Mix;
+
+use crate::error::{bail, error};
+use candle_core::Result;
+use serde::{Deserialize, Serialize};
+use spec::HashSpec;
+
+/// How a virtual element `(row, column)` finds its slot in `hashed_weight`.
+///
+/// | constructor | family | use it for |
+/// |---|---|---|
+/// | [`Hash::default_for`] | balanced | new models |
+/// | [`Hash::balanced`] | balanced | new models with a block of your choice |
+/// | [`Hash::mix`] | mix | rows at random places, for tables whose rows are drawn far apart |
+/// | [`Hash::original`] | affine | weights trained with the PyTorch package HashedEmbeddingBag |
+/// | [`Hash::robe`] | affine | weights trained with ROBE (arXiv 2108.02191) |
+/// | [`Hash::affine`] | affine | any other member of the family |
+/// | [`Hash::identity`] | affine | a plain table, to compare with |
+///
+/// The families' own structs choose everything, such as a seed: `Balanced { seed: 7, ..Balanced::new(16) }.into()`.
+///
+/// A hash is checked where it is used: a layer with one whose numbers are out of range is refused when it is built, and a file
+/// when it is read.
+///
+/// ```
+/// use candle_hashed_embedding_bag::{Balanced, Hash};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let (slot, sign) = Hash::mix(16).slot(1, 0, 1_280_000)?;
+/// assert_eq!(slot, 725_184);
+/// assert!(sign == 1 || sign == -1);
+///
+/// // As many rows as there are blocks: one in each.
+/// let hash = Hash::from(Balanced { seed: 7, block: 4, signed: false });
+/// let mut slots = (0..100).map(|row| hash.slot(row, 0, 400)).collect::<Result<Vec<_>, _>>()?;
+/// slots.sort();
+/// assert!(slots.iter().map(|(slot, _)| *slot).eq((0..400).step_by(4)));
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "HashSpec", into = "HashSpec")]
+#[non_exhaustive]
+pub enum Hash {
+    /// As many rows in every block as in any other.
+    Balanced(Balanced),
+    /// Rows at random places.
+    Mix(Mix),
+    /// Linear in row and block, as in HashedEmbeddingBag and ROBE.
+    Affine(Affine),
+}
+
+impl From<Balanced> for Hash {
+    fn from(hash: Balanced) -> Self {
+        Self::Balanced(hash)
+    }
+}
+
+impl From<Mix> for Hash {
+    fn from(hash: Mix) -> Self {
+        Self::Mix(hash)
+    }
+}
+
+impl From<Affine> for Hash {
+    fn from(hash: Affine) -> Self {
+        Self::Affine(hash)
+    }
+}
+
+impl Hash {
+    /// What a layer uses when its config names no hash: [`Hash::balanced`] with, as block, the largest power of two that is at
+    /// most half of `embedding_dim`, but no more than 16 and, if there are as many columns, no less than 4.
+    ///
+    /// A row then consists of several blocks, each of which it shares with other rows: where one meets a row that is used far
+    /// more often, the others need not.
+    pub const fn default_for(embedding_dim: usize) -> Self {
+        Self::balanced(match embedding_dim {
+            0..2 => 1,
+            2..4 => 2,
+            4..16 => 4,
+            16..32 => 8,
+            _ => 16,
+        })
+    }
+
+    /// As many rows in every block as in any other, at places that depend on `column / block` and on where the rows stand in
+    /// the table; signed, with seed 0. See [`Balanced`].
+    pub const fn balanced(block: usize) -> Self {
+        Self::Balanced(Balanced::new(block))
+    }
+
+    /// Rows at random places, signed, with seed 0. See [`Mix`].
+    pub const fn mix(block: usize) -> Self {
+        Self::Mix(Mix::new(block))
+    }
+
+    /// The hash of the PyTorch package HashedEmbeddingBag, bit for bit: affine, block 1, unsigned.
+    pub const fn original() -> Self {
+        Self::affine(
+            9_824_516_537,
+            57_857_966_300_227,
+            104_729,
+            117_130_198_221_199,
+            1,
+        )
+    }
+
+    /// The hash of a ROBE module with these `random_numbers` (its buffer; the first four count) and `block` columns per
+    /// hash (its `uma_chunk_size`).
+    ///
+    /// A layer whose rows could overflow ROBE's signed arithmetic is refused when it is built.
+    ///
+    /// # Errors
+    /// Fewer than four numbers, a negative one, a modulus (`random_numbers[0]`) that is not positive, or a block outside
+    /// `1..=2^24`.
+    pub fn robe(random_numbers: &[i64], block: usize) -> Result<Self> {
+        let &[modulus, c, b, a, ..] = random_numbers else {
+            bail!(
+                "ROBE has at least 4 random_numbers, got {}",
+                random_numbers.len()
+            );
+        };
+        for (i, r) in [modulus, c, b, a].into_iter().enumerate() {
+            if r < 0 {
+                bail!("ROBE's random_numbers must not be negative, got {r} at position {i}");
+            }
+        }
+        let hash = Self::Affine(Affine {
+            a: a as u64,
+            b: b as u64,
+            c: c as u64,
+            modulus: modulus as u64,
+            block,
+            overflow: Overflow::Refuse,
+        });
+        hash.check().map_err(error)?;
+        Ok(hash)
+    }
+
+    /// The hash `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block`, which wraps. See
+    /// [`Affine`].
+    pub const fn affine(a: u64, b: u64, c: u64, modulus: u64, block: usize) -> Self {
+        Self::Affine(Affine {
+            a,
+            b,
+            c,
+            modulus,
+            block,
+            overflow: Overflow::Wrap,
+        })
+    }
+
+    /// No hashing: `slot = row * embedding_dim + column`, for a `hashed_weight` with a slot for every value of the table. It
+    /// makes a plain table out of a hashed layer, such as the uncompressed line of a comparison (compression 1).
+    /// `embedding_dim` must lie in `1..=2^24`.
+    pub const fn identity(embedding_dim: usize) -> Self {
+        Self::affine(embedding_dim as u64, 0, 0, u64::MAX, embedding_dim)
+    }
+
+    /// How many consecutive columns share one hash.
+    pub const fn block(&self) -> usize {
+        match self {
+            Self::Balanced(Balanced { block, .. })
+            | Self::Mix(Mix { block, .. })
+            | Self::Affine(Affine { block, .. }) => *block,
+        }
+    }
+
+    /// Whether values carry a sign.
+    pub const fn signed(&self) -> bool {
+        match self {
+            Self::Balanced(Balanced { signed, .. }) | Self::Mix(Mix { signed, .. }) => *signed,
+            Self::Affine(_) => false,
+        }
+    }
+
+    /// The slot of virtual element `(row, column)` in a `hashed_weight` of `len` values, and its sign (`1` or `-1`).
+    ///
+    /// `row` may be any `i64`, as it may be with [`BoundsCheck::Off`](crate::BoundsCheck::Off).
+    ///
+    /// # Errors
+    /// Those of [`Hash::check_len`].
+    pub fn slot(&self, row: i64, column: usize, len: usize) -> Result<(usize, i8)> {
+        let slots = self.slots(len)?;
+        let block = self.block();
+        let (column_block, within) = ((column / block) as u64, column % block);
+        let (start, signs) = match slots {
+            Slots::Balanced(slots) | Slots::Mix(slots) => {
+                let (mut place, mut signs) = ([0], [0]);
+                let column_block = slots.column_block(column_block);
+                slots.locate(&[row as u64], &[column_block], &mut place, &mut signs);
+                (slots.slot(place[0], block), signs[0])
+            }
+            Slots::Affine(slots) => (slots.plain_slot(row as u64, column_block), 0),
+        };
+        let negative = within < 32 && (signs >> within) & 1 == 1;
+        Ok((start + within, if negative { -1 } else { 1 }))
+    }
+
+    /// Whether a `hashed_weight` of `len` values suits this hash.
+    ///
+    /// # Errors
+    /// * any hash: a block outside `1..=2^24`, or a `len` smaller than one block;
+    /// * balanced and mix: a signed block above 32, a `len` that is no multiple of the block or holds 2^32 blocks or more;
+    /// * affine: a modulus of 0.
+    pub fn check_len(&self, len: usize) -> Result<()> {
+        self.check().map_err(error)?;
+        let block = self.block();
+        if len < block {
+            bail!("hashed_weight must hold at least one block of {block} values, got {len}");
+        }
+        if !self.is_aligned() {
+            return Ok(());
+        }
+        if !len.is_multiple_of(block) {
+            bail!("the length of hashed_weight must be a multiple of the block, got {len} and block {block}");
+        }
+        if u32::try_from(len / block).is_err() {
+            bail!(
+                "hashed_weight must hold fewer than 2^32 blocks, got {} of {block} values",
+                len / block
+            );
+        }
+        Ok(())
+    }
+
+    /// The smallest length of at least `len` that suits this hash.
+    pub(crate) fn round_up_len(&self, len: usize) -> Result<usize> {
+        self.check().map_err(error)?;
+        let block = self.block();
+        Ok(if self.is_aligned() {
+            len.max(1).div_ceil(block).saturating_mul(block)
+        } else {
+            len.max(block)
+        })
+    }
+
+    /// Refuses a table whose rows would leave the signed 64-bit range of [`Overflow::Refuse`].
+    pub(crate) fn check_table(&self, num_embeddings: usize, embedding_dim: usize) -> Result<()> {
+        self.check().map_err(error)?;
+        match self {
+            Self::Affine(affine) if affine.overflows(num_embeddings, embedding_dim) => bail!(
+                "{num_embeddings} rows of {embedding_dim} columns overflow the signed 64-bit arithmetic of this hash"
+            ),
+            _ => Ok(()),
+        }
+    }
+
+    /// Binds the hash to a length.
+    pub(crate) fn slots(&self, len: usize) -> Result<Slots> {
+        self.check_len(len)?;
+        Ok(match self {
+            Self::Balanced(hash) => Slots::Balanced(hash.bind(len)),
+            Self::Mix(hash) => Slots::Mix(hash.bind(len)),
+            Self::Affine(hash) => Slots::Affine(hash.bind(len)),
+        })
+    }
+
+    /// Whether blocks start at multiples of their length.
+    fn is_aligned(&self) -> bool {
+        match self {
+            Self::Balanced(_) | Self::Mix(_) => true,
+            Self::Affine(_) => false,
+        }
+    }
+
+    /// What is wrong with the numbers of this hash, if anything is.
+    fn check(&self) -> std::result::Result<(), String> {
+        let block = self.block();
+        if block == 0 || block > MAX_BLOCK {
+            return Err(format!("block must lie in 1..={MAX_BLOCK}, got {block}"));
+        }
+        match self {
+            // One hash carries 32 sign bits.
+            Self::Balanced(_) | Self::Mix(_) if self.signed() && block > 32 => {
+                Err(format!("a signed block must be at most 32, got {block}"))
+            }
+            Self::Affine(Affine { modulus: 0, .. }) => {
+                Err("the modulus of an affine hash must be at least 1, got 0".into())
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The longest block: its bytes must fit a 32-bit word, which the kernels rely on.
+const MAX_BLOCK: usize = 1 << 24;
+
+/// A hash bound to the length of one `hashed_weight`: what the loops and kernels run on.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Slots {
+    Affine(AffineSlots),
+    Mix(BlockSlots),
+    Balanced(BlockSlots),
+}
+
+impl Slots {
+    /// Consecutive columns that share a hash.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn block(&self) -> usize {
+        match self {
+            Self::Affine(slots) => slots.block as usize,
+            Self::Mix(slots) | Self::Balanced(slots) => slots.block(),
+        }
+    }
+}
+
+/// The most rows that [`Locate::locate`] takes at once.
+pub(crate) const MAX_ROWS: usize = 256;
+
+/// What the CPU loops ask of a bound hash; a trait, so that the loops are compiled for each type of it.
+///
+/// The location of a column block of a row consists of a place and of sign bits. They are kept in separate slices, so that
+/// loops over either can be vectorised.
+pub(crate) trait Locate: Copy + Send + Sync {
+    /// What is the same for one column block of every row, computed once per lookup.
+    type ColumnBlock: Copy + Send + Sync;
+    /// Where a column block starts; [`slot`](Self::slot) translates it. Larger places have larger slots.
+    type Place: Copy + Default + Ord + Send + Sync;
+    /// Whether values may have signs; otherwise [`locate`](Self::locate) writes none.
+    const SIGNED: bool;
+
+    /// Consecutive columns that share a hash.
+    fn block(&self) -> usize;
+    /// The constants of column block `number`.
+    fn column_block(&self, number: u64) -> Self::ColumnBlock;
+    /// Locates some column blocks of some rows, at most [`MAX_ROWS`]: the place, and a sign bit for each column, of column
+    /// block `i` of row `j` are written at `i * rows.len() + j`.
+    ///
+    /// The inner loop goes over the rows, so that it is long enough to vectorise even where a row has few column blocks.
+    fn locate(
+        &self,
+        rows: &[u64],
+        column_blocks: &[Self::ColumnBlock],
+        places: &mut [Self::Place],
+        signs: &mut [u32],
+    );
+    /// The first slot of a place. `block` must equal [`Self::block`]; the caller may have it as a constant.
+    fn slot(&self, place: Self::Place, block: usize) -> usize;
+    /// The largest place there is.
+    fn last_place(&self) -> Self::Place;
+}

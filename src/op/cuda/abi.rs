@@ -1,0 +1,94 @@
+//! What the two sides of a launch must agree on, besides the [kernels](super::instances): constants, and the layouts of the
+//! structs that are passed by value.
+//!
+//! `build.rs` includes this file and writes it to `constants.cuh`, where the CUDA structs are asserted to have the same
+//! layouts as the Rust structs are in [`params`](super::params). So it depends on nothing but the standard library.
+
+/// A bag of more indices is shared by a whole thread block.
+pub const LONG_BAG: usize = 256;
+/// The highest rank of a tensor that is copied.
+pub const MAX_RANK: usize = 8;
+
+/// The dtype of indices or offsets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub enum IndexType {
+    U32,
+    I32,
+    I64,
+}
+
+impl IndexType {
+    pub const ALL: [Self; 3] = [Self::U32, Self::I32, Self::I64];
+}
+
+/// The memory layout of a struct, in bytes.
+pub struct StructLayout {
+    /// The name, in Rust as in CUDA.
+    pub name: &'static str,
+    pub size: usize,
+    /// The fields with their offsets.
+    pub fields: &'static [(&'static str, usize)],
+}
+
+pub const DIVISOR: StructLayout = StructLayout {
+    name: "Divisor",
+    size: 16,
+    fields: &[("value", 0), ("reciprocal", 8)],
+};
+
+pub const BLOCK_SLOTS: StructLayout = StructLayout {
+    name: "BlockSlots",
+    size: 32,
+    fields: &[
+        ("key", 0),
+        ("reciprocal", 8),
+        ("num_blocks", 16),
+        ("block", 20),
+        ("sign_mask", 24),
+        ("stride", 28),
+    ],
+};
+
+pub const AFFINE_SLOTS: StructLayout = StructLayout {
+    name: "AffineSlots",
+    size: 64,
+    fields: &[
+        ("a", 0),
+        ("b", 8),
+        ("c", 16),
+        ("modulus", 24),
+        ("starts", 40),
+        ("block", 56),
+    ],
+};
+
+pub const BAG_PARAMS: StructLayout = StructLayout {
+    name: "BagParams",
+    size: 104,
+    fields: &[
+        ("nnz", 0),
+        ("num_bags", 8),
+        ("num_offsets", 16),
+        ("bag_len", 24),
+        ("padding_idx", 32),
+        ("first_row", 40),
+        ("num_embeddings", 48),
+        ("feature_stride", 56),
+        ("tables", 64),
+        ("has_padding", 80),
+        ("lanes", 84),
+        ("bags_per_group", 88),
+        ("index_type", 92),
+        ("offset_type", 96),
+    ],
+};
+
+pub const STRIDES: StructLayout = StructLayout {
+    name: "Strides",
+    size: 136,
+    fields: &[("dims", 0), ("strides", 64), ("rank", 128)],
+};
+
+pub const STRUCTS: [&StructLayout; 5] =
+    [&DIVISOR, &BLOCK_SLOTS, &AFFINE_SLOTS, &BAG_PARAMS, &STRIDES];

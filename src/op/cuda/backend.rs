@@ -1,0 +1,150 @@
+//! The passes of a lookup: what is allocated, checked and launched, in which order.
+
+use super::bounds::{check_on_host, Flag};
+use super::fixed_point::FixedPoint;
+use super::instances::Pass;
+use super::launch::{self, Element, Launch};
+use crate::bounds::BoundsCheck;
+use crate::error::bail;
+use crate::op::{lend, Backend, Gradient, Lookup, Operands, View};
+use candle_core::backend::BackendStorage;
+use candle_core::cuda_backend::{CudaDType, CudaDevice};
+use candle_core::{CudaStorage, DType, Result, Storage};
+use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
+use half::{bf16, f16};
+
+pub struct Cuda;
+
+/// Calls `$run`, generic in the dtype of `hashed_weight`, with the launch of a pass.
+macro_rules! with_launch {
+    ($pass:expr, $lookup:ident, $operands:ident, $launch:ident => $run:expr) => {{
+        let pass = $pass;
+        lend::<Cuda, _>($lookup.table.first_rows.as_ref(), |first_rows| {
+            macro_rules! run {
+                ($t:ty) => {{
+                    let $launch = Launch::<$t>::new(pass, $lookup, $operands, first_rows)?;
+                    $run
+                }};
+            }
+            match $operands.hashed_weight.0.dtype() {
+                DType::F16 => run!(f16),
+                DType::BF16 => run!(bf16),
+                DType::F32 => run!(f32),
+                _ => run!(f64),
+            }
+        })
+    }};
+}
+
+impl Backend for Cuda {
+    type Storage = CudaStorage;
+
+    fn storage(storage: &Storage) -> Result<&CudaStorage> {
+        match storage {
+            Storage::Cuda(storage) => Ok(storage),
+            Storage::Cpu(_) | Storage::Metal(_) => {
+                bail!("expected a tensor on CUDA, got one elsewhere")
+            }
+        }
+    }
+
+    fn forward(lookup: &Lookup, operands: &Operands<CudaStorage>) -> Result<CudaStorage> {
+        with_launch!(Pass::Forward, lookup, operands, launch => forward(&launch, operands))
+    }
+
+    fn grad_weight(
+        lookup: &Lookup,
+        grad_output: View<CudaStorage>,
+        operands: &Operands<CudaStorage>,
+    ) -> Result<CudaStorage> {
+        let pass = Pass::grad_weight(lookup.gradient);
+        with_launch!(pass, lookup, operands, launch => grad_weight(&launch, grad_output))
+    }
+
+    fn grad_per_sample_weights(
+        lookup: &Lookup,
+        grad_output: View<CudaStorage>,
+        operands: &Operands<CudaStorage>,
+    ) -> Result<CudaStorage> {
+        let pass = Pass::BackwardPerSampleWeights;
+        with_launch!(pass, lookup, operands, launch => grad_per_sample_weights(&launch, grad_output))
+    }
+}
+
+fn forward<T: Element>(
+    launch: &Launch<T>,
+    operands: &Operands<CudaStorage>,
+) -> Result<CudaStorage> {
+    let Launch { lookup, device, .. } = launch;
+    let is_checked = lookup.bounds_check == BoundsCheck::Error;
+    let len = lookup.bags.num_bags * lookup.table.embedding_dim;
+    if len == 0 {
+        // No kernel runs then, but there may be an offset.
+        if is_checked {
+            check_on_host(lookup, operands)?;
+        }
+        return zeros::<T>(device, len);
+    }
+    // SAFETY: the kernel writes every column of every bag.
+    let mut out = unsafe { device.alloc::<T>(len)? };
+    // The host waits for the check alone: the lookup after it is safe whatever it is given, and may take its time.
+    let flag = match is_checked {
+        true => {
+            let mut flag = Flag::take(&launch.stream)?;
+            launch.check_bounds(&mut flag)?;
+            Some(flag)
+        }
+        false => None,
+    };
+    let launched = launch.forward(&mut out);
+    if let Some(flag) = flag {
+        if flag.wait()? {
+            check_on_host(lookup, operands)?;
+            bail!("indices or offsets changed during the lookup");
+        }
+    }
+    launched?;
+    Ok(CudaStorage::wrap_cuda_slice(out, (*device).clone()))
+}
+
+fn grad_weight<T: Element>(
+    launch: &Launch<T>,
+    grad_output: View<CudaStorage>,
+) -> Result<CudaStorage> {
+    let device = launch.device;
+    let mut grad_weight = device.alloc_zeros::<T::Acc>(launch.hashed_weight.len())?;
+    if !launch.is_empty() {
+        match launch.lookup.gradient {
+            Gradient::Fastest => launch.backward(grad_output, &mut grad_weight, None)?,
+            Gradient::Deterministic => {
+                let sums = FixedPoint::new(launch, &launch::view(grad_output)?)?;
+                launch.backward(grad_output, &mut grad_weight, Some(&sums))?;
+                launch::from_fixed_point(&sums, &mut grad_weight, &launch.stream)?;
+            }
+        }
+    }
+    Ok(CudaStorage::wrap_cuda_slice(grad_weight, device.clone()))
+}
+
+fn grad_per_sample_weights<T: Element>(
+    launch: &Launch<T>,
+    grad_output: View<CudaStorage>,
+) -> Result<CudaStorage> {
+    let (device, nnz) = (launch.device, launch.lookup.bags.nnz);
+    if launch.is_empty() {
+        return zeros::<T>(device, nnz);
+    }
+    // Zeros, because padding and indices in no bag have no gradient and are not written.
+    let mut grad_weights = device.alloc_zeros::<T>(nnz)?;
+    launch.backward_per_sample_weights(grad_output, &mut grad_weights)?;
+    Ok(CudaStorage::wrap_cuda_slice(grad_weights, device.clone()))
+}
+
+/// `len` zeros. There is always at least one: an allocation of nothing is an error of the driver.
+fn zeros<T: CudaDType + DeviceRepr + ValidAsZeroBits>(
+    device: &CudaDevice,
+    len: usize,
+) -> Result<CudaStorage> {
+    let zeros = device.alloc_zeros::<T>(len.max(1))?;
+    Ok(CudaStorage::wrap_cuda_slice(zeros, device.clone()))
+}

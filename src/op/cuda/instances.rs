@@ -1,0 +1,343 @@
+//! The table of kernel instances: every CUDA kernel of this crate, with the threads it is compiled for, and its name.
+//!
+//! `build.rs` includes this file and writes the CUDA sources from [`all`]; [`plan`](super::plan) chooses among
+//! [`BagKernel::candidates`]. So it depends on nothing but the standard library.
+//!
+//! A pass over bags is compiled for each family of hashes, dtype of `hashed_weight` and pooling, and for several ways to
+//! share a row among threads. [`Module`] says which kernels are compiled and loaded together.
+
+/// The widest access of a thread, in bytes.
+pub const WIDEST_ACCESS: usize = 16;
+/// Threads of a warp.
+pub const WARP: usize = 32;
+
+/// The kind of hash a kernel is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Family {
+    Affine,
+    Mix,
+    Balanced,
+}
+
+/// A dtype of `hashed_weight`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Dtype {
+    F16,
+    Bf16,
+    F32,
+    F64,
+}
+
+/// What a kernel computes of every bag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Pass {
+    Forward,
+    /// `grad_weight`, summed in floats in the order of arrival.
+    Backward,
+    /// `grad_weight`, summed in fixed point: the same bits in every run.
+    BackwardFixedPoint,
+    BackwardPerSampleWeights,
+}
+
+/// How the rows of a bag become one. Mode mean is `Sum`, with a flag.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Pooling {
+    Sum,
+    /// The sum of rows times `per_sample_weights`.
+    Weighted,
+    Max,
+}
+
+/// A kernel that walks through bags.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct BagKernel {
+    pub pass: Pass,
+    pub family: Family,
+    pub dtype: Dtype,
+    pub pooling: Pooling,
+    /// Consecutive columns of a thread. If there are several, they are loaded in one access: `hashed_weight` must be aligned
+    /// to [`WIDEST_ACCESS`].
+    pub width: usize,
+    /// Neighbouring threads that hash for each other, which they can if their columns lie in one block: `width * share`
+    /// must divide the block.
+    pub share: usize,
+    /// Compiled for plain bags: of one length, of at most [`LONG_BAG`](super::abi::LONG_BAG), in one table, without padding.
+    pub plain: bool,
+}
+
+/// How an optimiser updates a value; see `src/optim/rules.rs`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Rule {
+    AdamW,
+    Adagrad,
+    Sgd,
+    Momentum,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Kernel {
+    Bags(BagKernel),
+    /// The largest finite magnitude of a tensor, which determines the unit of fixed-point sums.
+    LargestMagnitude(Dtype),
+    /// Fixed-point sums to floats of the dtype.
+    FromFixedPoint(Dtype),
+    CheckBounds,
+    CopyI32,
+    /// A step of an optimiser, for parameters of the dtype.
+    OptimizerStep(Rule, Dtype),
+}
+
+/// Kernels that are compiled and loaded together. Several, so that a process only loads the dtypes and families it uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Module {
+    /// Both kinds of gradients in floats are `Backward`.
+    Bags(Pass, Family, Dtype),
+    FixedPoint,
+    Bounds,
+    Contiguous,
+    Optimizer(Dtype),
+}
+
+impl Family {
+    pub const ALL: [Self; 3] = [Self::Affine, Self::Mix, Self::Balanced];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Affine => "affine",
+            Self::Mix => "mix",
+            Self::Balanced => "balanced",
+        }
+    }
+}
+
+impl Dtype {
+    pub const ALL: [Self; 4] = [Self::F16, Self::Bf16, Self::F32, Self::F64];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+            Self::F64 => "f64",
+        }
+    }
+
+    /// Bytes of a value.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4,
+            Self::F64 => 8,
+        }
+    }
+
+    /// The dtype in which values of this one are summed.
+    pub fn accumulator(self) -> Self {
+        match self {
+            Self::F16 | Self::Bf16 | Self::F32 => Self::F32,
+            Self::F64 => Self::F64,
+        }
+    }
+}
+
+impl Pass {
+    pub const ALL: [Self; 4] = [
+        Self::Forward,
+        Self::Backward,
+        Self::BackwardFixedPoint,
+        Self::BackwardPerSampleWeights,
+    ];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+            Self::BackwardFixedPoint => "backward_fixed_point",
+            Self::BackwardPerSampleWeights => "backward_per_sample_weights",
+        }
+    }
+
+    fn poolings(self) -> &'static [Pooling] {
+        match self {
+            Self::BackwardPerSampleWeights => &[Pooling::Weighted],
+            _ => &[Pooling::Sum, Pooling::Weighted, Pooling::Max],
+        }
+    }
+}
+
+impl Pooling {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Sum => "sum",
+            Self::Weighted => "weighted",
+            Self::Max => "max",
+        }
+    }
+}
+
+impl Rule {
+    pub const ALL: [Self; 4] = [Self::AdamW, Self::Adagrad, Self::Sgd, Self::Momentum];
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::AdamW => "adamw",
+            Self::Adagrad => "adagrad",
+            Self::Sgd => "sgd",
+            Self::Momentum => "momentum",
+        }
+    }
+}
+
+impl BagKernel {
+    /// The kernels for one pass, family and dtype.
+    pub fn candidates(pass: Pass, family: Family, dtype: Dtype) -> Vec<Self> {
+        // Gradients are added in accesses of the accumulator's dtype.
+        let widest = match pass {
+            Pass::Backward | Pass::BackwardFixedPoint => WIDEST_ACCESS / dtype.accumulator().size(),
+            Pass::Forward | Pass::BackwardPerSampleWeights => WIDEST_ACCESS / dtype.size(),
+        };
+        let mut candidates = vec![];
+        for &pooling in pass.poolings() {
+            let shapes: &[(usize, usize)] = match (family, pass, pooling) {
+                // Blocks are not aligned.
+                (Family::Affine, ..) => &[(1, 1)],
+                // The threads of a bag each hash for themselves.
+                (_, Pass::BackwardPerSampleWeights, _) => &[(1, 1), (widest, 1)],
+                // Integers are added one by one: each thread has one column, so that a warp adds to neighbouring slots in
+                // one access. (Four columns per thread take 1.6 times as long.) The winners of max are few, and found as
+                // for floats.
+                (_, Pass::BackwardFixedPoint, Pooling::Sum | Pooling::Weighted) => {
+                    &[(1, 1), (1, 4)]
+                }
+                _ => &[(1, 1), (widest, 1), (widest, 2), (widest, 4)],
+            };
+            for &(width, share) in shapes {
+                let kernel = Self {
+                    pass,
+                    family,
+                    dtype,
+                    pooling,
+                    width,
+                    share,
+                    plain: false,
+                };
+                candidates.push(kernel);
+                if (pass, family) == (Pass::Forward, Family::Balanced)
+                    && pooling != Pooling::Weighted
+                    && width > 1
+                {
+                    candidates.push(Self {
+                        plain: true,
+                        ..kernel
+                    });
+                }
+            }
+        }
+        candidates
+    }
+
+    fn name(self) -> String {
+        let Self { width, share, .. } = self;
+        format!(
+            "{}_{}_{}_{}_width{width}_share{share}{}",
+            self.pass.name(),
+            self.pooling.name(),
+            self.family.name(),
+            self.dtype.name(),
+            if self.plain { "_plain" } else { "" }
+        )
+    }
+
+    /// Thread blocks that must fit a multiprocessor at once: few registers per thread, so that many loads are in flight.
+    /// 16-bit values come eight at a time and need more registers.
+    pub fn blocks_per_multiprocessor(self) -> Option<usize> {
+        match (self.pass, self.dtype) {
+            (Pass::Forward, Dtype::F16 | Dtype::Bf16) => Some(7),
+            (Pass::Forward, Dtype::F32 | Dtype::F64) => Some(8),
+            _ => None,
+        }
+    }
+}
+
+impl Kernel {
+    /// The name of the kernel's entry point.
+    pub fn name(self) -> String {
+        let name = match self {
+            Self::Bags(kernel) => kernel.name(),
+            Self::LargestMagnitude(dtype) => format!("largest_magnitude_{}", dtype.name()),
+            Self::FromFixedPoint(dtype) => format!("from_fixed_point_{}", dtype.name()),
+            Self::CheckBounds => "check_bounds".into(),
+            Self::CopyI32 => "copy_i32".into(),
+            Self::OptimizerStep(rule, dtype) => format!("{}_{}", rule.name(), dtype.name()),
+        };
+        format!("hashed_embedding_bag_{name}")
+    }
+
+    /// Threads of a block.
+    pub fn threads(self) -> usize {
+        match self {
+            // Few, so that the next block starts as soon as one is done.
+            Self::Bags(BagKernel {
+                pass: Pass::Forward,
+                ..
+            }) => 128,
+            Self::Bags(BagKernel {
+                pooling: Pooling::Max,
+                ..
+            })
+            | Self::OptimizerStep(..) => 256,
+            // Many, because they share the sums of slots that come up often.
+            _ => 512,
+        }
+    }
+
+    pub fn module(self) -> Module {
+        match self {
+            Self::Bags(kernel) => {
+                let pass = match kernel.pass {
+                    Pass::BackwardPerSampleWeights => Pass::Backward,
+                    pass => pass,
+                };
+                Module::Bags(pass, kernel.family, kernel.dtype)
+            }
+            Self::LargestMagnitude(_) | Self::FromFixedPoint(_) => Module::FixedPoint,
+            Self::CheckBounds => Module::Bounds,
+            Self::CopyI32 => Module::Contiguous,
+            Self::OptimizerStep(_, dtype) => Module::Optimizer(dtype),
+        }
+    }
+}
+
+impl Module {
+    /// The stem of the module's files.
+    pub fn name(self) -> String {
+        match self {
+            Self::Bags(pass, family, dtype) => {
+                format!("{}_{}_{}", pass.name(), family.name(), dtype.name())
+            }
+            Self::FixedPoint => "fixed_point".into(),
+            Self::Bounds => "bounds".into(),
+            Self::Contiguous => "contiguous".into(),
+            Self::Optimizer(dtype) => format!("optimizer_{}", dtype.name()),
+        }
+    }
+}
+
+/// Every kernel there is; those of a module stand together.
+pub fn all() -> Vec<Kernel> {
+    let mut kernels = vec![Kernel::CheckBounds, Kernel::CopyI32];
+    kernels.extend(Dtype::ALL.map(Kernel::LargestMagnitude));
+    kernels.extend([Dtype::F32, Dtype::F64].map(Kernel::FromFixedPoint));
+    for dtype in Dtype::ALL {
+        kernels.extend(Rule::ALL.map(|rule| Kernel::OptimizerStep(rule, dtype)));
+    }
+    for family in Family::ALL {
+        for dtype in Dtype::ALL {
+            for pass in Pass::ALL {
+                let candidates = BagKernel::candidates(pass, family, dtype);
+                kernels.extend(candidates.into_iter().map(Kernel::Bags));
+            }
+        }
+    }
+    kernels
+}

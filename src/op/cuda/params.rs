@@ -1,0 +1,117 @@
+//! The structs that kernels take by value, and the proof that they are laid out as [`abi`](super::abi) says. The hash structs
+//! are those of `crate::hash`.
+
+use super::abi::{self, IndexType, StructLayout, MAX_RANK};
+use crate::hash::{AffineSlots, BlockSlots, Divisor};
+
+/// How `nnz` indices are divided into bags, and how threads are divided among the bags; see kernels/bags.cuh.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct BagParams {
+    pub nnz: i64,
+    pub num_bags: i64,
+    /// 0: bags of `bag_len` indices
+    pub num_offsets: i64,
+    pub bag_len: i64,
+    pub padding_idx: i64,
+    pub first_row: i64,
+    pub num_embeddings: i64,
+    pub feature_stride: i64,
+    pub tables: Divisor,
+    pub has_padding: u32,
+    pub lanes: u32,
+    pub bags_per_group: u32,
+    pub index_type: IndexType,
+    pub offset_type: IndexType,
+}
+
+/// The shape and strides of a tensor, in elements; see kernels/contiguous.cuh.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct Strides {
+    pub dims: [i64; MAX_RANK],
+    pub strides: [i64; MAX_RANK],
+    pub rank: u32,
+}
+
+/// Whether a struct of `size` bytes with `fields` has this layout.
+const fn is_laid_out(layout: &StructLayout, size: usize, fields: &[(&str, usize)]) -> bool {
+    if layout.size != size || layout.fields.len() != fields.len() {
+        return false;
+    }
+    let mut i = 0;
+    while i < fields.len() {
+        let (want, got) = (layout.fields[i], fields[i]);
+        if want.1 != got.1 || !is_equal(want.0.as_bytes(), got.0.as_bytes()) {
+            return false;
+        }
+        i += 1;
+    }
+    true
+}
+
+const fn is_equal(a: &[u8], b: &[u8]) -> bool {
+    if a.len() != b.len() {
+        return false;
+    }
+    let mut i = 0;
+    while i < a.len() {
+        if a[i] != b[i] {
+            return false;
+        }
+        i += 1;
+    }
+    true
+}
+
+/// Fails to compile unless the struct has the layout.
+macro_rules! assert_layout {
+    ($struct:ident, $layout:expr, $($field:ident),+) => {
+        const _: () = assert!(is_laid_out(
+            &$layout,
+            size_of::<$struct>(),
+            &[$((stringify!($field), std::mem::offset_of!($struct, $field))),+],
+        ));
+    };
+}
+
+assert_layout!(Divisor, abi::DIVISOR, value, reciprocal);
+assert_layout!(
+    BlockSlots,
+    abi::BLOCK_SLOTS,
+    key,
+    reciprocal,
+    num_blocks,
+    block,
+    sign_mask,
+    stride
+);
+assert_layout!(
+    AffineSlots,
+    abi::AFFINE_SLOTS,
+    a,
+    b,
+    c,
+    modulus,
+    starts,
+    block
+);
+assert_layout!(
+    BagParams,
+    abi::BAG_PARAMS,
+    nnz,
+    num_bags,
+    num_offsets,
+    bag_len,
+    padding_idx,
+    first_row,
+    num_embeddings,
+    feature_stride,
+    tables,
+    has_padding,
+    lanes,
+    bags_per_group,
+    index_type,
+    offset_type
+);
+assert_layout!(Strides, abi::STRIDES, dims, strides, rank);

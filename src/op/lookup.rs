@@ -1,0 +1,187 @@
+//! One lookup: every check of its arguments, once, and the choice of the op that computes it.
+
+use super::{FixedBags, Gradient, Mode, RaggedBags, Ternary, WeightedBags};
+use crate::bags::{BagShape, JaggedLayout};
+use crate::bounds::BoundsCheck;
+use crate::error::bail;
+use crate::hash::Slots;
+use crate::tables::Tables;
+use candle_core::{DType, Result, Tensor};
+use std::sync::Arc;
+
+/// The virtual table that a lookup sees: what its layer is configured with, bound to one length of `hashed_weight`.
+#[derive(Debug, Clone)]
+pub(crate) struct Table {
+    pub slots: Slots,
+    pub tables: Arc<Tables>,
+    /// [`Tables::first_rows`] on the device of `hashed_weight`, where there are several tables: i64, `(tables + 1,)`. For
+    /// the CUDA kernels.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub first_rows: Option<Tensor>,
+    pub embedding_dim: usize,
+    pub mode: Mode,
+    pub padding_idx: Option<i64>,
+}
+
+impl Table {
+    /// Whether `row` counts in its bag, which padding does not.
+    pub(super) fn counts(&self, row: i64) -> bool {
+        Some(row) != self.padding_idx
+    }
+}
+
+/// One lookup: in which table, and how its indices are divided into bags.
+#[derive(Debug, Clone)]
+pub(super) struct Lookup {
+    pub(super) table: Table,
+    pub(super) bags: BagShape,
+    pub(super) bounds_check: BoundsCheck,
+    /// For the CUDA kernels.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub(super) gradient: Gradient,
+}
+
+/// Offsets, and how to read them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Offsets<'a> {
+    pub offsets: &'a Tensor,
+    pub include_last_offset: bool,
+    /// Makes no difference where there is one table.
+    pub layout: JaggedLayout,
+}
+
+/// Looks up and pools bags of rows.
+///
+/// * `hashed_weight`: `(len,)`, f16, bf16, f32 or f64, of the length `table` was bound to
+/// * `indices`: u32, i32 or i64, `(num_bags, bag_len)`, or `(nnz,)` with `offsets`
+/// * `offsets`: u32, i32 or i64, `(num_bags,)`, or `(num_bags + 1,)` with `include_last_offset`
+/// * `per_sample_weights`: the shape of `indices`, the dtype of `hashed_weight`, mode sum only
+///
+/// Returns `(num_bags, embedding_dim)` in the dtype of `hashed_weight`, differentiable in `hashed_weight` and
+/// `per_sample_weights`.
+pub(crate) fn hashed_embedding_bag(
+    hashed_weight: &Tensor,
+    indices: &Tensor,
+    offsets: Option<Offsets>,
+    per_sample_weights: Option<&Tensor>,
+    table: Table,
+    bounds_check: BoundsCheck,
+    gradient: Gradient,
+) -> Result<Tensor> {
+    let tables = table.tables.len();
+    check_dtype("indices", indices, &INDEX_DTYPES)?;
+    check_device("indices", indices, hashed_weight)?;
+    let bags = match (offsets, indices.dims()) {
+        (None, &[num_bags, bag_len]) => BagShape::fixed(num_bags, bag_len, tables)?,
+        (None, dims) => {
+            bail!("indices must have rank 2 when there are no offsets, got {dims:?}")
+        }
+        (
+            Some(Offsets {
+                offsets,
+                include_last_offset,
+                layout,
+            }),
+            &[nnz],
+        ) => {
+            check_dtype("offsets", offsets, &INDEX_DTYPES)?;
+            check_device("offsets", offsets, hashed_weight)?;
+            match offsets.dims() {
+                &[len] => BagShape::ragged(nnz, len, include_last_offset, tables, layout)?,
+                dims => bail!("offsets must have rank 1, got {dims:?}"),
+            }
+        }
+        (Some(_), dims) => {
+            bail!("indices must have rank 1 when offsets are given, got {dims:?}")
+        }
+    };
+    check_output(bags.num_bags, table.embedding_dim)?;
+    if let Some(weights) = per_sample_weights {
+        if table.mode != Mode::Sum {
+            bail!("per_sample_weights need mode sum, got {:?}", table.mode);
+        }
+        check_weights_shape(weights, indices)?;
+        check_dtype("per_sample_weights", weights, &[hashed_weight.dtype()])?;
+        check_device("per_sample_weights", weights, hashed_weight)?;
+    }
+
+    let hashed_weight = hashed_weight.contiguous()?;
+    let indices = contiguous_indices(indices)?;
+    let offsets = offsets
+        .map(|offsets| contiguous_indices(offsets.offsets))
+        .transpose()?;
+    let lookup = Lookup {
+        table,
+        bags,
+        bounds_check,
+        gradient,
+    };
+    match (offsets, per_sample_weights) {
+        (None, None) => hashed_weight.apply_op2(&indices, FixedBags(lookup)),
+        (Some(offsets), None) => {
+            hashed_weight.apply_op3(&indices, &offsets, Ternary(RaggedBags(lookup)))
+        }
+        (offsets, Some(weights)) => hashed_weight.apply_op3(
+            &indices,
+            &weights.contiguous()?,
+            Ternary(WeightedBags { lookup, offsets }),
+        ),
+    }
+}
+
+/// Even in f64, the largest dtype, the output must be addressable. The indices do not bound it: empty bags take none.
+pub(crate) fn check_output(num_bags: usize, embedding_dim: usize) -> Result<()> {
+    match num_bags.checked_mul(embedding_dim) {
+        Some(values) if values <= isize::MAX as usize / 8 => Ok(()),
+        _ => bail!("an output of {num_bags} bags of {embedding_dim} columns is too large"),
+    }
+}
+
+/// `Tensor::contiguous` for indices of any dtype: on CUDA, candle itself cannot copy i32.
+pub(crate) fn contiguous_indices(indices: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if indices.device().is_cuda() && indices.dtype() == DType::I32 && !indices.is_contiguous() {
+        return indices.apply_op1_no_bwd(&super::cuda::ContiguousI32);
+    }
+    indices.contiguous()
+}
+
+pub(crate) const WEIGHT_DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
+const INDEX_DTYPES: [DType; 3] = [DType::U32, DType::I32, DType::I64];
+
+/// `argument` must have one of the dtypes.
+pub(crate) fn check_dtype(argument: &str, tensor: &Tensor, dtypes: &[DType]) -> Result<()> {
+    if dtypes.contains(&tensor.dtype()) {
+        return Ok(());
+    }
+    let names: Vec<_> = dtypes.iter().map(DType::as_str).collect();
+    bail!(
+        "{argument} must have dtype {}, got {}",
+        names.join(" or "),
+        tensor.dtype().as_str()
+    )
+}
+
+/// `per_sample_weights` must have the shape of `indices`.
+pub(crate) fn check_weights_shape(per_sample_weights: &Tensor, indices: &Tensor) -> Result<()> {
+    if per_sample_weights.dims() == indices.dims() {
+        return Ok(());
+    }
+    bail!(
+        "per_sample_weights must have the shape of indices {:?}, got {:?}",
+        indices.dims(),
+        per_sample_weights.dims()
+    )
+}
+
+/// `argument` must be on the device of `hashed_weight`.
+fn check_device(argument: &str, tensor: &Tensor, hashed_weight: &Tensor) -> Result<()> {
+    if tensor.device().same_device(hashed_weight.device()) {
+        return Ok(());
+    }
+    bail!(
+        "{argument} must be on the device of hashed_weight ({:?}), got {:?}",
+        hashed_weight.device().location(),
+        tensor.device().location()
+    )
+}
