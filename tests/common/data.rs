@@ -2,7 +2,7 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_hashed_embedding_bag::{
-    Balanced, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode,
+    Balanced, BoundsCheck, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode,
 };
 
 pub const DTYPES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::F64];
@@ -99,6 +99,19 @@ pub fn config(mode: Mode, hash: Hash) -> HashedEmbeddingBagConfig {
         mode,
         hash: Some(hash),
         ..Default::default()
+    }
+}
+
+/// A configuration of which nothing is the default.
+pub fn unlike_the_default() -> HashedEmbeddingBagConfig {
+    HashedEmbeddingBagConfig {
+        mode: Mode::Mean,
+        hash: Some(Hash::mix(4)),
+        padding_idx: Some(7),
+        include_last_offset: true,
+        first_row: 5,
+        bounds_check: BoundsCheck::Off,
+        gradient: Gradient::Deterministic,
     }
 }
 

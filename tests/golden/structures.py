@@ -2,7 +2,7 @@
 
     python3 tests/golden/structures.py     # needs torch 2.11 and numpy; the tests only read the files
 
-The state dict itself is always the same, of a hashed layer `user` and a linear layer `head`; tests/import.rs knows its values.
+The state dict itself is always the same, of a hashed layer `user` and a linear layer `head`; tests/suite/import/ knows its values.
 """
 
 import argparse

@@ -281,6 +281,82 @@ fn weighted_values_scale_their_rows_and_get_gradients() -> Result<()> {
 }
 
 #[test]
+fn weights_in_every_form_of_bags() -> Result<()> {
+    const TABLES: [(&str, usize); 2] = [("user", 30), ("movie", 20)];
+    on_each_device(|device| {
+        let weight = floats(&Draws::new(5).halves(64), DType::F32, device)?;
+        let config = HashedEmbeddingBagConfig {
+            padding_idx: Some(7),
+            ..Default::default()
+        };
+        let collection = HashedEmbeddingBagCollection::new(weight.clone(), TABLES, 4, config)?;
+        // Three samples of two bags of two rows; some of them padding.
+        let rows = [29, 7, 19, 3, 0, 1, 7, 7, 12, 12, 5, 6];
+        let indices = integers(&rows, DType::I64, device)?.reshape((3, 2, 2))?;
+        let samples = Draws::new(6).halves(rows.len());
+        let samples = Var::from_tensor(&floats(&samples, DType::F32, device)?.reshape((3, 2, 2))?)?;
+        let pooled = collection.forward_weighted(&indices, &samples)?;
+        assert_eq!(pooled.dims(), [3, 2, 4]);
+        // The same bags by offsets, and each table as a layer.
+        let jagged = collection.forward_weighted_jagged(
+            &indices.flatten_all()?,
+            &integers(&[0, 2, 4, 6, 8, 10], DType::I64, device)?,
+            JaggedLayout::BatchMajor,
+            &samples.flatten_all()?,
+        )?;
+        assert_eq!(to_vec(&pooled)?, to_vec(&jagged)?);
+        for (t, (name, _)) in TABLES.into_iter().enumerate() {
+            let part = |tensor: &Tensor| tensor.narrow(1, t, 1)?.squeeze(1);
+            let (indices, samples) = (part(&indices)?, part(&samples)?);
+            let bag = collection.table(name)?;
+            let want = to_vec(&part(&pooled)?)?;
+            assert_eq!(to_vec(&bag.forward_weighted(&indices, &samples)?)?, want);
+            let by_offsets = bag.forward_weighted_with_offsets(
+                &indices.flatten_all()?,
+                &integers(&[0, 2, 4], DType::I64, device)?,
+                &samples.flatten_all()?,
+            )?;
+            assert_eq!(to_vec(&by_offsets)?, want);
+        }
+        // One row per table and sample.
+        let single = indices.narrow(2, 0, 1)?.squeeze(2)?;
+        let of_single = samples.narrow(2, 0, 1)?.squeeze(2)?;
+        let out = collection.forward_weighted(&single, &of_single)?;
+        let unweighted = collection.forward(&single)?;
+        assert_eq!(
+            to_vec(&out)?,
+            to_vec(&unweighted.broadcast_mul(&of_single.unsqueeze(2)?)?)?
+        );
+        // The weights have a gradient in their own shape.
+        let grads = pooled.sum_all()?.backward()?;
+        let grad = grads.get(&samples).expect("a gradient of the weights");
+        assert_eq!(grad.dims(), [3, 2, 2]);
+        let by_rows = collection
+            .with_hashed_weight(weight.clone())?
+            .forward(&indices.reshape((3, 2, 2))?.narrow(2, 0, 1)?)?;
+        assert_eq!(
+            to_vec(&grad.narrow(2, 0, 1)?.squeeze(2)?)?,
+            to_vec(&by_rows.sum(2)?)?
+        );
+
+        assert_eq!(
+            message(collection.forward_weighted(&indices, &samples.reshape((3, 4))?)),
+            "hashed-embedding-bag: per_sample_weights must have the shape of indices [3, 2, 2], got [3, 4]"
+        );
+        let mean = HashedEmbeddingBagConfig {
+            mode: Mode::Mean,
+            ..config
+        };
+        let mean = HashedEmbeddingBagCollection::new(weight, TABLES, 4, mean)?;
+        assert_eq!(
+            message(mean.forward_weighted(&indices, &samples)),
+            "hashed-embedding-bag: per_sample_weights need mode sum, got Mean"
+        );
+        Ok(())
+    })
+}
+
+#[test]
 fn inputs_that_do_not_suit_the_tables_are_refused() -> Result<()> {
     on_each_device(|device| {
         let collection = HashedEmbeddingBagCollection::new(

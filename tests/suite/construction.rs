@@ -1,12 +1,19 @@
-//! Making layers: the length, name and initial values of the parameter, the accessors, and what is refused.
+//! Making layers: the length, name and initial values of the parameter, the configuration, the same layer on another weight,
+//! and what is refused.
 
-use crate::common::{affine, layer, message, mix, robe, to_vec, SIGNED};
-use candle_core::{DType, Device, Result, Tensor};
-use candle_hashed_embedding_bag::{
-    hashed_embedding, hashed_embedding_bag, BoundsCheck, Gradient, Hash, HashedEmbeddingBagConfig,
-    Mode,
+use crate::common::{
+    affine, floats, integers, layer, message, mix, on_each_device, robe, to_vec,
+    unlike_the_default, Draws, SIGNED,
 };
-use candle_nn::{VarBuilder, VarMap};
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_hashed_embedding_bag::{
+    hashed_embedding, hashed_embedding_bag, hashed_embedding_bag_collection, BoundsCheck, Gradient,
+    Hash, HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagCollection,
+    HashedEmbeddingBagConfig, HashedEmbeddingConfig, HashedWeightConfig, Mode,
+};
+use candle_nn::{Init, VarBuilder, VarMap};
+
+const TABLES: [(&str, usize); 2] = [("user", 30), ("movie", 20)];
 
 /// The length rule, the name and the initial values of the variable, and the accessors.
 #[test]
@@ -156,5 +163,142 @@ fn a_compression_that_does_not_suit_is_refused_before_anything_is_made() -> Resu
         vars.all_vars().is_empty(),
         "nothing is made before it is checked"
     );
+    Ok(())
+}
+
+#[test]
+fn the_config_is_that_of_construction() -> Result<()> {
+    let weight = Tensor::zeros(64, DType::F32, &Device::Cpu)?;
+    let bag = HashedEmbeddingBag::new(weight.clone(), 30, 6, unlike_the_default())?;
+    assert_eq!(bag.config(), unlike_the_default());
+    let again = HashedEmbeddingBag::new(weight.clone(), 30, 6, bag.config())?;
+    assert_eq!(again.config(), unlike_the_default());
+
+    // The hash is the one in use, not the one that was not chosen.
+    let defaults = HashedEmbeddingBag::new(weight.clone(), 30, 6, Default::default())?;
+    let with_hash = HashedEmbeddingBagConfig {
+        hash: Some(Hash::default_for(6)),
+        ..Default::default()
+    };
+    assert_eq!(defaults.config(), with_hash);
+    assert_eq!(defaults.hash(), Hash::default_for(6));
+
+    let of_collection = HashedEmbeddingBagConfig {
+        first_row: 0,
+        ..unlike_the_default()
+    };
+    let collection = HashedEmbeddingBagCollection::new(weight.clone(), TABLES, 6, of_collection)?;
+    assert_eq!(collection.config(), of_collection);
+    let of_movie = HashedEmbeddingBagConfig {
+        first_row: 30,
+        ..of_collection
+    };
+    assert_eq!(collection.table("movie")?.config(), of_movie);
+
+    let of_embedding = HashedEmbeddingConfig {
+        hash: Some(Hash::original()),
+        padding_idx: Some(-1),
+        first_row: 9,
+        bounds_check: BoundsCheck::Off,
+        gradient: Gradient::Deterministic,
+    };
+    let embedding = HashedEmbedding::new(weight, 30, 6, of_embedding)?;
+    assert_eq!(embedding.config(), of_embedding);
+    let checked = embedding.with_bounds_check(BoundsCheck::Error);
+    assert_eq!(checked.config().bounds_check, BoundsCheck::Error);
+    Ok(())
+}
+
+#[test]
+fn another_weight_changes_nothing_else() -> Result<()> {
+    on_each_device(|device| {
+        let weight = floats(&Draws::new(3).halves(64), DType::F32, device)?;
+        let bag = HashedEmbeddingBag::new(weight.clone(), 30, 6, unlike_the_default())?;
+        let (indices, offsets) = (
+            integers(&[3, 7, 0, 29, 11], DType::I64, device)?,
+            integers(&[0, 2, 5], DType::I64, device)?,
+        );
+        let forward = |bag: &HashedEmbeddingBag| bag.forward_with_offsets(&indices, &offsets);
+        let want = to_vec(&(forward(&bag)? * 2.0)?)?;
+        let doubled = Var::from_tensor(&(&weight * 2.0)?)?;
+        for dtype in [DType::F32, DType::F16, DType::F64] {
+            let again = bag.with_hashed_weight(doubled.to_dtype(dtype)?)?;
+            assert_eq!(again.config(), bag.config());
+            assert_eq!(again.hashed_weight().dtype(), dtype);
+            let out = forward(&again)?;
+            let error = (out.to_dtype(DType::F64)?
+                - floats(&want, DType::F64, device)?.reshape((2, 6))?)?;
+            let error = error.abs()?.max_all()?.to_scalar::<f64>()?;
+            assert!(error < 1e-2, "{dtype:?}: {error}");
+        }
+        // A variable trains, its detached tensor does not.
+        let trained = bag.with_hashed_weight(doubled.as_tensor().clone())?;
+        assert!(forward(&trained)?.track_op());
+        let frozen = trained.with_hashed_weight(doubled.as_detached_tensor())?;
+        assert!(!forward(&frozen)?.track_op());
+        assert_eq!(to_vec(&forward(&frozen)?)?, to_vec(&forward(&trained)?)?);
+        // To another device.
+        let moved = trained.with_hashed_weight(doubled.to_device(&Device::Cpu)?)?;
+        let on_cpu = |tensor: &Tensor| tensor.to_device(&Device::Cpu);
+        let out = moved.forward_with_offsets(&on_cpu(&indices)?, &on_cpu(&offsets)?)?;
+        assert!(out.device().is_cpu());
+
+        let of_collection = HashedEmbeddingBagConfig {
+            first_row: 0,
+            include_last_offset: false,
+            ..unlike_the_default()
+        };
+        let collection =
+            HashedEmbeddingBagCollection::new(weight.clone(), TABLES, 6, of_collection)?;
+        let again = collection.with_hashed_weight((&weight * 2.0)?)?;
+        assert_eq!(again.config(), collection.config());
+        assert!(again.tables().eq(collection.tables()));
+        let indices = integers(&[29, 19, 0, 7], DType::U32, device)?.reshape((2, 2))?;
+        assert_eq!(
+            to_vec(&again.forward(&indices)?)?,
+            to_vec(&(collection.forward(&indices)? * 2.0)?)?
+        );
+
+        let embedding = HashedEmbedding::from(bag.clone());
+        let again = embedding.with_hashed_weight((&weight * 2.0)?)?;
+        assert_eq!(again.config(), embedding.config());
+        assert_eq!(
+            to_vec(&again.forward(&indices)?)?,
+            to_vec(&(embedding.forward(&indices)? * 2.0)?)?
+        );
+
+        assert_eq!(
+            message(bag.with_hashed_weight(Tensor::zeros(60, DType::F32, device)?)),
+            "hashed-embedding-bag: hashed_weight must have the shape of the one it replaces, [64], got [60]"
+        );
+        assert_eq!(
+            message(bag.with_hashed_weight(Tensor::zeros(64, DType::U32, device)?)),
+            "hashed-embedding-bag: hashed_weight must have dtype f16 or bf16 or f32 or f64, got u32"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn initial_values_may_be_chosen() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let weight = |init| HashedWeightConfig {
+        compression: 0.5,
+        init,
+    };
+    let seven = weight(Some(Init::Const(7.0)));
+    let bag = hashed_embedding_bag(20, 8, seven, Default::default(), vb.pp("bag"))?;
+    assert_eq!(to_vec(bag.hashed_weight())?, [7.0; 80]);
+    let embedding = hashed_embedding(20, 8, seven, Default::default(), vb.pp("embedding"))?;
+    assert_eq!(to_vec(embedding.bag().hashed_weight())?, [7.0; 80]);
+    let collection =
+        hashed_embedding_bag_collection(TABLES, 8, seven, Default::default(), vb.pp("c"))?;
+    assert_eq!(to_vec(collection.hashed_weight())?, [7.0; 200]);
+
+    let by_default = weight(None);
+    let bag = hashed_embedding_bag(25, 8, by_default, Default::default(), vb.pp("default"))?;
+    let values = to_vec(bag.hashed_weight())?;
+    assert!(values.iter().all(|x| x.abs() <= 0.2) && values.iter().any(|x| x.abs() > 0.1));
     Ok(())
 }

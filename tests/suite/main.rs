@@ -2,7 +2,10 @@
 //!
 //! They are one binary, because each binary links candle anew. A binary of its own is only for a test that needs a process of
 //! its own: `tests/hot_start.rs` measures the memory of the process, `tests/crash.rs` kills the process that saves. Tests that
-//! need a certain number of threads start this binary again, see `same_on_any_number_of_threads`.
+//! need a certain number of threads start this binary again, see `same_on_any_number_of_threads`. What must see the inside of
+//! the crate is in `tests/in_crate`, and compiled with its unit tests.
+//!
+//! Numbers to compare with, and the Python scripts that computed them, are in `tests/golden`.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -18,9 +21,9 @@ mod gradients;
 mod hash;
 mod import;
 mod inputs;
-mod layers;
 mod lookup;
 mod optim;
 mod padding;
 mod pooling;
 mod threads;
+mod to_table;
