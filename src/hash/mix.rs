@@ -68,24 +68,3 @@ pub(super) fn locate(
         }
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The hash before it is scaled to a block number: `(seed, row, column_block) -> h`.
-    #[test]
-    fn mix_is_splitmix64() {
-        for (seed, row, column_block, want) in [
-            (0, 0, 0, 0xe220_a839_7b1d_cdaf),
-            (0, 0, 1, 0x6e78_9e6a_a1b9_65f4),
-            (0, 1, 0, 0x910a_2dec_8902_5cc1),
-            (42, 123_456_789, 7, 0x3502_a7e4_2ada_2c11),
-            (0, 1 << 40, 3, 0xeee0_c8b0_e2b2_6a14),
-            (0, -1i64 as u64, 0, 0xe4d9_7177_1b65_2c20),
-        ] {
-            let h = finalize(start(finalize(seed), column_block).wrapping_add(row));
-            assert_eq!(h, want, "seed {seed} row {row} block {column_block}");
-        }
-    }
-}

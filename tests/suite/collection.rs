@@ -281,6 +281,37 @@ fn weighted_values_scale_their_rows_and_get_gradients() -> Result<()> {
 }
 
 #[test]
+fn inputs_that_do_not_suit_the_tables_are_refused() -> Result<()> {
+    on_each_device(|device| {
+        let collection = HashedEmbeddingBagCollection::new(
+            weight(device)?.as_tensor().clone(),
+            TABLES,
+            8,
+            config(Mode::Sum, Hash::default_for(8)),
+        )?;
+        let values = integers(&[0, 1, 2, 3, 4, 5], DType::I64, device)?;
+        let offsets = integers(&[0, 1, 2, 3], DType::I64, device)?;
+        let got = message(collection.forward_jagged(&values, &offsets, JaggedLayout::BatchMajor));
+        assert!(
+            got.contains("same number of bags for each of 3 tables, got 4"),
+            "{got}"
+        );
+        let transposed = values.reshape((2, 3))?.t()?;
+        let got = message(collection.forward(&transposed));
+        assert!(
+            got.contains("[batch, 3] or [batch, 3, bag_len], got [3, 2]"),
+            "{got}"
+        );
+        let got = message(collection.table("actor"));
+        assert!(
+            got.contains("no table actor, only user, movie, genre"),
+            "{got}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
 fn constructing_refuses_what_is_no_collection() -> Result<()> {
     let vars = VarMap::new();
     let vb = || VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);

@@ -152,6 +152,9 @@ fn a_compression_that_does_not_suit_is_refused_before_anything_is_made() -> Resu
         message(hashed_embedding_bag(1 << 33, 1, 1.0, config, vb.clone())),
         "hashed-embedding-bag: hashed_weight must hold fewer than 2^32 blocks, got 8589934592 of 1 values"
     );
-    assert!(vars.all_vars().is_empty());
+    assert!(
+        vars.all_vars().is_empty(),
+        "nothing is made before it is checked"
+    );
     Ok(())
 }

@@ -3,13 +3,11 @@
 //! That fit gives the same bits with any number of threads is in threads.rs, that it leaves padding out in padding.rs.
 
 use crate::common::{
-    floats, identity, integers, layer, message, mix, naive_slot, on_each_device, robe, to_vec,
-    Draws, SIGNED, UNSIGNED,
+    floats, identity, layer, message, mix, naive_slot, on_each_device, robe, to_vec, Draws, SIGNED,
+    UNSIGNED,
 };
-use candle_core::{DType, Device, Module, Result, Tensor};
-use candle_hashed_embedding_bag::{
-    Hash, HashedEmbedding, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode,
-};
+use candle_core::{DType, Device, Result, Tensor};
+use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode};
 
 fn config(hash: Hash) -> HashedEmbeddingBagConfig {
     crate::common::config(Mode::Sum, hash)
@@ -113,13 +111,10 @@ fn a_table_that_a_layer_holds_is_fitted_without_error() -> Result<()> {
             let weight = floats(&Draws::new(9).halves(240), DType::F32, device)?;
             let config = config(hash);
             let layer = layer(&weight, 100, 24, config)?;
-            let rows: Vec<i64> = (0..100).collect();
-            let rows = integers(&rows, DType::I64, device)?;
-            let table = HashedEmbedding::from(layer).forward(&rows)?;
+            let table = layer.to_table(..)?;
             let (fitted, error) = HashedEmbeddingBag::fit(&table, 0.1, config)?;
             assert_eq!(error, 0.0, "{hash:?}");
-            let again = HashedEmbedding::from(fitted).forward(&rows)?;
-            assert_eq!(to_vec(&again)?, to_vec(&table)?, "{hash:?}");
+            assert_eq!(to_vec(&fitted.to_table(..)?)?, to_vec(&table)?, "{hash:?}");
         }
         // With a slot for every value, any table is held.
         let table = random_table(50, 6, DType::F32, device)?;

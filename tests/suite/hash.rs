@@ -1,11 +1,12 @@
-//! The hash functions: published vectors, laws, and what constructors refuse.
+//! The hash functions: vectors, laws, and what constructors refuse.
 //!
-//! The vectors hold for [`Hash::slot`] and, on each device, for lookups in a `hashed_weight` whose values tell their slots:
-//! so they tie src/hash/ and kernels/hash.cuh to each other.
+//! The vectors are tests/golden/hash_vectors.json. They hold for [`Hash::slot`], for the oracle of the other tests and, on each
+//! device, for lookups in a `hashed_weight` whose values tell their slots; so they tie src/hash/ and kernels/hash.cuh to the
+//! formulas and to each other.
 
 use crate::common::strategies::{check, embedding_dims, hashes, len_for, numbers};
 use crate::common::{
-    every_hash, floats, integers, message, naive_slot, on_each_device, to_vec, whole_blocks,
+    every_hash, floats, integers, message, naive_slot, on_each_device, robe, to_vec, whole_blocks,
 };
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
@@ -16,143 +17,106 @@ use candle_nn::VarBuilder;
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-/// A length so large that `mod len` changes nothing.
-const VAST: usize = 1 << 60;
+/// A virtual element `(row, column)`, its slot and its sign.
+type Element = (i64, usize, usize, i8);
 
-/// Element `(row, column)` has this slot and sign, by [`Hash::slot`] and in lookups on each device.
-fn assert_slots(hash: Hash, len: usize, elements: &[(i64, usize, usize, i8)]) -> Result<()> {
-    for &(row, column, slot, sign) in elements {
-        let what = format!("{hash:?} row {row} column {column} of {len}");
-        assert_eq!(hash.slot(row, column, len)?, (slot, sign), "{what}");
-    }
-    on_each_device(|device| {
-        // From 1, so that every value has a sign; exact in either dtype.
-        let weight: Vec<f64> = (1..=len).map(|slot| slot as f64).collect();
-        let columns = elements.iter().map(|(_, column, ..)| column + 1).max();
-        let config = HashedEmbeddingConfig {
-            hash: Some(hash),
-            bounds_check: BoundsCheck::Off,
-            ..Default::default()
-        };
-        for dtype in [DType::F64, DType::F32] {
-            let weight = floats(&weight, dtype, device)?;
-            let embedding = HashedEmbedding::new(weight, 100, columns.unwrap_or(1), config)?;
-            let rows: Vec<i64> = elements.iter().map(|(row, ..)| *row).collect();
-            let out = embedding.forward(&integers(&rows, DType::I64, device)?)?;
-            for (i, &(row, column, slot, sign)) in elements.iter().enumerate() {
-                let value = to_vec(&out.get(i)?)?[column];
-                let what = format!("{hash:?} row {row} column {column} of {len}");
-                assert_eq!(value, (slot + 1) as f64 * f64::from(sign), "{what}");
-            }
+/// A line of tests/golden/hash_vectors.json.
+struct Vector {
+    hash: Hash,
+    len: usize,
+    elements: Vec<Element>,
+}
+
+fn vectors() -> Vec<Vector> {
+    let json = include_str!("../golden/hash_vectors.json");
+    let vectors: Vec<serde_json::Value> = serde_json::from_str(json).expect("a list of vectors");
+    let field = |vector: &serde_json::Value, name: &str| vector[name].clone();
+    vectors
+        .iter()
+        .map(|vector| Vector {
+            hash: serde_json::from_value(field(vector, "hash")).expect("a hash"),
+            len: serde_json::from_value(field(vector, "len")).expect("a length"),
+            elements: serde_json::from_value(field(vector, "elements")).expect("elements"),
+        })
+        .collect()
+}
+
+/// Asserts that lookups on `device` find these elements where they are said to be.
+fn assert_lookups(hash: Hash, len: usize, elements: &[Element], device: &Device) -> Result<()> {
+    let mut rows: Vec<i64> = elements.iter().map(|(row, ..)| *row).collect();
+    rows.sort_unstable();
+    rows.dedup();
+    let columns = elements.iter().map(|(_, column, ..)| column + 1).max();
+    let embedding_dim = columns.expect("at least one element");
+    let config = HashedEmbeddingConfig {
+        hash: Some(hash),
+        bounds_check: BoundsCheck::Off,
+        ..Default::default()
+    };
+    // Each value is its slot, counted from 1 so that every value has a sign. Both dtypes hold it exactly.
+    let weight: Vec<f64> = (1..=len).map(|slot| slot as f64).collect();
+    for dtype in [DType::F64, DType::F32] {
+        let weight = floats(&weight, dtype, device)?;
+        let embedding = HashedEmbedding::new(weight, 100, embedding_dim, config)?;
+        let out = to_vec(&embedding.forward(&integers(&rows, DType::I64, device)?)?)?;
+        for &(row, column, slot, sign) in elements {
+            let i = rows.binary_search(&row).expect("a row that is looked up");
+            assert_eq!(
+                out[i * embedding_dim + column],
+                (slot + 1) as f64 * f64::from(sign),
+                "{hash:?} {dtype:?} row {row} column {column} of {len}"
+            );
         }
-        Ok(())
+    }
+    Ok(())
+}
+
+#[test]
+fn slots_are_those_of_the_vectors() -> Result<()> {
+    for Vector {
+        hash,
+        len,
+        elements,
+    } in vectors()
+    {
+        for (row, column, slot, sign) in elements {
+            let what = format!("{hash:?} row {row} column {column} of {len}");
+            assert_eq!(hash.slot(row, column, len)?, (slot, sign), "{what}");
+            let naive = naive_slot(&hash, row, column, len);
+            assert_eq!(naive, (slot, f64::from(sign)), "the oracle, {what}");
+        }
+    }
+    Ok(())
+}
+
+/// All vectors but those of a `hashed_weight` that is larger than any memory.
+#[test]
+fn lookups_find_the_slots_of_the_vectors() -> Result<()> {
+    let vectors = vectors();
+    let (small, large): (Vec<_>, Vec<_>) = vectors.iter().partition(|v| v.len < 1 << 24);
+    assert!(small.len() > 60 && large.iter().all(|v| v.len > 1 << 33));
+    on_each_device(|device| {
+        small
+            .iter()
+            .try_for_each(|v| assert_lookups(v.hash, v.len, &v.elements, device))
     })
 }
 
+/// The vectors are of the hashes that the constructors make.
 #[test]
-fn original_vectors() -> Result<()> {
-    let hash = Hash::original();
-    let vectors = [
-        (0, 0, 104_729),
-        (0, 1, 57_857_966_404_956),
-        (1, 0, 9_824_621_266),
-        (2, 3, 56_463_349_817_285),
-        (-1, 0, 26_276_226_730_497),
-        (1 << 31, 5, 57_531_701_859_461),
-        (1 << 40, 127, 33_819_236_586_390),
-    ];
-    for (row, column, want) in vectors {
-        assert_eq!(hash.slot(row, column, VAST)?, (want, 1));
-    }
-    for len in [1, 2, 1600, 1_000_003] {
-        assert_slots(
-            hash,
-            len,
-            &vectors.map(|(row, column, want)| (row, column, want % len, 1)),
-        )?;
-    }
-    Ok(())
-}
-
-#[test]
-fn robe_vectors() -> Result<()> {
-    // The first numbers of the module's default seed.
-    let numbers = [2_038_074_743, 634_329_019, 1_825_252_241, 871_205_356];
-    let hash = Hash::robe(&numbers, 1).unwrap();
-    let vectors = [
-        (0, 0, 634_329_019),
-        (0, 1, 421_506_517),
-        (1, 0, 1_505_534_375),
-        (2, 3, 1_738_272_225),
-    ];
-    for (row, column, want) in vectors {
-        assert_eq!(hash.slot(row, column, VAST)?, (want, 1));
-    }
-    let len = 1_000_003;
-    assert_slots(
-        hash,
-        len,
-        &vectors.map(|(row, column, want)| (row, column, want % len, 1)),
-    )?;
-    // In blocks, columns of one block are neighbours, and the first slot leaves room for the whole block.
-    let blocks = Hash::robe(&numbers, 8).unwrap();
-    for (row, column) in [(0, 0), (1, 7), (2, 29), (5, 64)] {
-        let (start, _) = hash.slot(row, column / 8, 1000 - 8 + 1).unwrap();
-        assert_slots(blocks, 1000, &[(row, column, start + column % 8, 1)])?;
-    }
-    Ok(())
-}
-
-#[test]
-fn mix_vectors() -> Result<()> {
-    let (len, block) = (1_280_000, 16);
-    for (seed, row, run, want) in [
-        (0, 0, 0, 1_130_624),
-        (0, 0, 1, 552_352),
-        (0, 1, 0, 725_184),
-        (42, 123_456_789, 7, 265_040),
-        (0, 1 << 40, 3, 1_194_384),
-        (0, -1, 0, 1_144_240),
+fn constructors_make_the_hashes_of_the_vectors() {
+    let vectors = vectors();
+    for hash in [
+        Hash::original(),
+        robe(1),
+        robe(8),
+        Hash::affine(u64::MAX - 58, u64::MAX / 3, 7, u64::MAX - 4, 3),
+        Hash::mix(16),
+        Hash::balanced(16),
+        Hash::default_for(32),
     ] {
-        let hash = Hash::from(Mix {
-            seed,
-            block,
-            signed: false,
-        });
-        let elements = (0..block).map(|within| (row, run * block + within, want + within, 1));
-        assert_slots(hash, len, &elements.collect::<Vec<_>>())?;
+        assert!(vectors.iter().any(|v| v.hash == hash), "{hash:?}");
     }
-    // h of (0, 0, 0) ends in 0xcdaf: its low bits are the signs.
-    let elements = (0..block).map(|within| {
-        let sign = if (0xcdaf >> within) & 1 == 1 { -1 } else { 1 };
-        (0, within, 1_130_624 + within, sign)
-    });
-    assert_slots(Hash::mix(block), len, &elements.collect::<Vec<_>>())
-}
-
-#[test]
-fn balanced_vectors() -> Result<()> {
-    let (len, block) = (1_280_000, 16);
-    for (seed, row, run, want, signs) in [
-        (0, 0, 0, 115_536, 0x083fa657u32),
-        (0, 0, 1, 1_259_376, 0x7c89fea3u32),
-        (0, 1, 0, 115_648, 0xf706_83b7_u32),
-        (42, 123_456_789, 7, 879_104, 0xcec377abu32),
-        (0, 1 << 40, 3, 391_088, 0xc34e5f80u32),
-        (0, -1, 0, 801_008, 0xc1adcb31u32),
-    ] {
-        let hash = Hash::from(Balanced {
-            seed,
-            block,
-            signed: true,
-        });
-        let elements = (0..block).map(|within| {
-            let sign = if (signs >> within) & 1 == 1 { -1 } else { 1 };
-            (row, run * block + within, want + within, sign)
-        });
-        assert_slots(hash, len, &elements.collect::<Vec<_>>())?;
-    }
-    Ok(())
 }
 
 #[test]
@@ -390,20 +354,23 @@ fn identity_is_a_plain_table() {
     }
 }
 
-/// Every hash family, also at rows past 2^32: what is looked up lies where the formulas say.
+/// Every hash of the other tests, at widths that end within a memory access: slots are those of the oracle, and lookups on each
+/// device find them.
 #[test]
 fn slots_are_the_same_everywhere() -> Result<()> {
     let rows = [0, 1, 2, -1, 1 << 31, 1 << 40, i64::MAX, i64::MIN];
     for hash in every_hash() {
         let len = whole_blocks(&hash, 100_003);
-        let elements = rows
-            .into_iter()
-            .flat_map(|row| (0..70).map(move |column| (row, column)));
-        let elements = elements.map(|(row, column)| {
-            let (slot, sign) = naive_slot(&hash, row, column, len);
-            (row, column, slot, sign as i8)
-        });
-        assert_slots(hash, len, &elements.collect::<Vec<_>>())?;
+        let mut elements = vec![];
+        for row in rows {
+            for column in 0..70 {
+                let (slot, sign) = hash.slot(row, column, len)?;
+                let naive = naive_slot(&hash, row, column, len);
+                assert_eq!((slot, f64::from(sign)), naive, "{hash:?} {row} {column}");
+                elements.push((row, column, slot, sign));
+            }
+        }
+        on_each_device(|device| assert_lookups(hash, len, &elements, device))?;
     }
     Ok(())
 }

@@ -4,14 +4,13 @@
 //! The test data are small multiples of 1/2, so sums are exact in every dtype and in every order of additions. Only mean, which
 //! divides, is compared within a rounding.
 
-use crate::common::layer;
 use crate::common::strategies::{check, lookups};
 use crate::common::{
     assert_equal, every_hash, floats, integers, on_each_device, to_vec, whole_blocks, Case, Dtypes,
     Form, Table, DTYPES, FORMS, INDEX_DTYPES, MODES, POOLINGS,
 };
 use candle_core::{DType, Module, Result};
-use candle_hashed_embedding_bag::{Hash, HashedEmbedding, Mode};
+use candle_hashed_embedding_bag::{Hash, HashedEmbedding, HashedEmbeddingConfig, Mode};
 
 #[test]
 fn every_mode_hash_and_width_matches_the_oracle() -> Result<()> {
@@ -118,7 +117,13 @@ fn single_rows_have_the_shape_of_their_indices() -> Result<()> {
         };
         let case = Case::random(0, &[1; 12], table);
         let weight = floats(&case.hashed_weight, DType::F32, device)?;
-        let embedding = HashedEmbedding::from(layer(&weight, 20, 6, table.config())?);
+        let config = HashedEmbeddingConfig {
+            hash: Some(table.hash),
+            padding_idx: table.padding_idx,
+            ..Default::default()
+        };
+        let embedding = HashedEmbedding::new(weight, 20, 6, config)?;
+        assert_eq!(embedding.config(), config);
         let rows: Vec<i64> = case.bags.concat();
         assert!(rows.contains(&3), "a padding row is among them");
         let indices = integers(&rows, DType::I64, device)?;
