@@ -6,10 +6,11 @@
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Module, Tensor};
+use candle_hashed_embedding_bag::optim::AdamW;
 use candle_hashed_embedding_bag::{
     hashed_embedding_bag_collection, HashedEmbeddingBagConfig, JaggedLayout, Mode,
 };
-use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
+use candle_nn::{Optimizer, VarBuilder, VarMap};
 
 const EMBEDDING_DIM: usize = 32;
 

@@ -7,10 +7,11 @@
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
+use candle_hashed_embedding_bag::optim::AdamW;
 use candle_hashed_embedding_bag::{
     checkpoint, hashed_embedding_bag, Checkpoint, HashedEmbeddingBagConfig, Mode,
 };
-use candle_nn::{AdamW, Optimizer, VarBuilder, VarMap};
+use candle_nn::{Optimizer, VarBuilder, VarMap};
 
 fn main() -> Result<()> {
     let device = Device::cuda_if_available(0)?;

@@ -6,7 +6,8 @@ use std::time::Instant;
 
 use anyhow::{anyhow, bail, ensure, Result};
 use candle_core::{backprop::GradStore, Tensor};
-use candle_nn::{AdamW, Optimizer, ParamsAdamW, VarMap};
+use candle_hashed_embedding_bag::optim::{AdamW, ParamsAdamW};
+use candle_nn::{Optimizer, VarMap};
 use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
 use rand::rngs::StdRng;
 use rand::SeedableRng;

@@ -26,6 +26,10 @@ use recommender::saved::{self, ClickModel, Recommender};
 use recommender::sweep::sweep;
 use recommender::{init, train};
 
+/// Keeps memory between batches, which glibc's gives back to the kernel, and starts large tensors at a cache line.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> Result<()> {
     match Options::parse().command() {
         Command::Train(options) => train_and_save(&options),
