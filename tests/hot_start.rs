@@ -1,7 +1,7 @@
 //! Opening a large checkpoint or state dict costs next to nothing: the file is mapped, and only what is asked for is read.
 //!
-//! A file of their own for these tests, one at a time, since they measure the memory of the process. Each does its work on a small
-//! file first, because the pages of the program that run for the first time count as memory too. To see the figures:
+//! A file of their own for these tests, one at a time, since they measure the memory of the process. Each does its work on a
+//! small file first, because the pages of the program that run for the first time count as memory too. To see the figures:
 //! `cargo test --release --test hot_start -- --nocapture`
 #![cfg(target_os = "linux")]
 
