@@ -10,7 +10,8 @@ use clap::Parser;
 /// Writes the hashed layers of a PyTorch state dict, and its other tensors, as a self-describing checkpoint.
 ///
 /// A state dict does not say how large a virtual table is: name each layer, by its prefix in the state dict, with its rows
-/// and columns. Without a CHECKPOINT to write, the entries of the state dict are listed.
+/// and columns. What DistributedDataParallel (module.) or torch.compile (_orig_mod.) put before the keys is part of the
+/// prefix. Without a CHECKPOINT to write, the entries of the state dict are listed.
 #[derive(Parser)]
 #[command(arg_required_else_help = true, after_help = EXAMPLES)]
 pub struct Options {
@@ -19,7 +20,8 @@ pub struct Options {
     pub state_dict: Option<PathBuf>,
     /// The checkpoint to write
     pub checkpoint: Option<PathBuf>,
-    /// The key of the state dict, where the file holds more: the training scripts of many models use state_dict
+    /// The key of the state dict, where the file holds more: the training scripts of many models use state_dict. Dots lead
+    /// further down: state_dict.generator, models.0
     #[arg(long)]
     pub key: Option<String>,
     /// HashedEmbeddingBag of the package HashedEmbeddingBag. Options: mode (sum, mean, max), padding_idx,
@@ -69,6 +71,7 @@ Examples:
   convert model.pth model.safetensors --bag user:6040x16,mode=mean     # its entry is user.hashed_weight
   convert emb.pth emb.safetensors --robe :100000x16,uma_chunk_size=8   # the state dict is the module's own
   convert dlrm.pth dlrm.safetensors --key state_dict --robe-dlrm :1460+583+10131227x16,uma_chunk_size=8
+  convert gan.pth gan.safetensors --key state_dict.generator --bag module.user:6040x16   # of two models, wrapped in DDP
   convert full.pth small.safetensors --fit item,compression=1/32       # item.weight becomes item.hashed_weight
   convert --inspect model.safetensors";
 

@@ -16,6 +16,9 @@ use crate::conversion::join;
 pub fn list(state: StateDict) -> Result<String> {
     let mut table = new_table(&["entry", "dtype", "shape"]);
     let mut notes = String::new();
+    if state.keys().next().is_none() {
+        writeln!(notes, "no tensors; --key says where else the state dict is")?;
+    }
     for key in state.keys() {
         match state.tensor_info(key) {
             Ok(info) => {

@@ -19,7 +19,7 @@ mod inspection;
 use std::io::{self, ErrorKind, Write};
 
 use anyhow::{ensure, Context, Result};
-use candle_hashed_embedding_bag::StateDict;
+use candle_hashed_embedding_bag::{checkpoint, StateDict};
 use clap::Parser;
 
 use crate::arguments::Options;
@@ -43,6 +43,10 @@ fn run(options: Options) -> Result<String> {
         return inspection::inspect(checkpoint);
     }
     let path = options.state_dict.as_ref().context("no state dict")?;
+    if let Some(checkpoint) = &options.checkpoint {
+        checkpoint::check_writable(checkpoint)
+            .with_context(|| format!("cannot write {}", checkpoint.display()))?;
+    }
     let state = match &options.key {
         None => StateDict::open(path)?,
         Some(key) => StateDict::open_nested(path, key)?,

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_hashed_embedding_bag::{
     checkpoint, Checkpoint, HashedEmbeddingBag, HashedEmbeddingBagConfig, StateDict,
@@ -191,6 +191,95 @@ fn what_it_says_of_mistakes() -> Result<()> {
         got.contains("a.hashed_weight: 1 of 2 values are not finite"),
         "{got}"
     );
+    Ok(())
+}
+
+/// Before the state dict is read, and so before any layer is fitted.
+#[test]
+fn a_checkpoint_that_cannot_be_written_is_refused_first() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    for (checkpoint, said) in [
+        ("{}/no/such/out", "No such file"),
+        ("{}", "not a regular file"),
+    ] {
+        let arguments = format!("{{}}/none.pth {checkpoint} --bag :10x4");
+        let got = refused(&folder, &arguments)?;
+        assert!(got.contains("cannot write") && got.contains(said), "{got}");
+    }
+    Ok(())
+}
+
+#[test]
+fn keys_with_dots_and_wrappers() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let nested = "tests/golden/structures/nested.pth";
+    let bag = "{}/out --bag user:10x4 --layers-only";
+    let said = convert(
+        &folder,
+        &format!("{nested} --key state_dict.generator {bag}"),
+    )?;
+    assert_says(&said, &["user.hashed_weight 10 4 sum"]);
+    let said = refused(&folder, &format!("{nested} {bag}"))?;
+    assert_says(&said, &["may be under state_dict.generator or"]);
+
+    let wrapped = "tests/golden/structures/wrapped.pth";
+    let said = refused(&folder, &format!("{wrapped} {bag}"))?;
+    assert_says(&said, &["begin the prefix with module._orig_mod."]);
+    let said = convert(
+        &folder,
+        &format!("{wrapped} {{}}/out --bag module._orig_mod.user:10x4"),
+    )?;
+    assert_says(&said, &["module._orig_mod.user.hashed_weight 10 4 sum"]);
+
+    let objects = "tests/golden/structures/objects.pth --key hyper_parameters";
+    assert_says(&convert(&folder, objects)?, &["no tensors; --key"]);
+    let help = convert(&folder, "--help")?;
+    assert!(help.contains("state_dict.generator") && help.contains("_orig_mod."));
+    Ok(())
+}
+
+/// A file of half a gigabyte, within less memory than that.
+#[cfg(target_os = "linux")]
+#[test]
+fn listing_takes_no_memory_for_values() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("large.safetensors");
+    let len = 512 << 20;
+    let header =
+        format!(r#"{{"mask":{{"dtype":"BOOL","shape":[{len}],"data_offsets":[0,{len}]}}}}"#);
+    let mut start = (header.len() as u64).to_le_bytes().to_vec();
+    start.extend(header.as_bytes());
+    std::fs::write(&path, &start)?;
+    // A hole, which takes no room on the disk.
+    let file = std::fs::File::options().write(true).open(&path)?;
+    file.set_len(start.len() as u64 + len)?;
+    let output = Command::new("sh")
+        .args(["-c", "ulimit -d 262144 && exec \"$0\" \"$1\""])
+        .arg(env!("CARGO_BIN_EXE_convert"))
+        .arg(&path)
+        .output()?;
+    assert!(output.status.success(), "{output:?}");
+    assert_says(
+        &String::from_utf8(output.stdout)?,
+        &["mask bool [536870912]"],
+    );
+    Ok(())
+}
+
+/// A damaged value is not noticed by a listing, only by who reads it.
+#[test]
+fn listing_reads_no_values() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let golden = Path::new(REPOSITORY).join("tests/golden/structures/lacking.pth");
+    let mut bytes = std::fs::read(golden)?;
+    let values = [0.25f32, 0.5, 0.75].map(f32::to_le_bytes).concat();
+    let at = bytes.windows(values.len()).position(|part| part == values);
+    bytes[at.context("the hashed values are not there")?] ^= 1;
+    std::fs::write(folder.path().join("damaged.pth"), bytes)?;
+    let said = convert(&folder, "{}/damaged.pth")?;
+    assert_says(&said, &["mask bool", "user.hashed_weight f32 [40]"]);
+    let said = refused(&folder, "{}/damaged.pth {}/out --bag user:10x4")?;
+    assert_says(&said, &["import: user.hashed_weight: ", "Invalid checksum"]);
     Ok(())
 }
 

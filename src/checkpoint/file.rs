@@ -7,9 +7,10 @@ use candle_core::{bail, DType, Device, Error, Result, Tensor};
 use memmap2::Mmap;
 use safetensors::tensor::{Metadata, TensorView};
 use safetensors::{Dtype, SafeTensors};
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io;
 use std::path::{Path, PathBuf};
+use tempfile::TempPath;
 
 /// The description of a tensor in a file: everything but its values.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,6 +63,10 @@ pub(crate) fn join(prefix: &str, name: &str) -> String {
 
 /// Maps a file into memory.
 pub(crate) fn map(path: &Path) -> Result<Mmap> {
+    // To open a named pipe waits for somebody to write to it.
+    if !path.metadata()?.is_file() {
+        return Err(not_regular());
+    }
     let file = File::open(path)?;
     // SAFETY: a map is sound as long as nobody truncates or rewrites the file under it. `replace` renames a new file over
     // the old one, which leaves the old one's pages alone; the types that hold a map ask the same of everybody else.
@@ -147,30 +152,7 @@ pub(crate) fn check_shape(name: &str, shape: &[usize]) -> Result<()> {
 /// it. Symbolic links are followed, and the mode of the file that is replaced is kept.
 pub(crate) fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let path = follow_links(path)?;
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let replaced = match path.metadata() {
-        Ok(metadata) => Some(metadata),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-        Err(e) => return Err(e.into()),
-    };
-    if replaced.as_ref().is_some_and(|old| !old.is_file()) {
-        // A rename would put a file in the place of a device or a pipe.
-        return Err(io::Error::other("not a regular file").into());
-    }
-    let mut temporary = tempfile::Builder::new();
-    temporary.prefix(".checkpoint-");
-    // As any new file: a server under another user must be able to read it.
-    #[cfg(unix)]
-    temporary.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let temporary = temporary.tempfile_in(folder)?;
-    let permissions = match replaced {
-        Some(old) => old.permissions(),
-        None => temporary.as_file().metadata()?.permissions(),
-    };
-    let temporary = temporary.into_temp_path();
+    let (temporary, permissions) = prepare(&path)?;
     write(&temporary)?;
     // safetensors puts a file of its own in that place, readable by its owner alone and not synced.
     let written = File::options().write(true).open(&temporary)?;
@@ -179,8 +161,49 @@ pub(crate) fn replace(path: &Path, write: impl FnOnce(&Path) -> Result<()>) -> R
     temporary.persist(&path).map_err(|e| e.error)?;
     // The rename itself lasts once the folder is synced.
     #[cfg(unix)]
-    File::open(folder)?.sync_all()?;
+    File::open(folder(&path))?.sync_all()?;
     Ok(())
+}
+
+/// Checks what [`replace`] can know before it writes; leaves nothing behind.
+pub(crate) fn ensure_replaceable(path: &Path) -> Result<()> {
+    prepare(&follow_links(path)?).map(drop)
+}
+
+/// Makes an empty file beside `path`, and returns it with the permissions that the file at `path` is to have.
+fn prepare(path: &Path) -> Result<(TempPath, Permissions)> {
+    let replaced = match path.metadata() {
+        Ok(metadata) => Some(metadata),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        Err(e) => return Err(e.into()),
+    };
+    if replaced.as_ref().is_some_and(|old| !old.is_file()) {
+        // A rename would put a file in the place of a device or a pipe.
+        return Err(not_regular());
+    }
+    let mut temporary = tempfile::Builder::new();
+    temporary.prefix(".checkpoint-");
+    // As any new file: a server under another user must be able to read it.
+    #[cfg(unix)]
+    temporary.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let temporary = temporary.tempfile_in(folder(path))?;
+    let permissions = match replaced {
+        Some(old) => old.permissions(),
+        None => temporary.as_file().metadata()?.permissions(),
+    };
+    Ok((temporary.into_temp_path(), permissions))
+}
+
+/// The folder that a file is in.
+fn folder(path: &Path) -> &Path {
+    match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    }
+}
+
+fn not_regular() -> Error {
+    io::Error::other("not a regular file").into()
 }
 
 /// The path of the file that a path leads to, which need not exist.

@@ -176,6 +176,15 @@ pub fn save<'a, N: Into<String>, L: Into<Layer<'a>>>(
     .map_err(|e| e.with_path(path))
 }
 
+/// Checks that [`save`] can write to `path`, before a long training instead of after it. Nothing is written or changed.
+///
+/// # Errors
+/// A folder that does not exist or takes no new file, or something at `path` that is not a regular file.
+pub fn check_writable(path: impl AsRef<Path>) -> Result<()> {
+    let path = path.as_ref();
+    file::ensure_replaceable(path).map_err(|e| e.with_path(path))
+}
+
 /// A checkpoint file, opened: mapped, its description checked, no tensor read yet.
 ///
 /// The file must not be changed in place while this is alive (as with every mapped file); [`save`] never does so.

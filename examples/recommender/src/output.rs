@@ -1,12 +1,13 @@
 //! Standard output, whose reader may leave, and files, which had better be writable before hours of work than after.
 
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{ensure, Context, Result};
+use candle_hashed_embedding_bag::checkpoint;
 
 /// The first failure of standard output.
 static FAILURE: Mutex<Option<io::Error>> = Mutex::new(None);
@@ -50,21 +51,12 @@ fn remember(printed: io::Result<()>) {
     }
 }
 
-/// Whether a file at `path` can be made, or replaced by a rename.
+/// Whether a checkpoint can be saved at `path`.
 ///
 /// # Errors
 /// Why not.
 pub fn ensure_replaceable(path: &Path) -> Result<()> {
-    let why = || format!("cannot write {}", path.display());
-    ensure!(!path.is_dir(), "{}: it is a folder", why());
-    // What a symbolic link points to is written where that is.
-    let target = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
-    let folder = match target.parent() {
-        Some(folder) if folder != Path::new("") => folder,
-        _ => Path::new("."),
-    };
-    tempfile::tempfile_in(folder).with_context(why)?;
-    Ok(())
+    checkpoint::check_writable(path).with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// Whether a file at `path` can be made, or written to if it is there.
@@ -75,14 +67,18 @@ pub fn ensure_writable(path: &Path) -> Result<()> {
     if !path.exists() {
         return ensure_replaceable(path);
     }
+    let why = || format!("cannot write {}", path.display());
+    // To open a named pipe waits for somebody to read from it.
+    ensure!(path.is_file(), "{}: not a regular file", why());
     let opened = File::options().append(true).open(path);
-    opened.with_context(|| format!("cannot write {}", path.display()))?;
+    opened.with_context(why)?;
     Ok(())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn places_that_cannot_be_written_are_named() -> Result<()> {

@@ -144,13 +144,20 @@ fn outputs_that_cannot_be_written_are_refused_before_the_work() {
     folder.plain_movielens();
     folder.click_log(false);
     fs::create_dir(folder.path("auc-vs-size.svg")).unwrap();
+    // Leads to a folder that does not exist.
+    #[cfg(unix)]
+    std::os::unix::fs::symlink("no/such/m", folder.path("link")).unwrap();
     for (arguments, said) in [
         ("--data ml --checkpoint no/such/m", "cannot write no/such/m"),
         (
             "--data ml --checkpoint ml",
-            "cannot write ml: it is a folder",
+            "path: \"ml\" not a regular file",
         ),
         ("--data ml --checkpoint log/m", "cannot write log/m"),
+        #[cfg(unix)]
+        ("--data ml --checkpoint link", "cannot write link"),
+        #[cfg(unix)]
+        ("--data ml --checkpoint /dev/null", "cannot write /dev/null"),
         ("sweep --data ml", "cannot write ./auc-vs-size.svg"),
         ("sweep --data ml --out log", "cannot make log"),
         ("generate no/such/log", "cannot write no/such/log"),

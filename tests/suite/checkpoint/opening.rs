@@ -4,7 +4,7 @@ use super::Folder;
 use crate::common::message;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_hashed_embedding_bag::{
-    checkpoint, Checkpoint, HashedEmbeddingBag, HashedEmbeddingBagCollection,
+    checkpoint, Checkpoint, HashedEmbeddingBag, HashedEmbeddingBagCollection, StateDict,
 };
 use std::collections::HashMap;
 use std::path::Path;
@@ -208,4 +208,23 @@ fn opening_refuses_other_files() {
         std::fs::write(&path, &whole[..len]).unwrap();
         assert!(Checkpoint::open(&path).is_err());
     }
+}
+
+/// A named pipe that nobody writes to would keep whoever opens it waiting for ever.
+#[cfg(unix)]
+#[test]
+fn opening_what_is_not_a_regular_file_is_refused_at_once() -> Result<()> {
+    let folder = Folder::new();
+    let pipe = folder.file("pipe");
+    let made = std::process::Command::new("mkfifo").arg(&pipe).status()?;
+    assert!(made.success());
+    for path in [&pipe, folder.0.path()] {
+        for said in [
+            message(Checkpoint::open(path)),
+            message(StateDict::open(path)),
+        ] {
+            assert!(said.contains("not a regular file"), "{said}");
+        }
+    }
+    Ok(())
 }

@@ -155,7 +155,34 @@ fn saving_refuses_what_is_not_a_regular_file() -> Result<()> {
         let got = message(checkpoint::save(path, [], [("a", &layer)]));
         assert!(got.contains("not a regular file"), "{got}");
         assert!(got.contains(path.to_str().unwrap()), "{got}");
+        let checked = message(checkpoint::check_writable(path));
+        assert!(checked.contains("not a regular file"), "{checked}");
     }
     assert_eq!(std::fs::read_dir(folder.0.path())?.count(), 2);
+    Ok(())
+}
+
+/// What can be saved is known before, and finding out leaves nothing behind.
+#[test]
+fn checking_a_path_changes_nothing() -> Result<()> {
+    let folder = Folder::new();
+    let (new, old) = (folder.file("new"), folder.file("old"));
+    std::fs::write(&old, "kept")?;
+    checkpoint::check_writable(&new)?;
+    checkpoint::check_writable(&old)?;
+    assert_eq!(std::fs::read_to_string(&old)?, "kept");
+    assert_eq!(std::fs::read_dir(folder.0.path())?.count(), 1);
+
+    let none = folder.file("no/such/folder");
+    let said = message(checkpoint::check_writable(&none));
+    assert!(said.contains("No such file"), "{said}");
+    #[cfg(unix)]
+    {
+        // A link leads there; a save would follow it.
+        let link = folder.file("link");
+        std::os::unix::fs::symlink(&none, &link)?;
+        let said = message(checkpoint::check_writable(&link));
+        assert!(said.contains("No such file"), "{said}");
+    }
     Ok(())
 }
