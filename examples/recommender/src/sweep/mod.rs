@@ -56,6 +56,7 @@ pub fn sweep(options: &Sweep) -> Result<()> {
         .with_context(|| format!("cannot make {}", options.out.display()))?;
     let csv = options.out.join("auc-vs-size.csv");
     let svg = options.out.join("auc-vs-size.svg");
+    output::ensure_writable(&csv)?;
     output::ensure_writable(&svg)?;
     let mut runs = Runs::open(&csv)?;
     let fingerprint = data.fingerprint();
