@@ -71,11 +71,15 @@ pub use import::StateDict;
 pub use layer::{hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag};
 pub use op::{Gradient, Mode};
 
-/// Compiles and runs the Rust of the documents.
+/// Compiles and runs the Rust in the documents.
 #[cfg(doctest)]
 mod documents {
     #[doc = include_str!("../README.md")]
     struct Readme;
+    #[doc = include_str!("../docs/format.md")]
+    struct Format;
+    #[doc = include_str!("../docs/performance.md")]
+    struct Performance;
     #[doc = include_str!("../docs/pytorch.md")]
     struct PyTorch;
 }
