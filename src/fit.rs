@@ -34,8 +34,8 @@ impl HashedEmbeddingBag {
     /// Memory: `hashed_weight`, 16 more bytes for each of its values, and a few MB for the part of the table being read. The
     /// result does not depend on the number of threads.
     ///
-    /// The error is large where rows have little in common: each of `n` values that share a slot is replaced by their mean.
-    /// A fit is a start for training, which is what makes a small `hashed_weight` good.
+    /// The error is large if rows have little in common, because all values that share a slot are replaced by their mean. A fit
+    /// is a starting point: a small `hashed_weight` becomes good by training.
     ///
     /// ```
     /// use candle_core::{Device, Tensor};
@@ -51,8 +51,8 @@ impl HashedEmbeddingBag {
     /// ```
     ///
     /// # Errors
-    /// A `table` that is not 2-D, no float, or holds a value that is not finite (by its position); a compression or a size
-    /// that [`hashed_embedding_bag`](crate::hashed_embedding_bag()) refuses.
+    /// A `table` that is not 2-D, not of a float dtype, or holds a value that is not finite (the message gives its position); a
+    /// compression or a size that [`hashed_embedding_bag`](crate::hashed_embedding_bag()) refuses.
     pub fn fit(
         table: &Tensor,
         compression: f64,

@@ -1,8 +1,8 @@
 //! The balanced family: the same number of rows in every block.
 //!
-//! The rows are divided into *strata* of as many consecutive rows as there are blocks. Each row of a stratum goes to a block of its
-//! own: consecutive rows are `stride` blocks apart around the circle of blocks, and the first starts at the stratum's *turn*, a
-//! hash of the stratum and of `column / block`. So
+//! The rows are divided into *strata* of as many consecutive rows as there are blocks. Each row of a stratum goes to a block of
+//! its own: consecutive rows are `stride` blocks apart around the circle of blocks, and the first starts at the stratum's *turn*,
+//! a hash of the stratum and of `column / block`. So
 //!
 //! * every block serves the same number of rows, give or take one if the last stratum is not full; at random places, some blocks
 //!   would serve twice as many rows as others;

@@ -46,7 +46,7 @@ use spec::HashSpec;
 /// | [`Hash::affine`] | affine | any other member of the family |
 /// | [`Hash::identity`] | affine | a plain table, to compare with |
 ///
-/// The structs of the families give access to all settings, such as the seed: `Balanced { seed: 7, ..Balanced::new(16) }.into()`.
+/// The structs of the families have all settings, such as the seed: `Balanced { seed: 7, ..Balanced::new(16) }.into()`.
 ///
 /// A hash is checked when it is used: constants out of range are an error when a layer is built or a file is read.
 ///
@@ -100,8 +100,8 @@ impl Hash {
     /// The hash of a layer whose config leaves it to the default: [`Hash::balanced`], with the largest power of two up to half of
     /// `embedding_dim` as block, but at most 16 and, if there are that many columns, at least 4.
     ///
-    /// A row then consists of several blocks, each shared with different rows: if one of them is shared with a row that is used far
-    /// more often, the others usually are not.
+    /// A row then consists of several blocks, each shared with different rows: if one is shared with a row that is used far more
+    /// often, the others usually are not.
     pub const fn default_for(embedding_dim: usize) -> Self {
         Self::balanced(match embedding_dim {
             0..2 => 1,
@@ -354,8 +354,8 @@ pub(crate) trait Locate: Copy + Send + Sync {
     fn block(&self) -> usize;
     /// The constants of column block `number`.
     fn column_block(&self, number: u64) -> Self::ColumnBlock;
-    /// Locates `column_blocks` of `rows`, of which there may be at most [`MAX_ROWS`]. The place and the sign bits, one per column,
-    /// of column block `i` of row `j` are written at `i * rows.len() + j`.
+    /// Locates `column_blocks` of `rows`, of which there may be at most [`MAX_ROWS`]. The place of column block `i` of row `j`, and
+    /// its sign bits, one per column, are written at `i * rows.len() + j`.
     ///
     /// The inner loop goes over the rows, so that it is long enough to vectorise even where a row has few column blocks.
     fn locate(
@@ -365,7 +365,7 @@ pub(crate) trait Locate: Copy + Send + Sync {
         places: &mut [Self::Place],
         signs: &mut [u32],
     );
-    /// The first slot of a place. `block` must equal [`Self::block`]; it is an argument because callers may know it as a constant.
+    /// The first slot of a place. `block` must equal [`Self::block`]; callers that know it as a constant can pass that.
     fn slot(&self, place: Self::Place, block: usize) -> usize;
     /// The largest place there is.
     fn last_place(&self) -> Self::Place;
