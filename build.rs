@@ -1,7 +1,7 @@
 //! Compiles the CUDA kernels when the feature `cuda` is on; without it nothing here needs a CUDA tool.
 //!
-//! The code of the kernels is in kernels/. The table in src/op/cuda/instances.rs says which of them are compiled, and for how many
-//! threads. From it this script writes, into OUT_DIR,
+//! The code of the kernels is in kernels/. The table in src/op/cuda/instances.rs says which of them are compiled, and for how
+//! many threads. From it this script writes, into OUT_DIR,
 //!
 //! * `constants.cuh`, the constants and struct layouts of src/op/cuda/abi.rs, which kernels/ includes;
 //! * a `.cu` file for each module, with one line per kernel;
@@ -122,8 +122,8 @@ mod cuda {
         stdout.into()
     }
 
-    /// bindgen_cuda tells cargo to rerun this script when a source changes. The script writes the sources itself, so to cargo they
-    /// would always seem to have changed since. Therefore they get the modification time of this file.
+    /// bindgen_cuda tells cargo to rerun this script when a source changes. The script writes the sources itself, so to cargo
+    /// they would always seem to have changed since. Therefore they get the modification time of this file.
     fn backdate(source: &Path) {
         let age = fs::metadata("build.rs").and_then(|build| build.modified());
         let age = age.expect("build.rs has a time of modification");

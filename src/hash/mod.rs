@@ -354,8 +354,8 @@ pub(crate) trait Locate: Copy + Send + Sync {
     fn block(&self) -> usize;
     /// The constants of column block `number`.
     fn column_block(&self, number: u64) -> Self::ColumnBlock;
-    /// Locates `column_blocks` of `rows`, of which there may be at most [`MAX_ROWS`]. The place of column block `i` of row `j`, and
-    /// its sign bits, one per column, are written at `i * rows.len() + j`.
+    /// Locates `column_blocks` of at most [`MAX_ROWS`] `rows`. The place of column block `i` of row `j`, and its sign bits, one per
+    /// column, are written at `i * rows.len() + j`.
     ///
     /// The inner loop goes over the rows, so that it is long enough to vectorise even where a row has few column blocks.
     fn locate(

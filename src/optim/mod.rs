@@ -19,8 +19,8 @@
 //! others, so f16 and bf16 are rounded once per step. Results depend neither on the number of threads nor on the instruction set,
 //! and CPU and CUDA compute the same bits from the same gradients.
 //!
-//! As in torch, a parameter without a gradient is skipped in that step: its value, state and step count stay as they are. State is
-//! created in the first step with a gradient.
+//! As in torch, a parameter without a gradient is skipped in that step: its value, state and step count stay as they are. State
+//! is created in the first step with a gradient.
 //!
 //! # Stopping and resuming
 //!
@@ -242,8 +242,8 @@ impl<P: Params> InPlace<P> {
     /// Tensors are copied to the devices of the parameters. A parameter without tensors starts from scratch.
     ///
     /// # Errors
-    /// If a tensor belongs to no parameter or has the wrong dtype or shape, or if some tensors of a parameter are missing. The state
-    /// is then unchanged.
+    /// If a tensor belongs to no parameter or has the wrong dtype or shape, or if some tensors of a parameter are missing. The
+    /// state is then unchanged.
     pub fn load_state(&mut self, state: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
         let mut tensors: HashMap<String, Tensor> = state.into_iter().collect();
         let mut loaded = vec![];
@@ -375,8 +375,8 @@ impl<P: Params> Optimizer for InPlace<P> {
     /// Updates the parameters that have a gradient.
     ///
     /// # Errors
-    /// If a gradient differs from its parameter in dtype, shape or device, a hyper-parameter is out of range, or there is not enough
-    /// memory for state. Nothing is updated then.
+    /// If a gradient differs from its parameter in dtype, shape or device, a hyper-parameter is out of range, or there is not
+    /// enough memory for state. Nothing is updated then.
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         self.params.check()?;
         // Whatever can fail comes first, so that a step that fails changes nothing.

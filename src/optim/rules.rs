@@ -2,8 +2,8 @@
 //!
 //! A step has two parts. [`Algorithm::rule`] computes the constants of the step, in f64 and once per parameter: everything that
 //! depends on the hyper-parameters and the step count. The [`Rule`] that it returns then updates one value at a time, given only
-//! these constants, the value, its gradient and its state; the caller chooses the values. kernels/optimizer.cuh has the same structs
-//! and functions for CUDA. Both round after every operation, so both devices compute the same bits.
+//! these constants, the value, its gradient and its state; the caller chooses the values. kernels/optimizer.cuh has the same
+//! structs and functions for CUDA. Both round after every operation, so both devices compute the same bits.
 
 use crate::error::bail;
 use candle_core::Result;
@@ -45,7 +45,7 @@ pub struct ParamsSgd {
     pub lr: f64,
     /// The factor by which the momentum buffer decays in each step; 0, the default, needs no buffer.
     pub momentum: f64,
-    /// `1 - dampening` of each gradient is added to the momentum buffer, except for the first, which is added whole; 0 by default.
+    /// `1 - dampening` of each gradient is added to the momentum buffer, but all of the first one; 0 by default.
     pub dampening: f64,
     /// L2 penalty: `weight_decay * param` is added to the gradient; 0 by default.
     pub weight_decay: f64,
