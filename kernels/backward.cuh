@@ -80,7 +80,7 @@ private:
   }
 };
 
-// grad_weight[slot] += sign * scale * grad_output[bag, column], where scale is 1, the weight of the sample, or 1 / count.
+// grad_weight[slot] += sign * scale * grad_output[bag, column], with scale 1, the weight of the sample, or 1 / count.
 // For max only the winner of each column gets the gradient.
 //
 // Bags and columns are divided as in Forward, under the same assumptions; also, grad_weight is 16-byte aligned. `Sums`

@@ -3,10 +3,10 @@
 // Addition of integers is associative, so the result is the same bit for bit, from run to run and for any launch. The
 // unit is as small as the largest possible sum allows. Let M be the largest |term|, and let N = 2^log2_terms be at
 // least the number of terms that can meet in one slot. A term x becomes q = rint(x * 2^k) with k = 62 - log2_terms - e
-// and 2^e > M. Then |q| <= 2^(62 - log2_terms), and N such terms sum to at most 2^62, which fits. Each term is off by at
-// most half a unit, 2^-(k+1) <= M * N * 2^-62: with a billion (2^30) terms by M * 2^-32, whereas every addition in f32
-// rounds its sum by up to 2^-24 of it. f64 has more bits than one such integer: the remainder goes to a second integer,
-// whose unit is smaller by 2^(62 - log2_terms).
+// and 2^e > M. Then |q| <= 2^(62 - log2_terms), and N such terms sum to at most 2^62, which fits. Each term is off by
+// at most half a unit, 2^-(k+1) <= M * N * 2^-62: with a billion (2^30) terms by M * 2^-32, whereas every addition in
+// f32 rounds its sum by up to 2^-24 of it. f64 has more bits than one such integer: the remainder goes to a second
+// integer, whose unit is smaller by 2^(62 - log2_terms).
 //
 // Terms that are not finite have no fixed-point value: they are added to grad_weight as floats. The order does not
 // matter there either: infinities of one sign stay, everything else becomes NaN.

@@ -74,8 +74,8 @@ struct Walk {
       places[j] = SHARE == 1 ? own[j] : shuffle(FULL_WARP, own[j / SHARE], j % SHARE, SHARE);
   }
 
-  // For bags of equal length, up to LONG_BAG, and one table, without padding. Whole batches need no test per row; if the
-  // length is a multiple of BATCH, they continue from one bag into the next.
+  // For bags of equal length, up to LONG_BAG, and one table, without padding. Whole batches need no test per row; if
+  // the length is a multiple of BATCH, they continue from one bag into the next.
   template <typename Index, typename Work>
   __device__ __forceinline__ void plain_bags(Work &work) const {
     int64_t first_bag = block_first() + threadIdx.x / bags.lanes * bags.bags_per_group;
