@@ -69,7 +69,7 @@ pub use config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig, HashedWeightCo
 pub use hash::{Affine, Balanced, Hash, Mix, Overflow};
 pub use import::StateDict;
 pub use layer::{hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag};
-pub use op::{Gradient, Mode};
+pub use op::{Gradient, Mode, SparseGradient};
 
 /// Compiles and runs the Rust in the documents.
 #[cfg(doctest)]

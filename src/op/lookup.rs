@@ -1,6 +1,6 @@
 //! One lookup: checks all of its arguments, and chooses the op that computes it.
 
-use super::{FixedBags, Gradient, Mode, RaggedBags, Ternary, WeightedBags};
+use super::{FixedBags, Gradient, Mode, RaggedBags, SparseGradient, Ternary, WeightedBags};
 use crate::bags::{BagShape, JaggedLayout};
 use crate::bounds::BoundsCheck;
 use crate::error::bail;
@@ -21,6 +21,8 @@ pub(crate) struct Table {
     pub embedding_dim: usize,
     pub mode: Mode,
     pub padding_idx: Option<i64>,
+    /// What the gradient of `hashed_weight` is added to, if it is to be no tensor.
+    pub sparse_gradient: Option<SparseGradient>,
 }
 
 impl Table {

@@ -40,6 +40,7 @@ fn the_parameter_has_its_length_name_and_initial_values() -> Result<()> {
             first_row: 0,
             bounds_check: BoundsCheck::Off,
             gradient: Gradient::Deterministic,
+            sparse: true,
         };
         let bag = hashed_embedding_bag(num_embeddings, embedding_dim, compression, config, vb)?;
         assert_eq!(bag.hashed_weight().dims(), [len]);
@@ -201,6 +202,7 @@ fn the_config_is_that_of_construction() -> Result<()> {
         first_row: 9,
         bounds_check: BoundsCheck::Off,
         gradient: Gradient::Deterministic,
+        sparse: true,
     };
     let embedding = HashedEmbedding::new(weight, 30, 6, of_embedding)?;
     assert_eq!(embedding.config(), of_embedding);

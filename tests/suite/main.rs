@@ -25,5 +25,6 @@ mod lookup;
 mod optim;
 mod padding;
 mod pooling;
+mod sparse;
 mod threads;
 mod to_table;

@@ -17,6 +17,7 @@ use super::call::with_block;
 use super::combine::{combine, Load, Sum};
 use super::lanes::{prefetch, Lanes, Loop};
 use super::scalar::Accumulator;
+use super::sparse::Touched;
 use super::window::ADD_AHEAD;
 use super::MIN_VALUES_PER_THREAD;
 use crate::parallel::Team;
@@ -226,7 +227,7 @@ impl<T: Load> Gradient<'_, T> {
                 }
                 let buffers = buffer.chunks_mut(1 << log2_range);
                 team.for_each(targets.zip(buffers), |((range, slots), buffer)| {
-                    add(range, Slots::new(buffer));
+                    add(range, slots.of(buffer));
                     if end == share.end {
                         add_all(slots.values, buffer);
                         buffer.fill(T::Acc::ZERO);
@@ -243,7 +244,7 @@ fn sum_directly<A: Accumulator>(
     mut slots: Slots<A>,
     add: AddBags<A>,
 ) {
-    let len = slots.values.len();
+    let (len, touched) = (slots.values.len(), slots.touched);
     let mut first = Some(slots.reborrow());
     let shares = shares.map(|share| (share, first.take()));
     let buffers = team.map(shares, |(share, slots)| match slots {
@@ -253,7 +254,8 @@ fn sum_directly<A: Accumulator>(
         }
         None => {
             let mut buffer = vec![A::ZERO; len];
-            add(share, Slots::new(&mut buffer));
+            let values = &mut buffer[..];
+            add(share, Slots { values, touched });
             buffer
         }
     });
@@ -277,19 +279,47 @@ fn add_all<A: Accumulator>(sums: &mut [A], values: &[A]) {
 /// Consecutive slots of grad_weight.
 pub(super) struct Slots<'a, A> {
     pub values: &'a mut [A],
+    /// Where what is added to is marked, and how many slots come before these.
+    touched: Option<(&'a Touched, usize)>,
 }
 
 impl<'a, A> Slots<'a, A> {
-    pub fn new(values: &'a mut [A]) -> Self {
-        Self { values }
+    /// `touched`: where what is added to is marked.
+    pub fn new(values: &'a mut [A], touched: Option<&'a Touched>) -> Self {
+        let touched = touched.map(|touched| (touched, 0));
+        Self { values, touched }
+    }
+
+    /// Marks `len` slots from `start` on.
+    #[inline(always)]
+    pub fn mark(&self, start: usize, len: usize) {
+        if let Some((touched, before)) = self.touched {
+            touched.mark(before + start, len);
+        }
+    }
+
+    /// The same slots of another buffer.
+    fn of<'b>(&self, values: &'b mut [A]) -> Slots<'b, A>
+    where
+        'a: 'b,
+    {
+        let touched = self.touched;
+        Slots { values, touched }
     }
 
     fn reborrow(&mut self) -> Slots<'_, A> {
-        Slots::new(self.values)
+        let touched = self.touched;
+        let values = &mut *self.values;
+        Slots { values, touched }
     }
 
     fn chunks(self, len: usize) -> impl Iterator<Item = Slots<'a, A>> {
-        self.values.chunks_mut(len).map(Slots::new)
+        let touched = self.touched;
+        let chunks = self.values.chunks_mut(len).enumerate();
+        chunks.map(move |(i, values)| {
+            let touched = touched.map(|(touched, before)| (touched, before + i * len));
+            Slots { values, touched }
+        })
     }
 }
 
@@ -311,17 +341,16 @@ impl<const BLOCK: usize, T: Load, S: Scale<T::Acc>> Loop for Add<'_, BLOCK, T, S
         let Self {
             terms,
             grads,
-            slots,
+            mut slots,
             embedding_dim,
             ..
         } = self;
-        let slots = slots.values;
         let block = if BLOCK > 0 { BLOCK } else { self.block };
         // The last block of a row may be cut off.
         let is_whole = embedding_dim.is_multiple_of(block);
         for (i, term) in terms.iter().enumerate() {
             if let Some(next) = terms.get(i + ADD_AHEAD) {
-                prefetch(slots.as_ptr().wrapping_offset(next.start as isize));
+                prefetch(slots.values.as_ptr().wrapping_offset(next.start as isize));
             }
             let (start, grad) = (term.start as usize, term.grad as usize);
             let len = if is_whole {
@@ -330,16 +359,18 @@ impl<const BLOCK: usize, T: Load, S: Scale<T::Acc>> Loop for Add<'_, BLOCK, T, S
                 block.min(embedding_dim - grad % embedding_dim)
             };
             let grads = &grads[grad..grad + len];
-            let whole = slots.get_mut(start..start.wrapping_add(len));
-            match (whole, grads.first_chunk::<BLOCK>()) {
-                (Some(slots), Some(grads)) if BLOCK > 0 => {
-                    combine::<Sum, T, _>(lanes, slots, grads, term.signs, term.scale.get());
+            let scale = term.scale.get();
+            let Some(sums) = slots.values.get_mut(start..start.wrapping_add(len)) else {
+                add_edge(&mut slots, start, grads, term);
+                continue;
+            };
+            match grads.first_chunk::<BLOCK>() {
+                Some(grads) if BLOCK > 0 => {
+                    combine::<Sum, T, _>(lanes, sums, grads, term.signs, scale)
                 }
-                (Some(slots), _) => {
-                    combine::<Sum, T, _>(lanes, slots, grads, term.signs, term.scale.get());
-                }
-                (None, _) => add_edge(slots, start, grads, term),
+                _ => combine::<Sum, T, _>(lanes, sums, grads, term.signs, scale),
             }
+            slots.mark(start, len);
         }
     }
 }
@@ -347,15 +378,17 @@ impl<const BLOCK: usize, T: Load, S: Scale<T::Acc>> Loop for Add<'_, BLOCK, T, S
 /// Adds those values of a term whose slots are in the range.
 #[inline(never)]
 fn add_edge<T: Load, S: Scale<T::Acc>>(
-    slots: &mut [T::Acc],
+    slots: &mut Slots<T::Acc>,
     start: usize,
     grads: &[T],
     term: &Term<S>,
 ) {
     let scale = term.scale.get().unwrap_or(T::Acc::ONE);
     for (i, grad) in grads.iter().enumerate() {
-        if let Some(sum) = slots.get_mut(start.wrapping_add(i)) {
+        let slot = start.wrapping_add(i);
+        if let Some(sum) = slots.values.get_mut(slot) {
             *sum += (scale * grad.widen()).flip(term.signs, i);
+            slots.mark(slot, 1);
         }
     }
 }

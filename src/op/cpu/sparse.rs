@@ -1,0 +1,151 @@
+//! The sums of a sparse gradient on the CPU, and flags for those parts that may not be zero.
+
+use candle_core::{CpuStorage, DType, WithDType};
+use std::ops::Range;
+use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+
+/// A chunk has a flag: a cache line of f32.
+const CHUNK: usize = 16;
+
+/// So has a region of many chunks, so that few flags are looked at where little was touched.
+pub(crate) const REGION: usize = 1 << 14;
+
+pub(crate) struct SparseSums {
+    /// `(len,)`, f32 or f64
+    pub values: CpuStorage,
+    pub touched: Touched,
+}
+
+impl SparseSums {
+    pub fn new(len: usize, dtype: DType) -> Self {
+        Self {
+            values: match dtype {
+                DType::F64 => CpuStorage::F64(vec![0.; len]),
+                _ => CpuStorage::F32(vec![0.; len]),
+            },
+            touched: Touched {
+                chunks: flags(len.div_ceil(CHUNK)),
+                regions: flags(len.div_ceil(REGION)),
+            },
+        }
+    }
+
+    /// Makes all of them zero.
+    pub fn clear(&mut self) {
+        match &mut self.values {
+            CpuStorage::F64(values) => self.touched.clear(values),
+            CpuStorage::F32(values) => self.touched.clear(values),
+            _ => unreachable!("sums are f32 or f64"),
+        }
+    }
+}
+
+fn flags(n: usize) -> Vec<AtomicU8> {
+    (0..n).map(|_| AtomicU8::new(0)).collect()
+}
+
+/// Which slots may have been added to. Any thread may mark any of them.
+pub(crate) struct Touched {
+    chunks: Vec<AtomicU8>,
+    regions: Vec<AtomicU8>,
+}
+
+impl Touched {
+    /// Marks `len` slots from `start` on.
+    #[inline(always)]
+    pub(super) fn mark(&self, start: usize, len: usize) {
+        for chunk in start / CHUNK..(start + len).div_ceil(CHUNK) {
+            // Written once, so that the threads can all keep the flags in their caches.
+            let flag = &self.chunks[chunk];
+            if flag.load(Relaxed) == 0 {
+                flag.store(1, Relaxed);
+                self.regions[chunk * CHUNK / REGION].store(1, Relaxed);
+            }
+        }
+    }
+
+    /// All regions.
+    pub fn regions(&mut self) -> impl Iterator<Item = Region<'_>> {
+        let chunks = self.chunks.chunks_mut(REGION / CHUNK);
+        let regions = self.regions.iter_mut().zip(chunks);
+        regions.map(|(is_touched, chunks)| Region { is_touched, chunks })
+    }
+
+    /// Makes all values zero that are marked, and takes the marks off.
+    fn clear<A: WithDType>(&mut self, values: &mut [A]) {
+        for (region, values) in self.regions().zip(values.chunks_mut(REGION)) {
+            for run in region.take(values.len()) {
+                values[run].fill(A::zero());
+            }
+        }
+    }
+}
+
+/// The marks of [`REGION`] slots, fewer at the end.
+pub(crate) struct Region<'a> {
+    is_touched: &'a mut AtomicU8,
+    chunks: &'a mut [AtomicU8],
+}
+
+impl Region<'_> {
+    /// Whether there is any mark.
+    pub fn is_touched(&mut self) -> bool {
+        *self.is_touched.get_mut() != 0
+    }
+
+    /// Takes the marks off, and returns the runs of slots that they were on, counted from the first of the region, which has
+    /// `len` slots.
+    pub fn take(mut self, len: usize) -> Vec<Range<usize>> {
+        let mut runs: Vec<Range<usize>> = vec![];
+        if !self.is_touched() {
+            return runs;
+        }
+        *self.is_touched.get_mut() = 0;
+        for (i, group) in self.chunks.chunks_mut(8).enumerate() {
+            if group.iter_mut().all(|flag| *flag.get_mut() == 0) {
+                continue;
+            }
+            for (chunk, flag) in (8 * i..).zip(group) {
+                if std::mem::take(flag.get_mut()) == 0 {
+                    continue;
+                }
+                let (start, end) = (chunk * CHUNK, len.min((chunk + 1) * CHUNK));
+                match runs.last_mut() {
+                    Some(last) if last.end == start => last.end = end,
+                    _ => runs.push(start..end),
+                }
+            }
+        }
+        runs
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_are_runs_of_whole_chunks() {
+        let len = 3 * REGION + 5;
+        let mut sums = SparseSums::new(len, DType::F32);
+        let runs = |sums: &mut SparseSums| -> Vec<Vec<Range<usize>>> {
+            let regions = sums.touched.regions().enumerate();
+            regions
+                .map(|(i, region)| region.take(REGION.min(len - i * REGION)))
+                .collect()
+        };
+        assert_eq!(runs(&mut sums), vec![vec![]; 4]);
+        for (start, slots) in [(0, 1), (16, 32), (70, 4), (REGION - 1, 2), (len - 1, 1)] {
+            sums.touched.mark(start, slots);
+        }
+        let last = REGION - CHUNK..REGION;
+        let want = [
+            vec![0..48, 64..80, last],
+            vec![0..CHUNK],
+            vec![],
+            vec![0..5],
+        ];
+        assert_eq!(runs(&mut sums), want);
+        assert_eq!(runs(&mut sums), vec![vec![]; 4]);
+    }
+}
