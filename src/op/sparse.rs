@@ -120,7 +120,7 @@ impl SparseGradient {
         let values = match &self.lock().sums {
             Some(Sums::Cpu(sums)) => Storage::Cpu(sums.values.clone()),
             #[cfg(feature = "cuda")]
-            Some(Sums::Cuda(sums)) => Storage::Cuda(sums.values()?),
+            Some(Sums::Cuda(sums)) => Storage::Cuda(sums.copy()?),
             None => return Tensor::zeros(*len, *dtype, device),
         };
         Ok(Tensor::from_storage(

@@ -144,10 +144,10 @@ fn chunks<'a, T, G, A, const S: usize>(
 }
 
 /// Divides arrays of state into chunks; there is no end to those of no arrays.
-fn state_chunks<'a, A, const S: usize>(
+fn state_chunks<A, const S: usize>(
     len: usize,
-    state: [&'a mut [A]; S],
-) -> impl Iterator<Item = [&'a mut [A]; S]> {
+    state: [&mut [A]; S],
+) -> impl Iterator<Item = [&mut [A]; S]> {
     let mut state = state.map(|values| values.chunks_mut(len));
     iter::repeat_with(move || array::from_fn(|s| state[s].next().unwrap_or_default()))
 }

@@ -531,6 +531,16 @@ impl<P: Algorithm> InplaceOp1 for SparseUpdate<'_, '_, P> {
             _ => self.on_cpu::<f64>(param, layout),
         }
     }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, param: &mut candle_core::CudaStorage, layout: &Layout) -> Result<()> {
+        match param.dtype() {
+            DType::F16 => self.on_cuda::<f16>(param, layout),
+            DType::BF16 => self.on_cuda::<bf16>(param, layout),
+            DType::F32 => self.on_cuda::<f32>(param, layout),
+            _ => self.on_cuda::<f64>(param, layout),
+        }
+    }
 }
 
 impl<P: Algorithm> SparseUpdate<'_, '_, P> {
@@ -546,6 +556,26 @@ impl<P: Algorithm> SparseUpdate<'_, '_, P> {
             }
             #[cfg(feature = "cuda")]
             Sums::Cuda(_) => bail!("the sparse gradient is not on the CPU"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_cuda<T: cuda::ParamDType>(
+        &self,
+        param: &mut candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<()> {
+        let Update {
+            params,
+            step,
+            state,
+        } = &self.update;
+        let rule = params.rule::<T::State>(*step);
+        match &mut **self.sums.borrow_mut() {
+            Sums::Cuda(sums) => {
+                cuda::sparse_step::<T>(rule, (param, layout), sums, &mut state.borrow_mut())
+            }
+            Sums::Cpu(_) => bail!("the sparse gradient is not on CUDA"),
         }
     }
 }

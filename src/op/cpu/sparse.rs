@@ -128,24 +128,33 @@ mod tests {
     fn marks_are_runs_of_whole_chunks() {
         let len = 3 * REGION + 5;
         let mut sums = SparseSums::new(len, DType::F32);
-        let runs = |sums: &mut SparseSums| -> Vec<Vec<Range<usize>>> {
-            let regions = sums.touched.regions().enumerate();
-            regions
-                .map(|(i, region)| region.take(REGION.min(len - i * REGION)))
-                .collect()
+        let runs = |sums: &mut SparseSums| -> Vec<(usize, usize)> {
+            let mut runs = vec![];
+            for (i, region) in sums.touched.regions().enumerate() {
+                let start = i * REGION;
+                let of_region = region.take(REGION.min(len - start));
+                runs.extend(
+                    of_region
+                        .iter()
+                        .map(|run| (start + run.start, start + run.end)),
+                );
+            }
+            runs
         };
-        assert_eq!(runs(&mut sums), vec![vec![]; 4]);
-        for (start, slots) in [(0, 1), (16, 32), (70, 4), (REGION - 1, 2), (len - 1, 1)] {
+        assert_eq!(runs(&mut sums), []);
+        let marked = [(0, 1), (16, 32), (70, 4), (REGION - 1, 2), (len - 1, 1)];
+        for (start, slots) in marked {
             sums.touched.mark(start, slots);
         }
-        let last = REGION - CHUNK..REGION;
+        // Runs end where a region does.
         let want = [
-            vec![0..48, 64..80, last],
-            vec![0..CHUNK],
-            vec![],
-            vec![0..5],
+            (0, 48),
+            (64, 80),
+            (REGION - CHUNK, REGION),
+            (REGION, REGION + CHUNK),
+            (3 * REGION, len),
         ];
         assert_eq!(runs(&mut sums), want);
-        assert_eq!(runs(&mut sums), vec![vec![]; 4]);
+        assert_eq!(runs(&mut sums), []);
     }
 }

@@ -110,7 +110,7 @@ impl<'a> IndexView<'a> {
     }
 }
 
-fn push_or_null<'b, T>(args: &mut LaunchArgs<'b>, view: &'b Option<CudaView<'_, T>>) {
+fn push_or_null<'b, T>(args: &mut LaunchArgs<'b>, view: Option<&'b CudaView<'_, T>>) {
     match view {
         Some(view) => args.arg(view),
         None => args.arg(&NULL),
@@ -232,7 +232,7 @@ impl<'a, T: Element> Launch<'a, T> {
                 args.arg(&NULL);
             }
         }
-        push_or_null(args, &self.first_rows); // const int64_t *first_rows
+        push_or_null(args, self.first_rows.as_ref()); // const int64_t *first_rows
     }
 
     fn push_bags<'b>(&'b self, args: &mut LaunchArgs<'b>) {
@@ -251,7 +251,7 @@ impl<'a, T: Element> Launch<'a, T> {
         let mut args = self.stream.launch_builder(&function);
         args.arg(&self.hashed_weight); // const T *hashed_weight
         self.push_inputs(&mut args);
-        push_or_null(&mut args, &self.per_sample_weights); // const T *per_sample_weights
+        push_or_null(&mut args, self.per_sample_weights.as_ref()); // const T *per_sample_weights
         args.arg(out); // T *out
         self.push_bags(&mut args);
         args.arg(&self.mean); // uint32_t mean
@@ -261,11 +261,13 @@ impl<'a, T: Element> Launch<'a, T> {
         Ok(())
     }
 
-    /// Adds to `grad_weight` in floats, or in fixed point, which [`from_fixed_point`] then converts.
+    /// Adds to `grad_weight` in floats, or in fixed point, which [`from_fixed_point`] then converts. `touched`: the marks of a
+    /// sparse gradient.
     pub fn backward(
         &self,
         grad_output: View<CudaStorage>,
         grad_weight: &mut CudaSlice<T::Acc>,
+        touched: Option<&CudaView<u8>>,
         fixed_point: Option<&FixedPoint<T::Acc>>,
     ) -> Result<()> {
         let want = match fixed_point {
@@ -280,8 +282,9 @@ impl<'a, T: Element> Launch<'a, T> {
         args.arg(&grad_output); // const T *grad_output
         args.arg(&self.hashed_weight); // const T *hashed_weight
         self.push_inputs(&mut args);
-        push_or_null(&mut args, &self.per_sample_weights); // const T *per_sample_weights
+        push_or_null(&mut args, self.per_sample_weights.as_ref()); // const T *per_sample_weights
         args.arg(grad_weight); // Acc<T> *grad_weight
+        push_or_null(&mut args, touched); // uint8_t *touched
         if let Some(fixed_point) = fixed_point {
             push_fixed_point(&mut args, fixed_point);
         }
@@ -347,8 +350,11 @@ fn load(kernel: Kernel, stream: &CudaStream) -> Result<CudaFunction> {
     modules::load(kernel, stream.context())
 }
 
-fn push_fixed_point<'b, A: DeviceRepr>(args: &mut LaunchArgs<'b>, fixed_point: &'b FixedPoint<A>) {
-    args.arg(&fixed_point.units); // int64_t *units, changed by atomic additions alone
+fn push_fixed_point<'b, A: DeviceRepr>(
+    args: &mut LaunchArgs<'b>,
+    fixed_point: &'b FixedPoint<'_, A>,
+) {
+    args.arg(fixed_point.units); // int64_t *units, changed by atomic additions alone
     args.arg(&fixed_point.len); // uint64_t len
     args.arg(&fixed_point.largest); // const A *largest
     args.arg(&fixed_point.log2_terms); // uint32_t log2_terms
@@ -373,10 +379,12 @@ pub fn largest_magnitude<T: Element>(
     Ok(())
 }
 
-/// Adds the sums in fixed point to `grad_weight`, which has their length.
+/// Adds the sums in fixed point to `grad_weight`, which has their length. With marks only those that are marked, which are then
+/// zero again.
 pub fn from_fixed_point<A: Element>(
     fixed_point: &FixedPoint<A>,
     grad_weight: &mut CudaSlice<A>,
+    touched: Option<&CudaView<u8>>,
     stream: &CudaStream,
 ) -> Result<()> {
     let kernel = Kernel::FromFixedPoint(A::DTYPE);
@@ -384,6 +392,7 @@ pub fn from_fixed_point<A: Element>(
     let config = strided(kernel, grad_weight.len());
     let mut args = stream.launch_builder(&function);
     args.arg(grad_weight); // A *grad_weight
+    push_or_null(&mut args, touched); // uint8_t *touched
     push_fixed_point(&mut args, fixed_point);
 
     // SAFETY: the arguments are those of FROM_FIXED_POINT_KERNEL in kernels/fixed_point.cuh, which goes over `len` slots.

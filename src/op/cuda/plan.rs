@@ -254,6 +254,7 @@ mod tests {
             used.insert(Kernel::FromFixedPoint(dtype.accumulator()));
             // What optimisers launch, each for every dtype.
             used.extend(Rule::ALL.map(|rule| Kernel::OptimizerStep(rule, dtype)));
+            used.extend(Rule::SPARSE.map(|rule| Kernel::SparseOptimizerStep(rule, dtype)));
         }
         let unused: Vec<_> = table.difference(&used).collect();
         assert!(unused.is_empty(), "{unused:?}");
