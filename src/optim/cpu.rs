@@ -2,7 +2,7 @@
 
 use super::rules::{AnyRule, Real, Rule};
 use crate::error::bail;
-use crate::op::cpu::{SparseSums, REGION};
+use crate::op::cpu::{prefetch, SparseSums, REGION};
 use crate::parallel::Team;
 use candle_core::{CpuStorage, DType, Result, Storage, WithDType};
 use half::slice::HalfFloatSliceExt;
@@ -14,6 +14,9 @@ const CHUNK: usize = 1 << 14;
 
 /// Values of f16 or bf16 that are widened at a time: few enough to stay in the L1 cache.
 const WIDENED: usize = 1 << 10;
+
+/// How many runs of touched values before it is updated one is asked for: they are too far apart for the processor to do so.
+const UPDATE_AHEAD: usize = 8;
 
 /// A dtype of parameters.
 pub(super) trait ParamDType: WithDType {
@@ -255,7 +258,16 @@ fn on_touched<T: ParamDType<State: Gradient<T::State>>, R: Rule<T::State, S>, co
     let regions: Vec<_> = regions.collect();
     let team = Team::new(regions.len());
     team.for_each(regions.into_iter(), |(region, params, sums, mut state)| {
-        for run in region.take(params.len()) {
+        let runs = region.take(params.len());
+        for (i, run) in runs.iter().enumerate() {
+            if let Some(next) = runs.get(i + UPDATE_AHEAD) {
+                prefetch(&params[next.start]);
+                prefetch(&sums[next.start]);
+                state
+                    .iter()
+                    .for_each(|values| prefetch(&values[next.start]));
+            }
+            let run = run.clone();
             let sums = &mut sums[run.clone()];
             let state = state.each_mut().map(|values| &mut values[run.clone()]);
             T::apply(rule, &mut params[run], sums, state);

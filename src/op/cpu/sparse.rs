@@ -55,12 +55,19 @@ impl Touched {
     #[inline(always)]
     pub(super) fn mark(&self, start: usize, len: usize) {
         for chunk in start / CHUNK..(start + len).div_ceil(CHUNK) {
-            // Written once, so that the threads can all keep the flags in their caches.
-            let flag = &self.chunks[chunk];
-            if flag.load(Relaxed) == 0 {
-                flag.store(1, Relaxed);
-                self.regions[chunk * CHUNK / REGION].store(1, Relaxed);
+            // Without a branch, which no processor could foretell. Threads mark slots of their own.
+            self.chunks[chunk].store(1, Relaxed);
+            // Marked by all threads, and seldom for the first time.
+            let region = &self.regions[chunk * CHUNK / REGION];
+            if region.load(Relaxed) == 0 {
+                region.store(1, Relaxed);
             }
+        }
+    }
+
+    pub(super) fn mark_all(&self) {
+        for mark in self.chunks.iter().chain(&self.regions) {
+            mark.store(1, Relaxed);
         }
     }
 
@@ -101,15 +108,18 @@ impl Region<'_> {
             return runs;
         }
         *self.is_touched.get_mut() = 0;
-        for (i, group) in self.chunks.chunks_mut(8).enumerate() {
-            if group.iter_mut().all(|flag| *flag.get_mut() == 0) {
-                continue;
+        // A word of marks at a time, whose runs are found without a branch for each mark.
+        for (i, marks) in self.chunks.chunks_mut(64).enumerate() {
+            let mut word = 0u64;
+            for (i, marks) in marks.chunks_mut(8).enumerate() {
+                word |= take_marks(marks) << (8 * i);
             }
-            for (chunk, flag) in (8 * i..).zip(group) {
-                if std::mem::take(flag.get_mut()) == 0 {
-                    continue;
-                }
-                let (start, end) = (chunk * CHUNK, len.min((chunk + 1) * CHUNK));
+            while word != 0 {
+                let first = word.trailing_zeros();
+                let chunks = (word >> first).trailing_ones();
+                word &= !(u64::MAX >> (64 - chunks) << first);
+                let start = (64 * i + first as usize) * CHUNK;
+                let end = len.min(start + chunks as usize * CHUNK);
                 match runs.last_mut() {
                     Some(last) if last.end == start => last.end = end,
                     _ => runs.push(start..end),
@@ -117,6 +127,25 @@ impl Region<'_> {
             }
         }
         runs
+    }
+}
+
+/// Takes off up to eight marks, and returns them as bits.
+#[inline(always)]
+fn take_marks(marks: &mut [AtomicU8]) -> u64 {
+    match marks.first_chunk_mut::<8>() {
+        Some(marks) => {
+            let bytes = u64::from_le_bytes(std::array::from_fn(|i| *marks[i].get_mut()));
+            *marks = Default::default();
+            // Moves the bit of each byte to the highest byte.
+            bytes.wrapping_mul(0x0102_0408_1020_4080) >> 56
+        }
+        None => {
+            let bits = marks.iter_mut().enumerate();
+            bits.fold(0, |word, (i, mark)| {
+                word | u64::from(std::mem::take(mark.get_mut())) << i
+            })
+        }
     }
 }
 

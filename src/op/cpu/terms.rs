@@ -33,8 +33,8 @@ const TERMS_PER_ROUND: usize = 1 << 17;
 const TASKS_PER_THREAD: usize = 2;
 const RANGES_PER_THREAD: usize = 4;
 
-/// Shorter ranges of slots would have threads write to the same cache lines.
-const MIN_RANGE: usize = 1 << 8;
+/// Shorter ranges of slots would have threads write to the same cache lines, of sums or of marks.
+const MIN_RANGE: usize = 1 << 10;
 
 /// What is added to consecutive slots: `scale * (-1)^(bit i of signs) * grad[i]`.
 #[derive(Clone, Copy)]
@@ -144,7 +144,7 @@ impl<T: Load> Gradient<'_, T> {
     /// Adds all terms to `slots`.
     pub fn sum<S: Scale<T::Acc>>(
         &self,
-        slots: Slots<T::Acc>,
+        mut slots: Slots<T::Acc>,
         add: AddBags<T::Acc>,
         write: WriteBags<S>,
     ) {
@@ -160,6 +160,10 @@ impl<T: Load> Gradient<'_, T> {
         let bags_per_share = num_bags.div_ceil(shares).max(1);
         let shares = (0..num_bags).step_by(bags_per_share);
         let shares = shares.map(|start| start..num_bags.min(start + bags_per_share));
+        if shares.len() > 1 {
+            // So many terms that hardly a slot is left out.
+            slots.mark_all();
+        }
         if shares.len() > team.threads() / 2 {
             sum_directly(&team, shares, slots, add);
         } else {
@@ -295,6 +299,13 @@ impl<'a, A> Slots<'a, A> {
     pub fn mark(&self, start: usize, len: usize) {
         if let Some((touched, before)) = self.touched {
             touched.mark(before + start, len);
+        }
+    }
+
+    /// Marks all slots, once and for all.
+    fn mark_all(&mut self) {
+        if let Some((touched, _)) = self.touched.take() {
+            touched.mark_all();
         }
     }
 
