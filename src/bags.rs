@@ -48,6 +48,8 @@ pub(crate) struct BagShape {
     pub num_bags: usize,
     pub tables: usize,
     pub division: Division,
+    /// For jagged bags in feature-major order, the number of bags of each table; 0 for any other division.
+    pub feature_stride: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,6 +64,14 @@ pub(crate) enum Division {
     },
 }
 
+/// A bag: its number in the output, and its table and sample. From one bag to the next no division is needed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bag {
+    pub number: usize,
+    pub table: usize,
+    sample: usize,
+}
+
 impl BagShape {
     /// Bags of 2-D `indices` of shape `(num_bags, bag_len)`.
     pub fn fixed(num_bags: usize, bag_len: usize, tables: usize) -> Result<Self> {
@@ -73,6 +83,7 @@ impl BagShape {
             num_bags,
             tables,
             division: Division::Fixed(bag_len),
+            feature_stride: 0,
         })
     }
 
@@ -105,6 +116,10 @@ impl BagShape {
                 include_last_offset,
                 layout,
             },
+            feature_stride: match layout {
+                JaggedLayout::FeatureMajor if tables > 1 => num_bags / tables,
+                _ => 0,
+            },
         })
     }
 
@@ -116,32 +131,47 @@ impl BagShape {
         }
     }
 
-    /// For jagged bags in feature-major order, the number of bags of each table; 0 for any other division.
-    pub fn feature_stride(&self) -> usize {
-        match self.division {
-            Division::Offsets {
-                layout: JaggedLayout::FeatureMajor,
-                ..
-            } if self.tables > 1 => self.num_bags / self.tables,
-            _ => 0,
+    pub fn bag(&self, number: usize) -> Bag {
+        Bag {
+            number,
+            table: number % self.tables,
+            sample: number / self.tables,
         }
     }
 
-    /// The number of `bag` in the order of the offsets.
-    fn number_in_layout(&self, bag: usize) -> usize {
-        match self.feature_stride() {
-            0 => bag,
-            batch => bag % self.tables * batch + bag / self.tables,
+    /// The next bag.
+    #[inline(always)]
+    pub fn after(&self, bag: Bag) -> Bag {
+        let Bag {
+            number,
+            table,
+            sample,
+        } = bag;
+        let number = number + 1;
+        match table + 1 == self.tables {
+            true => Bag {
+                number,
+                table: 0,
+                sample: sample + 1,
+            },
+            false => Bag {
+                number,
+                table: table + 1,
+                sample,
+            },
         }
     }
 
     /// The indices of `bag`, clamped into `0..nnz` whatever the offsets say.
-    pub fn range<O: Index>(&self, bag: usize, offsets: &[O]) -> Range<usize> {
+    pub fn range<O: Index>(&self, bag: Bag, offsets: &[O]) -> Range<usize> {
         match self.division {
-            Division::Fixed(bag_len) => bag * bag_len..(bag + 1) * bag_len,
+            Division::Fixed(bag_len) => bag.number * bag_len..(bag.number + 1) * bag_len,
             Division::Offsets { .. } => {
                 let clamp = |offset: O| offset.as_i64().clamp(0, self.nnz as i64) as usize;
-                let number = self.number_in_layout(bag);
+                let number = match self.feature_stride {
+                    0 => bag.number,
+                    stride => bag.table * stride + bag.sample,
+                };
                 let start = clamp(offsets[number]);
                 let end = offsets.get(number + 1).map_or(self.nnz, |&end| clamp(end));
                 start..end.max(start)
@@ -165,23 +195,29 @@ mod tests {
     fn bags_lie_past_32_bits() {
         let fixed = BagShape::fixed((1 << 33) + 1, 3, 1).unwrap();
         assert_eq!(fixed.nnz, 3 * (1 << 33) + 3);
-        assert_eq!(fixed.range::<i64>(1 << 33, &[]), 3 << 33..(3 << 33) + 3);
+        assert_eq!(
+            fixed.range::<i64>(fixed.bag(1 << 33), &[]),
+            3 << 33..(3 << 33) + 3
+        );
 
         let (a, b) = ((1i64 << 31) + 1, (1i64 << 33) + 5);
         let (start, middle) = (a as usize, b as usize);
         let nnz = (1 << 40) + 7;
         let bags = ragged(nnz, 3, false);
-        assert_eq!(bags.range(0, &[0, a, b]), 0..start);
-        assert_eq!(bags.range(1, &[0, a, b]), start..middle);
-        assert_eq!(bags.range(2, &[0, a, b]), middle..nnz);
+        assert_eq!(bags.range(bags.bag(0), &[0, a, b]), 0..start);
+        assert_eq!(bags.range(bags.bag(1), &[0, a, b]), start..middle);
+        assert_eq!(bags.range(bags.bag(2), &[0, a, b]), middle..nnz);
         assert_eq!(
-            bags.range(1, &[0u32, u32::MAX, 7]),
+            bags.range(bags.bag(1), &[0u32, u32::MAX, 7]),
             u32::MAX as usize..u32::MAX as usize
         );
-        assert_eq!(bags.range(0, &[0u32, u32::MAX, 7]), 0..u32::MAX as usize);
+        assert_eq!(
+            bags.range(bags.bag(0), &[0u32, u32::MAX, 7]),
+            0..u32::MAX as usize
+        );
         let last = ragged(nnz, 3, true);
         assert_eq!(
-            (last.num_bags, last.range(1, &[0, a, b])),
+            (last.num_bags, last.range(last.bag(1), &[0, a, b])),
             (2, start..middle)
         );
         assert!(check_offsets(&[0, a, nnz as i64], nnz).is_ok());
@@ -195,7 +231,7 @@ mod tests {
             let bags = ragged(nnz, 2, true);
             for start in [i64::MIN, -1, 0, 1, 4, 5, 6, 1 << 32, i64::MAX] {
                 for end in [i64::MIN, -1, 0, 1, 4, 5, 6, 1 << 32, i64::MAX] {
-                    let range = bags.range(0, &[start, end]);
+                    let range = bags.range(bags.bag(0), &[start, end]);
                     assert!(
                         range.start <= range.end && range.end <= nnz,
                         "{start} {end}"

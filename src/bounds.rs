@@ -3,11 +3,12 @@
 //! On the CPU, each thread of a lookup checks the indices that it looks up. On CUDA a kernel only finds out whether anything is
 //! out of range; the checks here then find out what, so that the message is the same.
 
-use crate::bags::{BagShape, Index};
+use crate::bags::{Bag, BagShape, Index};
 use crate::error::{bail, error};
 use crate::tables::Tables;
 use candle_core::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::iter;
 use std::ops::Range;
 
 /// What to do about a row or an offset that is out of range.
@@ -57,7 +58,7 @@ impl BadRow {
     /// because they are never looked up.
     pub fn find<I: Index>(
         indices: &[I],
-        ranges: impl Fn(usize) -> Range<usize>,
+        ranges: impl Fn(Bag) -> Range<usize>,
         of: Range<usize>,
         bags: &BagShape,
         tables: &Tables,
@@ -85,11 +86,16 @@ impl BadRow {
         match (of.clone().next(), of.clone().next_back()) {
             // The indices of all these bags are consecutive and belong to one table.
             (Some(first), Some(last)) if bags.tables == 1 => {
-                first_bad(ranges(first).start..ranges(last).end, 0)
+                let (first, last) = (ranges(bags.bag(first)), ranges(bags.bag(last)));
+                first_bad(first.start..last.end, 0)
             }
-            _ => of
-                .filter_map(|bag| first_bad(ranges(bag), bag % bags.tables))
-                .min(),
+            _ => {
+                let first = bags.bag(of.start);
+                let all = iter::successors(Some(first), |&bag| Some(bags.after(bag)));
+                all.take(of.len())
+                    .filter_map(|bag| first_bad(ranges(bag), bag.table))
+                    .min()
+            }
         }
     }
 

@@ -176,7 +176,7 @@ impl<'a, T: Element> Launch<'a, T> {
             padding_idx: table.padding_idx.unwrap_or_default(),
             first_row: table.tables.first_row(0),
             num_embeddings: table.tables.num_embeddings(0) as i64,
-            feature_stride: bags.feature_stride() as i64,
+            feature_stride: bags.feature_stride as i64,
             tables: Divisor::new(bags.tables as u64),
             has_padding: table.padding_idx.is_some().into(),
             lanes: plan.lanes as u32,
