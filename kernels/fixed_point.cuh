@@ -60,14 +60,14 @@ struct FixedPointSums {
     add_value(hash, place, within, x);
   }
 
-  // Adds the sum of slot i to grad_weight, if it may not be zero. Where marks are kept, so are the units: zero again.
-  __device__ __forceinline__ void finish(uint64_t i) const {
+  // Adds the sum of slot i to grad_weight, if it may not be zero. With `reset`, its units are zero again.
+  __device__ __forceinline__ void finish(uint64_t i, bool reset) const {
     if (touched.marks && !touched.marks[i / TOUCHED_CHUNK]) return;
     A sum = 0;
 #pragma unroll
     for (int g = INTEGERS - 1; g >= 0; g--) {
       sum += A(units[g * len + i]) * from_units[g][0] * from_units[g][1];
-      if (touched.marks) units[g * len + i] = 0;
+      if (reset) units[g * len + i] = 0;
     }
     grad_weight[i] += sum;
   }
@@ -124,8 +124,10 @@ __device__ __forceinline__ void largest_magnitude(const T *values, uint64_t n, A
 
 #define FROM_FIXED_POINT_KERNEL(NAME, THREADS, A)                                                                      \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
-      NAME(A *grad_weight, uint8_t *touched, int64_t *units, uint64_t len, const A *largest, uint32_t log2_terms) {    \
+      NAME(A *grad_weight, uint8_t *touched, int64_t *units, uint64_t len, const A *largest, uint32_t log2_terms,      \
+           uint32_t reset) {                                                                                           \
     FixedPointSums<1, A> sums(grad_weight, touched, units, len, largest, log2_terms);                                  \
     uint64_t threads = uint64_t(gridDim.x) * THREADS;                                                                  \
-    for (uint64_t i = uint64_t(blockIdx.x) * THREADS + threadIdx.x; i < len; i += threads) sums.finish(i);             \
+    for (uint64_t i = uint64_t(blockIdx.x) * THREADS + threadIdx.x; i < len; i += threads)                             \
+      sums.finish(i, reset != 0);                                                                                      \
   }

@@ -147,30 +147,35 @@ __device__ __forceinline__ void step(T *params, const T *grads, Acc<T> *state0, 
   for (uint64_t i = vectors * V + thread; i < n; i += threads) update<1>(params, grads, state0, state1, rule, i);
 }
 
-// Updates N vectors of V values of a sparse gradient, `stride` values apart, and leaves zeros in it. Where all of it is
-// zero, nothing else is read or written.
+// Updates N vectors of V values of a sparse gradient, `stride` values apart, and leaves zeros in it. Where a vector of it
+// is zero, nothing else is read or written, unless `eager`: then all is read at once, without waiting for the gradient.
 template <int N, int V, typename T, typename Rule>
 __device__ __forceinline__ void update_sparse(T *params, Acc<T> *grads, Acc<T> *state0, Acc<T> *state1,
-                                              const Rule &rule, uint64_t at, uint32_t stride) {
+                                              const Rule &rule, uint64_t at, uint32_t stride, bool eager) {
   using A = Acc<T>;
   Values<V, A> grad[N], first[N] = {}, second[N] = {};
   Values<V, T> param[N];
-  bool any = false;
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    grad[i] = load_values<V>(grads + at + i * stride);
-#pragma unroll
-    for (int v = 0; v < V; v++) any |= grad[i].x[v] != A(0);
-  }
-  if (!any) return;
-#pragma unroll
-  for (int i = 0; i < N; i++) {
+  const auto load_rest = [&](int i) {
     param[i] = load_values<V>(params + at + i * stride);
     if (Rule::STATE > 0) first[i] = load_values<V>(state0 + at + i * stride);
     if (Rule::STATE > 1) second[i] = load_values<V>(state1 + at + i * stride);
+  };
+#pragma unroll
+  for (int i = 0; i < N; i++) grad[i] = load_values<V>(grads + at + i * stride);
+  if (eager) {
+#pragma unroll
+    for (int i = 0; i < N; i++) load_rest(i);
+  }
+  bool any[N] = {};
+#pragma unroll
+  for (int i = 0; i < N; i++) {
+#pragma unroll
+    for (int v = 0; v < V; v++) any[i] |= grad[i].x[v] != A(0);
+    if (!eager && any[i]) load_rest(i);
   }
 #pragma unroll
   for (int i = 0; i < N; i++) {
+    if (!any[i]) continue;
 #pragma unroll
     for (int v = 0; v < V; v++) {
       Rounded<A> value = {widen(param[i].x[v])}, state[2] = {{first[i].x[v]}, {second[i].x[v]}};
@@ -186,26 +191,27 @@ __device__ __forceinline__ void update_sparse(T *params, Acc<T> *grads, Acc<T> *
   }
 }
 
-// Updates the values of those chunks of n values that are marked, each by a warp, and takes the marks off. `aligned` says
-// that params starts at a multiple of 16 bytes, as everything else always does.
+// Updates the values of those chunks of n values that are marked, each by a warp, and takes the marks off. No marks stand
+// for all of them. `aligned` says that params starts at a multiple of 16 bytes, as everything else always does.
 template <typename T, typename Rule>
 __device__ __forceinline__ void sparse_step(T *params, Acc<T> *grads, uint8_t *touched, Acc<T> *state0, Acc<T> *state1,
-                                            const Rule &rule, uint64_t n, bool aligned) {
+                                            const Rule &rule, uint64_t n, bool aligned, bool eager) {
   constexpr int V = 16 / sizeof(T);
   constexpr int VECTORS = TOUCHED_CHUNK / (32 * V);  // of each lane
   const uint32_t lane = threadIdx.x % 32;
   const uint64_t warps = gridDim.x * uint64_t(blockDim.x) / 32;
   const uint64_t chunks = (n + TOUCHED_CHUNK - 1) / TOUCHED_CHUNK;
   for (uint64_t chunk = (blockIdx.x * uint64_t(blockDim.x) + threadIdx.x) / 32; chunk < chunks; chunk += warps) {
-    if (!touched[chunk]) continue;
+    if (touched && !touched[chunk]) continue;
     const uint64_t start = chunk * TOUCHED_CHUNK;
     if (aligned && start + TOUCHED_CHUNK <= n) {
-      update_sparse<VECTORS, V>(params, grads, state0, state1, rule, start + lane * V, 32 * V);
+      update_sparse<VECTORS, V>(params, grads, state0, state1, rule, start + lane * V, 32 * V, eager);
     } else {
       const uint64_t end = start + TOUCHED_CHUNK < n ? start + TOUCHED_CHUNK : n;
       for (uint64_t i = start + lane; i < end; i += 32)
-        update_sparse<1, 1>(params, grads, state0, state1, rule, i, 0);
+        update_sparse<1, 1>(params, grads, state0, state1, rule, i, 0, eager);
     }
+    if (!touched) continue;
     __syncwarp();  // all lanes have read the mark
     if (lane == 0) touched[chunk] = 0;
   }
@@ -214,8 +220,8 @@ __device__ __forceinline__ void sparse_step(T *params, Acc<T> *grads, uint8_t *t
 #define SPARSE_OPTIMIZER_STEP_KERNEL(NAME, THREADS, RULE, T)                                                           \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       NAME(T *params, Acc<T> *grads, uint8_t *touched, Acc<T> *state0, Acc<T> *state1, RULE<Acc<T>> rule, uint64_t n,  \
-           uint32_t aligned) {                                                                                         \
-    sparse_step(params, grads, touched, state0, state1, rule, n, aligned != 0);                                        \
+           uint32_t aligned, uint32_t eager) {                                                                         \
+    sparse_step(params, grads, touched, state0, state1, rule, n, aligned != 0, eager != 0);                            \
   }
 
 #define OPTIMIZER_STEP_KERNEL(NAME, THREADS, RULE, T)                                                                  \

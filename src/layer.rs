@@ -189,7 +189,7 @@ impl HashedEmbeddingBag {
         let sparse_gradient = match config.sparse {
             true if hashed_weight.is_variable() => Some(SparseGradient::of(&hashed_weight)),
             true if hashed_weight.track_op() => {
-                bail!("a sparse gradient needs a hashed_weight that is a variable itself")
+                bail!("a sparse gradient needs a hashed_weight that is a variable itself, or detached for inference")
             }
             _ => None,
         };

@@ -14,6 +14,8 @@ use half::{bf16, f16};
 
 /// Enough thread blocks to fill a large GPU several times; beyond that, threads stride.
 const MAX_BLOCKS: usize = 1 << 14;
+/// So few values lie in the L2 cache, where waiting for a gradient to be not zero costs more than reading what it does not change.
+const EAGER_VALUES: usize = 1 << 22;
 /// The number of state arrays that every kernel takes, and the argument for those that its rule does not use.
 const MAX_STATE: usize = 2;
 static NULL: u64 = 0;
@@ -138,9 +140,7 @@ pub(super) fn step<T: ParamDType>(
 pub(super) fn sparse_step<T: ParamDType>(
     rule: AnyRule<T::State>,
     (param, param_layout): (&mut CudaStorage, &Layout),
-    SparseSums {
-        values, touched, ..
-    }: &mut SparseSums,
+    sums: &mut SparseSums,
     state: &mut [Storage],
 ) -> Result<()> {
     let param_at = contiguous(param_layout)?;
@@ -154,16 +154,22 @@ pub(super) fn sparse_step<T: ParamDType>(
     let stream = param.device().cuda_stream();
     let function = modules::load(kernel, stream.context())?;
     let mut param = param.as_cuda_slice_mut::<T>()?.slice_mut(param_at);
-    let sums = values.as_cuda_slice_mut::<T::State>()?;
+    let (sums, touched) = sums.take()?;
+    let sums = sums.as_cuda_slice_mut::<T::State>()?;
+    let eager = u32::from(touched.is_none() && n <= EAGER_VALUES);
     let count = n as u64;
 
     let mut args = stream.launch_builder(&function);
     args.arg(&mut param); // T *params
     args.arg(sums); // Acc<T> *grads
-    args.arg(touched); // uint8_t *touched
+    match touched {
+        Some(touched) => args.arg(touched),
+        None => args.arg(&NULL),
+    }; // uint8_t *touched
     push_state_and_rule::<T>(&mut args, state, &rule)?;
     args.arg(&count); // uint64_t n
     args.arg(&aligned); // uint32_t aligned
+    args.arg(&eager); // uint32_t eager
     let config = config(kernel, n.div_ceil(TOUCHED_CHUNK) * WARP);
     // SAFETY: the arguments are those of SPARSE_OPTIMIZER_STEP_KERNEL in kernels/optimizer.cuh, which reads and writes n values of
     // each array and the marks of their chunks.

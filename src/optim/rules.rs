@@ -392,10 +392,14 @@ impl Algorithm for ParamsAdagrad {
     }
 
     fn check_sparse(&self) -> Result<()> {
-        match self.weight_decay {
-            0.0 => Ok(()),
-            _ => no_sparse(Self::NAME, "weight decay"),
+        if self.weight_decay != 0.0 {
+            return no_sparse(Self::NAME, "weight decay");
         }
+        if self.eps == 0.0 && self.initial_accumulator_value == 0.0 {
+            // Zero over zero.
+            return no_sparse(Self::NAME, "an eps of 0");
+        }
+        Ok(())
     }
 
     fn initial_state(&self) -> f64 {

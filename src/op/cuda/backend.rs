@@ -126,18 +126,27 @@ fn grad_weight<T: Element>(
 ) -> Result<CudaStorage> {
     let device = launch.device;
     let mut grad_weight = device.alloc_zeros::<T::Acc>(launch.hashed_weight.len())?;
-    add_grad_weight(launch, grad_output, &mut grad_weight, None, &mut None)?;
+    let mut units = None;
+    add_grad_weight(
+        launch,
+        grad_output,
+        &mut grad_weight,
+        None,
+        &mut units,
+        false,
+    )?;
     Ok(CudaStorage::wrap_cuda_slice(grad_weight, device.clone()))
 }
 
 /// Adds to `grad_weight`. `touched`: the marks of a sparse gradient; `units`: what sums in fixed point are kept in, all zero before
-/// and, with marks, after.
+/// and, with `keep_units`, after.
 fn add_grad_weight<T: Element>(
     launch: &Launch<T>,
     grad_output: View<CudaStorage>,
     grad_weight: &mut CudaSlice<T::Acc>,
     touched: Option<&CudaView<u8>>,
     units: &mut Option<CudaSlice<i64>>,
+    keep_units: bool,
 ) -> Result<()> {
     if launch.is_empty() {
         return Ok(());
@@ -151,7 +160,7 @@ fn add_grad_weight<T: Element>(
             };
             let sums = FixedPoint::new(launch, &launch::view(grad_output)?, units)?;
             launch.backward(grad_output, grad_weight, touched, Some(&sums))?;
-            launch::from_fixed_point(&sums, grad_weight, touched, &launch.stream)
+            launch::from_fixed_point(&sums, grad_weight, touched, keep_units, &launch.stream)
         }
     }
 }
@@ -162,14 +171,18 @@ impl SparseSums {
         launch: &Launch<T>,
         grad_output: View<CudaStorage>,
     ) -> Result<()> {
-        let Self {
+        let Lookup { table, bags, .. } = launch.lookup;
+        let marks = self.marks_for(bags.nnz.saturating_mul(table.embedding_dim));
+        let values = self.values.as_cuda_slice_mut::<T::Acc>()?;
+        let touched = marks.then(|| self.touched.slice(..));
+        add_grad_weight(
+            launch,
+            grad_output,
             values,
-            touched,
-            units,
-        } = self;
-        let values = values.as_cuda_slice_mut::<T::Acc>()?;
-        let touched = touched.slice(..);
-        add_grad_weight(launch, grad_output, values, Some(&touched), units)
+            touched.as_ref(),
+            &mut self.units,
+            true,
+        )
     }
 }
 

@@ -379,21 +379,24 @@ pub fn largest_magnitude<T: Element>(
     Ok(())
 }
 
-/// Adds the sums in fixed point to `grad_weight`, which has their length. With marks only those that are marked, which are then
-/// zero again.
+/// Adds the sums in fixed point to `grad_weight`, which has their length; with marks only those that are marked. With `reset`
+/// these sums are then zero again.
 pub fn from_fixed_point<A: Element>(
     fixed_point: &FixedPoint<A>,
     grad_weight: &mut CudaSlice<A>,
     touched: Option<&CudaView<u8>>,
+    reset: bool,
     stream: &CudaStream,
 ) -> Result<()> {
     let kernel = Kernel::FromFixedPoint(A::DTYPE);
     let function = load(kernel, stream)?;
     let config = strided(kernel, grad_weight.len());
+    let reset = u32::from(reset);
     let mut args = stream.launch_builder(&function);
     args.arg(grad_weight); // A *grad_weight
     push_or_null(&mut args, touched); // uint8_t *touched
     push_fixed_point(&mut args, fixed_point);
+    args.arg(&reset); // uint32_t reset
 
     // SAFETY: the arguments are those of FROM_FIXED_POINT_KERNEL in kernels/fixed_point.cuh, which goes over `len` slots.
     unsafe { args.launch(config) }.w()?;
