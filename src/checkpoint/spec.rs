@@ -1,5 +1,6 @@
 //! The description of the hashed layers: the JSON that a checkpoint holds in its metadata, and the layers it stands for.
 
+use super::file::join;
 use crate::collection::HashedEmbeddingBagCollection;
 use crate::config::HashedEmbeddingBagConfig;
 use crate::hash::Hash;
@@ -7,7 +8,8 @@ use crate::layer::HashedEmbeddingBag;
 use crate::op::Mode;
 use candle_core::{bail, Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use serde_json::Value;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// The key of the description in `__metadata__`.
 pub(super) const METADATA_KEY: &str = "hashed_embedding_bag";
@@ -56,6 +58,15 @@ impl From<&HashedEmbeddingBag> for LayerSpec {
 }
 
 impl LayerSpec {
+    /// Checks that `layer` is the one described here, before values of the file are loaded into it: each row then finds
+    /// its values. Bounds checks and the kind of gradient are not described, and not compared.
+    ///
+    /// # Errors
+    /// The first field that differs, such as `mode` or `hash.seed`, with both values.
+    pub fn check(&self, layer: &HashedEmbeddingBag) -> Result<()> {
+        check_same(self, &Self::from(layer))
+    }
+
     /// Builds the layer on `hashed_weight`.
     pub(super) fn build(&self, hashed_weight: Tensor) -> Result<HashedEmbeddingBag> {
         let config = HashedEmbeddingBagConfig {
@@ -124,6 +135,15 @@ impl From<&HashedEmbeddingBagCollection> for CollectionSpec {
 }
 
 impl CollectionSpec {
+    /// Checks that `collection` is the one described here, its tables in the same order, before values of the file are loaded
+    /// into it: each row then finds its values. Bounds checks and the kind of gradient are not described, and not compared.
+    ///
+    /// # Errors
+    /// The first field that differs, such as `tables[0].name` or `hash.seed`, with both values.
+    pub fn check(&self, collection: &HashedEmbeddingBagCollection) -> Result<()> {
+        check_same(self, &Self::from(collection))
+    }
+
     /// Builds the collection on `hashed_weight`.
     pub(super) fn build(&self, hashed_weight: Tensor) -> Result<HashedEmbeddingBagCollection> {
         let config = HashedEmbeddingBagConfig {
@@ -136,6 +156,43 @@ impl CollectionSpec {
         let tables = self.tables.iter();
         let tables = tables.map(|table| (table.name.as_str(), table.num_embeddings));
         HashedEmbeddingBagCollection::new(hashed_weight, tables, self.embedding_dim, config)
+    }
+}
+
+/// Refuses a description of a layer that is not the saved one. Compared as JSON, which has a path for every field.
+fn check_same<T: Serialize>(saved: &T, layer: &T) -> Result<()> {
+    let saved = serde_json::to_value(saved).map_err(Error::wrap)?;
+    let layer = serde_json::to_value(layer).map_err(Error::wrap)?;
+    match first_difference("", Some(&saved), Some(&layer)) {
+        Some(difference) => bail!("checkpoint: {difference}"),
+        None => Ok(()),
+    }
+}
+
+/// The first field that differs, by its path below `path`, with both values; `None` where all are the same.
+fn first_difference(path: &str, saved: Option<&Value>, layer: Option<&Value>) -> Option<String> {
+    match (saved, layer) {
+        (Some(Value::Object(saved)), Some(Value::Object(layer))) => {
+            // The kind of a hash comes first: hashes of two kinds differ in most other fields too.
+            let fields = saved.keys().chain(layer.keys());
+            let fields: BTreeSet<_> = fields.map(|field| (field != "kind", field)).collect();
+            fields.into_iter().find_map(|(_, field)| {
+                first_difference(&join(path, field), saved.get(field), layer.get(field))
+            })
+        }
+        (Some(Value::Array(saved)), Some(Value::Array(layer))) => (0..saved.len().max(layer.len()))
+            .find_map(|i| first_difference(&format!("{path}[{i}]"), saved.get(i), layer.get(i))),
+        _ if saved == layer => None,
+        _ => {
+            let show = |value: Option<&Value>| match value {
+                Some(value) => value.to_string(),
+                None => "absent".to_string(),
+            };
+            let (saved, layer) = (show(saved), show(layer));
+            Some(format!(
+                "{path} is {saved} in the file, {layer} in the layer"
+            ))
+        }
     }
 }
 
@@ -160,6 +217,12 @@ impl Default for Description {
 }
 
 impl Description {
+    /// The names of all layers and collections.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        let names = self.layers.keys().chain(self.collections.keys());
+        names.map(String::as_str)
+    }
+
     pub(super) fn to_json(&self) -> Result<String> {
         serde_json::to_string(self).map_err(Error::wrap)
     }
