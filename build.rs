@@ -1,11 +1,11 @@
 //! Compiles the CUDA kernels when the feature `cuda` is on; without it nothing here needs a CUDA tool.
 //!
-//! The code of the kernels is in kernels/. Which of them are compiled, and for how many threads, is a table in
-//! src/op/cuda/instances.rs: from it this script writes, into OUT_DIR,
+//! The code of the kernels is in kernels/. The table in src/op/cuda/instances.rs says which of them are compiled, and for how
+//! many threads. From it this script writes, into OUT_DIR,
 //!
-//! * `constants.cuh`, the numbers and struct layouts of src/op/cuda/abi.rs, for kernels/ to include;
+//! * `constants.cuh`, the constants and struct layouts of src/op/cuda/abi.rs, which kernels/ includes;
 //! * a `.cu` file for each module, with one line per kernel;
-//! * from that a `.fatbin` file, machine code for the architecture that is built for, and PTX for later ones;
+//! * from each of them a `.fatbin` file, with machine code for the target architecture and PTX for later ones;
 //! * `modules.rs`, which src/op/cuda/modules.rs includes: the fatbins by name.
 
 fn main() {
@@ -49,7 +49,7 @@ mod cuda {
                 source
             })
             .collect();
-        // It copies the headers beside the sources, where those find them.
+        // The builder copies the headers into the folder of the sources, where these find them.
         bindgen_cuda::Builder::default()
             .kernel_paths(sources.clone())
             .include_paths_glob("kernels/*.cuh")
@@ -61,7 +61,7 @@ mod cuda {
         write(&out_dir.join("modules.rs"), &module_list(&modules));
     }
 
-    /// bindgen_cuda keeps a PTX file that is newer than its source, even when a header or CUDA_COMPUTE_CAP has changed.
+    /// bindgen_cuda reuses a PTX file that is newer than its source, even if a header or CUDA_COMPUTE_CAP has changed.
     fn remove_stale_ptx(out_dir: &Path) {
         for entry in fs::read_dir(out_dir)
             .expect("OUT_DIR can be read")
@@ -73,9 +73,9 @@ mod cuda {
         }
     }
 
-    /// Makes a fatbin of each PTX file. Left to the driver, translating PTX costs seconds of the first call.
+    /// Makes a fatbin of each PTX file. If the driver had to translate PTX, the first call would take seconds longer.
     fn assemble(ptx_files: &[PathBuf]) {
-        // Older compilers know only one compression, which leaves files four times as large.
+        // Older compilers only have the default compression, whose files are four times as large.
         let help = nvcc(&["--help"]);
         let smallest: &[&str] = if help.contains("--compress-mode") {
             &["--compress-mode", "size"]
@@ -98,7 +98,7 @@ mod cuda {
         });
     }
 
-    /// The architecture that bindgen_cuda compiled for, `sm_90` say.
+    /// The architecture that bindgen_cuda compiled for, such as `sm_90`.
     fn architecture(ptx: &Path) -> String {
         let text = fs::read_to_string(ptx).expect("bindgen_cuda writes PTX to OUT_DIR");
         let target = text.lines().find_map(|line| line.strip_prefix(".target "));
@@ -122,8 +122,8 @@ mod cuda {
         stdout.into()
     }
 
-    /// bindgen_cuda tells cargo to run this script again when a source changes. As these sources are written while it runs,
-    /// they would always seem to have changed since, so they get the age of this file.
+    /// bindgen_cuda tells cargo to rerun this script when a source changes. The script writes the sources itself, so to cargo
+    /// they would always seem to have changed since. Therefore they get the modification time of this file.
     fn backdate(source: &Path) {
         let age = fs::metadata("build.rs").and_then(|build| build.modified());
         let age = age.expect("build.rs has a time of modification");
@@ -212,7 +212,7 @@ enum IndexType : uint32_t {{ {} }};
         format!("#include \"{header}.cuh\"\n{kernels}")
     }
 
-    /// A line that defines the kernel, by a macro of kernels/.
+    /// A line that defines the kernel with a macro of kernels/.
     fn kernel_source(kernel: Kernel) -> String {
         let start = format!("{}, {}", kernel.name(), kernel.threads());
         match kernel {

@@ -1,10 +1,10 @@
-//! The lookups on the CPU, in gathered values per second: `cargo bench -p benches`.
+//! Measures lookups on the CPU, in gathered values per second: `cargo bench -p benches --bench cpu`.
 //!
 //! Names read `forward/default sum f32 64`: pass, hash, mode, dtype, embedding_dim. benches/peers/torch_cpu.py looks up the
 //! same rows with torch and prints the ratios. `CANDLE_NUM_THREADS=1` measures one thread.
 //!
-//! Memory comes from mimalloc, which starts large tensors at a cache line, as torch's own allocator does: a block of 64 bytes
-//! then lies in one line and not in two.
+//! Memory comes from mimalloc, which starts large tensors at a cache line, as torch's own allocator does, so that a block of 64
+//! bytes lies in one line and not in two.
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode};
@@ -18,7 +18,7 @@ const NUM_EMBEDDINGS: u64 = 1_000_000;
 const NUM_BAGS: usize = 4_096;
 const BAG_LEN: usize = 20;
 
-/// Row `i` of the workload, the same in benches/peers/torch_cpu.py: the finaliser of SplitMix64.
+/// Row `i` of the workload, as in benches/peers/torch_cpu.py: the finaliser of SplitMix64.
 fn row(i: u64) -> i64 {
     let mut h = i.wrapping_add(0x9E37_79B9_7F4A_7C15);
     h = (h ^ (h >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
@@ -109,7 +109,7 @@ fn large(c: &mut Criterion) {
     group.finish();
 }
 
-/// What a call costs when there is little to look up: too little to be divided among threads.
+/// The cost of a call that is too small to be divided among threads.
 fn small(c: &mut Criterion) {
     let layer = layer("default", Mode::Sum, DType::F32, 64).unwrap();
     let mut group = c.benchmark_group("small");

@@ -1,11 +1,11 @@
-//! What the first forward and backward of a process cost on a GPU whose driver cache is empty, as in a fresh container.
+//! Measures the first forward and backward of a process on a GPU whose driver cache is empty, as in a fresh container.
 //!
 //! ```text
-//! cargo bench --features cuda --bench first_call
+//! cargo run --release -p benches --bin first_call --features cuda
 //! ```
 //!
-//! candle's own kernels are translated by the driver at their first use. So they are used first, on a plain tensor; what comes
-//! after is this crate's. The second call shows what of that is not loading.
+//! The driver translates candle's own kernels at their first use. So they are used first, on a plain tensor, and all later times
+//! are this crate's. The second call shows how much of the first is not loading.
 
 use anyhow::Result;
 use candle_core::{DType, Device, Module, Tensor, Var};
@@ -18,7 +18,7 @@ const DIM: usize = 64;
 
 fn main() -> Result<()> {
     let cache = tempfile::tempdir()?;
-    // The driver reads it when it is initialised.
+    // The driver reads the variable when it is initialised.
     std::env::set_var("CUDA_CACHE_PATH", cache.path());
 
     let device = timed("device", || Ok(Device::new_cuda(0)?))?;
@@ -28,7 +28,7 @@ fn main() -> Result<()> {
         .collect();
     let indices = Tensor::from_vec(rows, (NUM_BAGS, BAG_LEN), &device)?;
 
-    // A graph of the same candle ops: a slice of the weight instead of a lookup.
+    // A graph with the same candle ops, but a slice of the weight in place of a lookup.
     timed("candle's own kernels, forward and backward", || {
         let out = weight.narrow(0, 0, NUM_BAGS * DIM)?;
         out.reshape((NUM_BAGS, DIM))?.sum_all()?.backward()?;

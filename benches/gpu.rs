@@ -1,12 +1,12 @@
-//! How fast the lookups are on this machine's GPU: time, gathered values per second, and the bandwidth they amount to
-//! beside a device copy measured in the same run.
+//! Measures lookups on this machine's GPU: time, gathered values per second, and their bandwidth relative to a device copy
+//! measured in the same run.
 //!
 //! ```text
 //! cargo run --release -p benches --bin gpu --features cuda
 //! cargo run --release -p benches --bin gpu --features cuda -- --json gpu.json --save-indices DIR
 //! ```
 //!
-//! `--save-indices` writes the indices as safetensors, for peers to look up the very same rows (benches/peers/).
+//! `--save-indices` writes the indices as safetensors, so that the programs in benches/peers/ look up exactly the same rows.
 
 use anyhow::{Context, Result};
 use candle_core::cuda_backend::cudarc::driver::sys;
@@ -56,7 +56,7 @@ enum Rows {
     Ragged,
     /// One bag in 1,000 of 5,000 uniform rows, the others of 15 or so.
     HeavyTail,
-    /// 2,048 bags of 0 to 6 of 20,000 rows: what HashedEmbeddingBag measures itself with.
+    /// 2,048 bags of 0 to 6 of 20,000 rows: the benchmark of HashedEmbeddingBag.
     Original,
 }
 
@@ -268,8 +268,7 @@ struct Measurement {
     /// Bytes of gathered values per second.
     forward_tb_per_s: f64,
     share_of_copy: f64,
-    /// Device memory that a forward and backward need at their peak, beside indices, weight, output and the gradients of
-    /// weight and output.
+    /// Peak device memory of a forward and backward, without indices, weight, output and the gradients of weight and output.
     step_mib: f64,
 }
 
@@ -286,7 +285,7 @@ struct Small {
     forward_us: f64,
 }
 
-/// The median time of `run` in milliseconds: each timing covers enough calls to last, and ends when the device is done.
+/// The median time of a call of `run`, in milliseconds. Each timing covers many calls and ends when the device is done.
 fn median_ms<T>(
     device: &Device,
     repeats: usize,
@@ -377,7 +376,7 @@ fn measure(w: &Workload, device: &Device, repeats: usize, copy: f64) -> Result<M
     })
 }
 
-/// How much device memory is used, as the driver's pool counts it, which candle allocates from.
+/// The device memory in use, as counted by the driver's pool, from which candle allocates.
 struct DeviceMemory {
     pool: sys::CUmemoryPool,
     before: u64,
@@ -388,14 +387,14 @@ impl DeviceMemory {
         let stream = device.as_cuda_device()?.cuda_stream();
         stream.synchronize()?;
         let mut pool = std::ptr::null_mut();
-        // SAFETY: `pool` is where the driver writes the pool of a device that exists.
+        // SAFETY: the device exists, and the driver writes its pool to `pool`.
         unsafe { sys::cuDeviceGetDefaultMemPool(&mut pool, stream.context().cu_device()) }
             .result()?;
         Ok(pool)
     }
 
-    /// Lets the pool keep what is freed, as torch's allocator does. By default it gives memory back whenever the device is
-    /// waited for, and the next call pays for mapping it again.
+    /// Lets the pool keep freed memory, as torch's allocator does. By default it returns memory at every synchronisation, and the
+    /// next call pays for mapping it again.
     fn keep(device: &Device) -> Result<()> {
         let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
         let mut all = u64::MAX;
@@ -411,7 +410,7 @@ impl DeviceMemory {
         let pool = Self::pool(device)?;
         let attribute = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_USED_MEM_HIGH;
         let mut zero = 0u64;
-        // SAFETY: the attribute is a u64, and zero is what resets it to the present use.
+        // SAFETY: the attribute is a u64; writing zero resets it to the present use.
         unsafe { sys::cuMemPoolSetAttribute(pool, attribute, (&raw mut zero).cast()) }.result()?;
         let mut memory = Self { pool, before: 0 };
         memory.before = memory.read()?;
@@ -428,13 +427,13 @@ impl DeviceMemory {
         Ok(bytes)
     }
 
-    /// How far use rose above that at `start`.
+    /// How far use rose above what it was at `start`.
     fn peak(&self) -> Result<u64> {
         Ok(self.read()? - self.before)
     }
 }
 
-/// 26 tables, one row of each for 64 samples: as one collection, and as a layer for each.
+/// 26 tables, one row of each for 64 samples: as one collection, and as 26 layers.
 fn tables(device: &Device, repeats: usize) -> Result<[Small; 2]> {
     let (batch, tables, rows) = (64, 26, NUM_EMBEDDINGS / 26);
     let mut rng = SmallRng::seed_from_u64(5);
@@ -471,7 +470,7 @@ fn tables(device: &Device, repeats: usize) -> Result<[Small; 2]> {
     ])
 }
 
-/// What a call costs when there is next to nothing to look up.
+/// The cost of a call with next to nothing to look up.
 fn small(name: &'static str, num_bags: usize, device: &Device, repeats: usize) -> Result<Small> {
     let mut rng = SmallRng::seed_from_u64(3);
     let indices: Vec<i64> = (0..num_bags * 26)

@@ -1,11 +1,11 @@
-//! Optimiser steps on this machine's GPU: time, and the bandwidth it amounts to beside a device copy measured in the same run.
+//! Measures optimiser steps on this machine's GPU: time, and bandwidth relative to a device copy measured in the same run.
 //!
 //! ```text
-//! cargo bench --features cuda --bench gpu_optim
+//! cargo run --release -p benches --bin gpu_optim --features cuda
 //! ```
 //!
-//! Bytes are those of parameter, gradient and state read, and of parameter and state written, once each. A time is the median of
-//! 9 timings of 50 steps, each ended by a synchronisation.
+//! The bandwidth counts parameter, gradient and state as read once, and parameter and state as written once. A time is the median
+//! of 9 timings of 50 steps, each ended by a synchronisation.
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_hashed_embedding_bag::optim::{Adagrad, AdamW, ParamsAdamW, ParamsSgd, Sgd};
@@ -31,7 +31,7 @@ fn median_us(device: &Device, mut run: impl FnMut() -> Result<()>) -> Result<f64
     Ok(times[times.len() / 2])
 }
 
-/// GB read and written per second by a copy within the device, without an allocation.
+/// GB read plus written per second by a copy within the device, without an allocation.
 fn copy_gb_per_s(device: &Device) -> Result<f64> {
     let values = 1 << 28;
     let from = Tensor::ones(values, DType::F32, device)?;
@@ -46,7 +46,7 @@ struct Bench<'a> {
 }
 
 impl Bench<'_> {
-    /// `arrays` is the state of a value, in numbers of at least 4 bytes.
+    /// `arrays` is the number of state arrays, whose values have at least 4 bytes.
     fn run<O: Optimizer>(
         &self,
         name: &str,

@@ -1,7 +1,8 @@
-//! Optimiser steps on the CPU, in updated values per second: `cargo bench --bench optim`.
+//! Measures optimiser steps on the CPU, in updated values per second: `cargo bench -p benches --bench optim`.
 //!
-//! Names read `adamw f32/1000000`: optimiser, dtype, values of the one parameter. `candle-nn adamw` is `candle_nn::AdamW` on the
-//! same values in the same run. `CANDLE_NUM_THREADS=1` measures one thread. Memory comes from mimalloc, as in benches/cpu.rs.
+//! Names read `adamw f32/1000000`: optimiser, dtype, number of values in the only parameter. `candle-nn adamw` is
+//! `candle_nn::AdamW` on the same values in the same run. `CANDLE_NUM_THREADS=1` measures one thread. Memory comes from mimalloc,
+//! as in benches/cpu.rs.
 
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Result, Tensor, Var};

@@ -1,4 +1,4 @@
-//! How do I look up many tables at once? As a collection: one parameter for all of them, one op for all lookups.
+//! How do I look up many tables at once? With a collection: one parameter for all tables, one op for all lookups.
 //!
 //! ```text
 //! cargo run --release --example collection
@@ -39,15 +39,16 @@ fn main() -> Result<()> {
     let pooled = collection.forward(&ids)?;
     println!("single rows {:?} -> {:?}", ids.dims(), pooled.dims());
 
-    // Bags of different lengths, as TorchRec's KeyedJaggedTensor has them: all values in a row, and where each bag starts,
-    // table by table. Here users 7 and 999,999; movies 59,999 and 0; genres 3 and 4 of the first sample, 19 of the second.
+    // Bags of different lengths, laid out as in TorchRec's KeyedJaggedTensor: all values one after the other, and the start of
+    // each bag, table by table. Here users 7 and 999,999; movies 59,999 and 0; genres 3 and 4 of the first sample, 19 of the
+    // second.
     let values = Tensor::new(&[7u32, 999_999, 59_999, 0, 3, 4, 19], &device)?;
     let offsets = Tensor::new(&[0u32, 1, 2, 3, 4, 6], &device)?;
     let lookup = || collection.forward_jagged(&values, &offsets, JaggedLayout::FeatureMajor);
     let pooled = lookup()?;
     println!("jagged bags of {} rows -> {:?}", 7, pooled.dims());
 
-    // A training step: one gradient, as small as the one parameter.
+    // A training step: there is one gradient, as small as the one parameter.
     let loss = |pooled: &Tensor| (pooled - 1.0)?.sqr()?.mean_all();
     let mut optimizer = AdamW::new_lr(vars.all_vars(), 0.01)?;
     let before = loss(&pooled)?;

@@ -1,11 +1,11 @@
-//! How do I use weights that were trained in PyTorch? Take the layers and tensors out of the state dict by name, and save
-//! them as a checkpoint.
+//! How do I use weights trained in PyTorch? Take the layers and tensors out of the state dict by name, and save them as a
+//! checkpoint.
 //!
 //! ```text
 //! cargo run --release --example import_pytorch
 //! ```
 //!
-//! The state dict here is that of a small model, saved by `torch.save({"state_dict": model.state_dict()}, path)`:
+//! This state dict comes from a small model, saved by `torch.save({"state_dict": model.state_dict()}, path)`:
 //!
 //! ```python
 //! class Model(torch.nn.Module):
@@ -45,7 +45,7 @@ fn main() -> Result<()> {
     checkpoint::save(&path, head, [("words", words.bag())])?;
     println!("{} bytes written", std::fs::metadata(&path)?.len());
 
-    // From here on the file is all there is, and nothing in it is specific to PyTorch.
+    // From here on only the file is needed, and nothing in it is specific to PyTorch.
     let opened = Checkpoint::open(&path)?;
     let words = opened.hashed_embedding_bag("words", DType::F32, &device)?;
     let head = Linear::new(

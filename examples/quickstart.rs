@@ -1,8 +1,9 @@
-//! The whole way in one page: build a hashed embedding bag, look up ragged bags, train a step, save, open, look up again.
+//! How do I start? Everything on one page: build a hashed embedding bag, look up ragged bags, train a step, save, open, and look
+//! up again.
 //!
 //! ```text
 //! cargo run --release --example quickstart
-//! cargo run --release --example quickstart --features cuda    # on the first GPU, where there is one
+//! cargo run --release --example quickstart --features cuda    # on the first GPU, if there is one
 //! ```
 
 use anyhow::{ensure, Result};
@@ -33,7 +34,7 @@ fn main() -> Result<()> {
         device.location(),
     );
 
-    // 18 bags of 0 to 5 categories: all indices in a row, and where each bag starts.
+    // 18 bags of 0 to 5 categories: all indices one after the other, and the start of each bag.
     let lengths: Vec<u32> = (0..18).map(|bag| bag % 6).collect();
     let nnz: u32 = lengths.iter().sum();
     let offsets: Vec<u32> = lengths
@@ -59,7 +60,7 @@ fn main() -> Result<()> {
     let (before, after) = (before.to_scalar::<f32>()?, after.to_scalar::<f32>()?);
     println!("loss {before:.4} -> {after:.4}");
 
-    // Saved with all it takes to rebuild it, and opened from the file alone.
+    // The checkpoint describes the layer, so the file alone is enough to rebuild it.
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("quickstart.safetensors");
     checkpoint::save(&path, [], [("categories", &layer)])?;

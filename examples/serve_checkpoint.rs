@@ -1,8 +1,8 @@
 //! How do I answer lookups from a checkpoint? Open the file, load a layer once, and share it among threads.
 //!
 //! ```text
-//! cargo run --release --example serve_checkpoint                            a checkpoint made for the occasion
-//! cargo run --release --example serve_checkpoint -- model.safetensors       the first layer of your own
+//! cargo run --release --example serve_checkpoint                            # a checkpoint that it makes itself
+//! cargo run --release --example serve_checkpoint -- model.safetensors       # the first layer of your own
 //! ```
 //!
 //! A server for a whole model, with batches, limits and reloads, is in examples/recommender.
@@ -33,7 +33,7 @@ fn main() -> Result<()> {
         }
     };
 
-    // Opening maps the file and checks its description; values are read when a layer asks for them.
+    // Opening maps the file and checks its description; values are only read when a layer is loaded.
     let start = Instant::now();
     let checkpoint = Checkpoint::open(&path)?;
     let (name, spec) = checkpoint.layers().next().context("no layer in the file")?;
@@ -58,7 +58,7 @@ fn main() -> Result<()> {
         start.elapsed()
     );
 
-    // What a caller sends is checked: a wrong row is an error to answer with, not a crash or another row's values.
+    // Requests are checked: a wrong row is an error that you can return, not a crash or the values of another row.
     let outside = layer.num_embeddings() as i64;
     let indices = Tensor::new(vec![0, outside], &Device::Cpu)?;
     let offsets = Tensor::new(&[0u32, 2], &Device::Cpu)?;
@@ -80,7 +80,7 @@ fn lookup(layer: &HashedEmbeddingBag, request: u64) -> Result<Vec<f32>> {
         .to_vec1()?)
 }
 
-/// What training leaves: a million rows of 64 columns in a million values.
+/// Saves what training would: a million rows of 64 columns in a million values.
 fn save_a_model(path: &Path) -> Result<()> {
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);

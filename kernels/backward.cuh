@@ -1,5 +1,5 @@
-// Gradients of hashed_weight and per_sample_weights. Nothing is stored between forward and backward: rows are hashed
-// again, and for max the largest values are found again.
+// Gradients of hashed_weight and per_sample_weights. Nothing is kept from the forward pass: rows are hashed again, and
+// for max the largest values are searched again.
 #pragma once
 #include "forward.cuh"
 
@@ -11,9 +11,9 @@ __device__ __forceinline__ bool wins(A x, A best) {
 
 // Adds to grad_weight in floats, atomically; see add_atomic for what that means for the last bits.
 //
-// With CACHED, sums of slots that come up again and again are kept in shared memory until the end: where a few rows are
-// most of the traffic, their additions would otherwise queue at one address of the L2. A line holds V consecutive
-// slots. It is claimed by the first slots that come to it twice in a row; all others go to memory at once.
+// With CACHED, the sums of frequent slots are kept in shared memory until the end: if a few rows cause most of the
+// traffic, their additions would otherwise queue at one address of the L2. A line holds V consecutive slots. It is
+// claimed by the first slots that hit it twice in a row; all others are added to global memory directly.
 template <int THREADS, int V, typename A, bool CACHED>
 struct FloatSums {
   static constexpr uint32_t LINES = CACHED ? 1024 : 1;
@@ -21,7 +21,7 @@ struct FloatSums {
 
   struct Lines {
     alignas(16) A sums[LINES][V];
-    alignas(8) uint2 tags[LINES];  // x: the vector of slots that claimed the line; y: the one seen last
+    alignas(8) uint2 tags[LINES];  // x: the number of the V slots that claimed the line; y: of those seen last
   };
 
   A *grad_weight;
@@ -59,7 +59,7 @@ struct FloatSums {
   }
 
 private:
-  // Adds to the line of slots `number * V` … + V - 1; false where they have none.
+  // Adds to the line of slots `number * V` … + V - 1; returns false if the line belongs to others.
   __device__ __forceinline__ bool keep(uint64_t number, const A (&x)[V]) {
     if (number >= NONE) return false;
     uint32_t line = number % LINES;
@@ -67,7 +67,7 @@ private:
     if (tag.x != number) {
       if (tag.x != NONE) return false;
       if (tag.y != number) {
-        // Other threads may read it meanwhile; it is only a hint.
+        // Other threads may read the old value meanwhile; it is only a hint.
         atomicExch(&lines.tags[line].y, uint32_t(number));
         return false;
       }
@@ -83,8 +83,8 @@ private:
 // grad_weight[slot] += sign * scale * grad_output[bag, column], with scale 1, the weight of the sample, or 1 / count.
 // For max only the winner of each column gets the gradient.
 //
-// Bags and columns are divided as in Forward, under the same assumptions, and grad_weight is 16-byte aligned. `Sums`
-// adds up what many threads contribute to one slot: FloatSums, or FixedPointSums of fixed_point.cuh.
+// Bags and columns are divided as in Forward, under the same assumptions; also, grad_weight is 16-byte aligned. `Sums`
+// adds up the contributions of many threads to one slot: FloatSums, or FixedPointSums of fixed_point.cuh.
 template <int THREADS, Pooling POOLING, int V, typename T, typename Hash, typename Sums>
 struct Backward {
   using A = Acc<T>;
@@ -103,7 +103,7 @@ struct Backward {
   bool aligned;
 
   A grad[V];
-  // For max: the largest values so far, and where they lie.
+  // For max: the largest values so far, and their places.
   A best[V];
   Place winner[V];
   Raw<V, T> raw[BATCH];
@@ -165,7 +165,7 @@ struct Backward {
     }
   }
 
-  // Compares the winners of the groups in the order of the groups, so that of equal values the first wins.
+  // Compares the winners of the groups in the order of the groups, so that the first of equal values wins.
   __device__ __forceinline__ void end_together(int64_t bag) {
     if (POOLING != MAX) return;
     __shared__ A bests[V][THREADS];
@@ -213,7 +213,7 @@ __device__ __forceinline__ void backward(const T *__restrict__ grad_output, cons
 
 // grad_weights[i] = <row i, grad_output[bag]> for each position i of the bag that is not padding.
 //
-// One group of threads owns one bag and all its columns, `lanes * V` at a time; the order of additions is fixed.
+// One group of threads owns one bag and all of its columns, `lanes * V` at a time; the order of additions is fixed.
 template <int THREADS, int V, typename T, typename Hash>
 __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict__ grad_output,
                                                             const T *__restrict__ hashed_weight, const Inputs &inputs,
@@ -250,8 +250,8 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
   }
 }
 
-// Single values, and the one winner of a whole bag, seldom meet another addition to their slot: those sums are not
-// cached.
+// Sums are not cached for single values, nor for max, where each column of a bag has one winner: such additions rarely
+// meet another one to the same slot.
 #define BACKWARD_KERNEL(NAME, THREADS, POOLING, T, HASH, V, SHARE)                                                     \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       NAME(const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                     \

@@ -1,11 +1,11 @@
-// How indices are divided into bags, and which table each bag looks into: the twin of the reading side of src/bags.rs.
+// How indices are divided into bags, and which table each bag looks into: the twin of src/bags.rs.
 #pragma once
 #include "hash.cuh"
 
 constexpr uint32_t FULL_WARP = 0xFFFFFFFFu;
 
-// The element at `i` of an index tensor. The dtype is resolved here, per index and uniformly, rather than by three
-// times as many kernels: one index serves several columns.
+// Element `i` of an index tensor. The dtype is resolved here, for each index and uniformly within a warp, instead of by
+// three times as many kernels; it is cheap because one index serves several columns.
 __device__ __forceinline__ int64_t load_index(const void *indices, IndexType type, int64_t i) {
   if (type == I64) return static_cast<const int64_t *>(indices)[i];
   int32_t index = static_cast<const int32_t *>(indices)[i];
@@ -22,7 +22,7 @@ struct TableRows {
   uint64_t count;
 };
 
-// The tensors that say what is looked up.
+// The tensors that tell what to look up.
 struct Inputs {
   const void *indices;
   const void *offsets;        // null: bags of bag_len indices
@@ -36,7 +36,7 @@ struct BagParams {
   int64_t num_offsets;  // 0: bags of bag_len indices
   int64_t bag_len;
   int64_t padding_idx;
-  int64_t first_row;  // of the only table
+  int64_t first_row;  // if there is one table: its first row and its number of rows
   int64_t num_embeddings;
   int64_t feature_stride;  // bags per table where offsets are in feature-major order, else 0
   Divisor tables;
@@ -46,14 +46,14 @@ struct BagParams {
   IndexType index_type;
   IndexType offset_type;
 
-  // The position in `offsets` of the start of a bag.
+  // The position in `offsets` at which the start of a bag is stored.
   __device__ __forceinline__ int64_t offset_position(int64_t bag) const {
     if (feature_stride == 0) return bag;
     int64_t table = tables.rem(bag);
     return table * feature_stride + tables.div(bag);
   }
 
-  // The indices of a bag, clamped into 0..nnz whatever the offsets say.
+  // The range of a bag's indices, clamped to 0..nnz whatever the offsets are.
   __device__ __forceinline__ Range range(const void *offsets, int64_t bag) const {
     if (num_offsets == 0) return {bag * bag_len, (bag + 1) * bag_len};
     int64_t at = offset_position(bag);
@@ -68,7 +68,7 @@ struct BagParams {
     return num_offsets > num_bags ? clamp(load_index(offsets, offset_type, num_bags)) : nnz;
   }
 
-  // The table a bag looks into.
+  // The table that a bag looks into.
   __device__ __forceinline__ TableRows table(const int64_t *first_rows, int64_t bag) const {
     if (first_rows == nullptr) return {first_row, uint64_t(num_embeddings)};
     int64_t t = tables.rem(bag);
@@ -79,7 +79,7 @@ struct BagParams {
     return load_index(indices, index_type, i);
   }
 
-  // An index of 64 or 32 bits as a row.
+  // Extends an index of 64 or 32 bits to a row.
   __device__ __forceinline__ int64_t extend(int64_t index) const { return index; }
   __device__ __forceinline__ int64_t extend(int32_t index) const {
     return index_type == U32 ? int64_t(uint32_t(index)) : int64_t(index);
@@ -87,8 +87,8 @@ struct BagParams {
 
   __device__ __forceinline__ bool is_padding(int64_t row) const { return has_padding && row == padding_idx; }
 
-  // What divides the sum of a bag in mode mean: the number of its rows without padding, 1 when there is none. The
-  // threads of a bag must call this together.
+  // The divisor of the sum of a bag in mode mean: the number of its rows that are not padding, or 1 if there are none.
+  // The threads of a bag must call this together.
   template <typename A>
   __device__ __forceinline__ A divisor(const void *indices, Range range) const {
     int64_t count = range.end - range.start;

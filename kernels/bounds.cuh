@@ -1,13 +1,13 @@
-// Looks for offsets and rows that are out of range: the twin of the checks in src/bounds.rs, which find out afterwards
+// Detects offsets and rows that are out of range. If there are any, the checks in src/bounds.rs, its twin, find out
 // what is wrong and where.
 //
-// The kernel runs before the lookup, which is safe whatever it is given, so that the host can wait for the check and
-// not for the lookup. Each thread strides over offsets and over indices, or each warp over bags.
+// The kernel runs before the lookup, so that the host waits for the check and not for the lookup, which is safe for any
+// input. Each thread strides over offsets and indices, or each warp over bags.
 #pragma once
 #include "bags.cuh"
 
-// Sets *out_of_range to 1 where an offset breaks the contract (the first is 0, none decreases, none exceeds nnz), or
-// where a row of a bag is neither padding nor in its table.
+// Sets *out_of_range to 1 if an offset breaks the contract (the first is 0, none decreases, none exceeds nnz), or if a
+// row of a bag is neither padding nor in its table.
 __device__ __forceinline__ void check_bounds(const void *indices, const void *offsets, const int64_t *first_rows,
                                              uint32_t *out_of_range, BagParams bags) {
   int64_t threads = int64_t(gridDim.x) * blockDim.x;

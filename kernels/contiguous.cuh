@@ -1,4 +1,4 @@
-// The contiguous copy of a strided i32 tensor, for which candle has no kernel. Each thread strides over elements.
+// Makes a contiguous copy of a strided i32 tensor, for which candle has no kernel. Each thread strides over elements.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -1,15 +1,15 @@
 // Sums that do not depend on the order of their terms: grad_weight in fixed point, summed with integer atomics.
 //
 // Addition of integers is associative, so the result is the same bit for bit, from run to run and for any launch. The
-// unit is as small as the largest possible sum allows. With M the largest |term| and N = 2^log2_terms at least the
-// number of terms that can meet in one slot, a term x becomes q = rint(x * 2^k), k = 62 - log2_terms - e, 2^e > M: |q|
-// <= 2^(62 - log2_terms), and N of them sum to at most 2^62, which fits. Each term is off by at most half a unit,
-// 2^-(k+1) <= M * N * 2^-62: with a billion (2^30) terms by M * 2^-32, whereas every single addition in f32 rounds its
-// sum by up to 2^-24 of it. f64 has more bits than one such integer: what the first leaves over goes to a second one,
-// whose unit is smaller by 2^(62 - log2_terms).
+// unit is as small as the largest possible sum allows. Let M be the largest |term|, and let N = 2^log2_terms be at
+// least the number of terms that can meet in one slot. A term x becomes q = rint(x * 2^k) with k = 62 - log2_terms - e
+// and 2^e > M. Then |q| <= 2^(62 - log2_terms), and N such terms sum to at most 2^62, which fits. Each term is off by
+// at most half a unit, 2^-(k+1) <= M * N * 2^-62: with a billion (2^30) terms by M * 2^-32, whereas every addition in
+// f32 rounds its sum by up to 2^-24 of it. f64 has more bits than one such integer: the remainder goes to a second
+// integer, whose unit is smaller by 2^(62 - log2_terms).
 //
-// Terms that are not finite have no fixed-point value: they are added to grad_weight as floats. There, too, the order
-// does not matter: infinities of one sign stay, everything else becomes NaN.
+// Terms that are not finite have no fixed-point value: they are added to grad_weight as floats. The order does not
+// matter there either: infinities of one sign stay, everything else becomes NaN.
 #pragma once
 #include "backward.cuh"
 
@@ -18,10 +18,10 @@ template <int V, typename A>
 struct FixedPointSums {
   static constexpr int INTEGERS = sizeof(A) / 4;  // per slot
 
-  A *grad_weight;           // the sums of what is not finite
-  int64_t *units;           // (INTEGERS, len): the sums of the rest
+  A *grad_weight;           // the sums of terms that are not finite
+  int64_t *units;           // (INTEGERS, len): the sums of all other terms, in units
   uint64_t len;             // of grad_weight
-  A to_units[INTEGERS][2];  // two powers of two whose product is 2^k, which itself might be out of range
+  A to_units[INTEGERS][2];  // two powers of two whose product is 2^k, which may itself be out of range
   A from_units[INTEGERS][2];
 
   // `largest`: the largest finite |grad_output|, and |per_sample_weights| or 1
@@ -75,7 +75,7 @@ struct FixedPointSums {
   }
 };
 
-// *largest = max(*largest, |value|) over all finite values. Positive floats are ordered as their bits are.
+// *largest = max(*largest, |value|) over all finite values. Positive floats have the same order as their bits.
 template <int THREADS, typename T>
 __device__ __forceinline__ void largest_magnitude(const T *values, uint64_t n, Acc<T> *largest) {
   using A = Acc<T>;

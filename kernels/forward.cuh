@@ -1,21 +1,22 @@
 // out[bag, column] = pool over rows of the bag of sign * hashed_weight[slot]
 //
 // One group of threads owns a bag and `lanes * V` of its columns; blockIdx.y selects which columns. Sums stay in
-// registers, and meet in shared memory where a thread block shares a bag.
+// registers; if a thread block shares a bag, they are combined in shared memory.
 //
-// Assumptions: when V > 1, hashed_weight is 16-byte aligned; a block of columns is a multiple of V * SHARE columns, so
-// that SHARE threads always look at one block. The result does not depend on the order of execution.
+// Assumptions: if V > 1, hashed_weight is 16-byte aligned; the block of the hash is a multiple of V * SHARE columns, so
+// that the columns of SHARE threads always lie in one column block. The result does not depend on the order of
+// execution.
 #pragma once
 #include "vector.cuh"
 #include "walk.cuh"
 
-// How the rows of a bag become one: mode mean is SUM with `mean` set, WEIGHTED is mode sum with per_sample_weights.
+// How the rows of a bag are pooled: mode mean is SUM with `mean` set, WEIGHTED is mode sum with per_sample_weights.
 enum Pooling { SUM, WEIGHTED, MAX };
 
-// The columns a thread owns.
+// The columns that a thread owns.
 template <int V>
 struct Columns {
-  uint32_t first;   // may lie past embedding_dim: such a thread still hashes for its neighbours
+  uint32_t first;   // may be past embedding_dim: such a thread still hashes for its neighbours
   int n;            // how many of its V columns exist
   uint32_t within;  // the position of `first` in its block
 
@@ -27,13 +28,13 @@ struct Columns {
         within(first % hash.block) {}
 };
 
-// Where rows that are not there are loaded from: that is cheaper than a branch around the load.
+// Absent rows are loaded from here, which is cheaper than a branch around the load.
 __device__ const uint4 ZEROS = {0, 0, 0, 0};
 
-// Starts loading this thread's V columns of the row at `place`. A place that is none loads zeros; ALL promises that it
-// is a row. `base` is the thread's first column in block 0 of hashed_weight.
+// Starts loading this thread's V columns of the row at `place`. An absent row (Place::none()) loads zeros; ALL promises
+// that the row is present. `base` is the address of the thread's first column in block 0 of hashed_weight.
 //
-// A thread past the last column loads too: its columns exist in the block, though not in the table.
+// A thread past the last column loads as well: its columns exist in the block, though not in the table.
 template <bool ALL, int V, typename T, typename Hash>
 __device__ __forceinline__ Raw<V, T> gather(const T *base, const Hash &hash, typename Hash::Place place) {
   const T *block = hash.at(base, place);
@@ -50,7 +51,7 @@ __device__ __forceinline__ void arrive(const Raw<V, T> &raw, Place place, uint32
   for (int v = 0; v < V; v++) x[v] = flip<V>(signs, v, x[v]);
 }
 
-// The larger; NaN is larger than every number.
+// The larger of two values; NaN is larger than every number.
 __device__ __forceinline__ double larger(double x, double y) { return y > x || y != y ? y : x; }
 __device__ __forceinline__ float larger(float x, float y) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

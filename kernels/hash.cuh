@@ -1,26 +1,26 @@
 // From a virtual element (row, column) to its slot in hashed_weight: the twin of src/hash. Both must place every
 // element alike. All arithmetic is on u64 and wraps; a row is an i64 index reinterpreted as u64.
 //
-// Every family offers the same to the loops:
-//   Hash::Place                       where one block of columns of one row lies; Place::none() stands for "no row
-//   here" hash.column_block(number)         Hash::ColumnBlock, what the hash needs of a column block: computed once per
-//   thread hash.shift(column_block, rows)    the same for a table whose row 0 is row `rows` of the virtual table
-//   hash.locate(row, column_block)    the place of that column block of that row
-//   hash.at(base, place)              `base` points into block 0 of hashed_weight (affine: counts from slot 0); the
-//   address
-//                                     that corresponds to it at `place`
-//   hash.vector<V>(place, i)          the slots of columns i … i + V - 1 of the block, numbered in units of V slots
-//   place.signs_of<V>(i)              the signs of columns i … i + V - 1 of the block
-//   flip<V>(signs, v, x)              x, negated where the sign of column v of those is negative
-//   shuffle(mask, place, lane, n)     the place that thread `lane` of a group of n threads holds
+// The interface of every family to the loops:
+//
+// Hash::Place                     the location of one column block of one row; Place::none() stands for "no row"
+// hash.column_block(number)       a Hash::ColumnBlock: the constants of a column block, computed once per thread
+// hash.shift(column_block, rows)  the same for a table whose row 0 is row `rows` of the virtual table
+// hash.locate(row, column_block)  the place of that column block of that row
+// hash.at(base, place)            `base` is an address in block 0 of hashed_weight (affine: counted from slot 0);
+//                                 returns the corresponding address at `place`
+// hash.vector<V>(place, i)        the slots of columns i … i + V - 1 of the block, numbered in units of V slots
+// place.signs_of<V>(i)            the signs of columns i … i + V - 1 of the block
+// flip<V>(signs, v, x)            x, negated if the v-th of those signs is negative
+// shuffle(mask, place, lane, n)   the place held by thread `lane` of a group of n threads
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 #include "constants.cuh"
 
-// Division by a number that is known once and used often: a multiplication and one correction. The quotient by the
-// reciprocal is exact or one too small; src/hash has the proof.
+// Divides many numbers by the same one, with a multiplication and one correction. The quotient by the reciprocal is
+// exact or one too small; src/hash/divisor.rs has the proof.
 struct Divisor {
   uint64_t value;
   uint64_t reciprocal;
@@ -58,8 +58,8 @@ struct BlockPlace {
   static __device__ __forceinline__ BlockPlace none() { return {0xFFFFFFFFu, 0}; }
   __device__ __forceinline__ bool is_none() const { return block == 0xFFFFFFFFu; }
 
-  // The sign of the last column goes to the highest bit, so that each sign is a constant shift away from the sign bit
-  // of a float. Blocks longer than 32 carry no signs, so for them any shift will do.
+  // Moves the sign of the last column to the highest bit, so that each sign is a constant shift away from the sign bit
+  // of a float. Blocks longer than 32 have no signs, so for them any shift will do.
   template <int V>
   __device__ __forceinline__ BlockSigns signs_of(uint32_t i) const {
     return {signs << ((32 - V - i) & 31)};
@@ -88,7 +88,7 @@ struct BlockSlots {
     return key + (uint64_t(column_block) + 1) * 0x9E3779B97F4A7C15ull;
   }
 
-  // One multiplication and addition: a block of at most 2^24 values is less than 2^32 bytes.
+  // A single multiply-add, because a block of at most 2^24 values takes less than 2^32 bytes.
   template <typename T>
   __device__ __forceinline__ T *at(T *base, Place place) const {
     uint32_t bytes = block * uint32_t(sizeof(T));
@@ -119,7 +119,7 @@ struct MixSlots : BlockSlots {
 };
 static_assert(sizeof(MixSlots) == sizeof(BlockSlots), "the host passes BlockSlots");
 
-// As many rows in every block as in any other.
+// The same number of rows in every block.
 struct BalancedSlots : BlockSlots {
   struct ColumnBlock {
     uint64_t first_row;
@@ -136,8 +136,8 @@ struct BalancedSlots : BlockSlots {
 
   __device__ __forceinline__ Place locate(uint64_t row, ColumnBlock column_block) const {
     uint64_t x = column_block.first_row + row;
-    // Bits 32 to 95 of x * reciprocal: the lower half tells how far x stands in its stratum of rows, the upper half
-    // which stratum that is.
+    // Bits 32 to 95 of x * reciprocal: the lower half is the position of x in its stratum of rows, the upper half the
+    // number of the stratum.
     uint32_t low = uint32_t(x), high = uint32_t(x >> 32), factor = uint32_t(reciprocal >> 32);
     uint64_t product = mad_wide(low, factor, __umulhi(low, uint32_t(reciprocal)));
     product = mad_wide(high, uint32_t(reciprocal), product);
@@ -150,7 +150,7 @@ struct BalancedSlots : BlockSlots {
   }
 
 private:
-  // a * b + c in one instruction; left to itself, the compiler makes several of it.
+  // a * b + c in one instruction; the compiler would use several.
   static __device__ __forceinline__ uint64_t mad_wide(uint32_t a, uint32_t b, uint64_t c) {
     uint64_t sum;
     asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(c));
@@ -182,7 +182,7 @@ struct AffinePlace {
   }
 };
 
-// The family of HashedEmbeddingBag and ROBE: linear in row and column block, at any slot.
+// The family of HashedEmbeddingBag and ROBE: linear in row and column block. Blocks can start at any slot.
 struct AffineSlots {
   uint64_t a, b, c;
   Divisor modulus;

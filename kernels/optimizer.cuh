@@ -1,10 +1,11 @@
-// Optimiser steps, in place, in one pass over memory: the twin of src/optim/rules.rs, whose structs come as arguments.
+// Optimiser steps, in place, in one pass over memory: the twin of src/optim/rules.rs, whose structs are passed as
+// arguments.
 //
-// A thread updates vectors of consecutive values, striding by the grid: all of a vector's loads come before its stores, and
-// each value is read and written by one thread once. No result depends on the order of threads.
+// A thread updates vectors of consecutive values and strides by the grid. All loads of a vector come before its stores,
+// and each value is read and written once, by one thread, so results do not depend on the order of threads.
 //
-// Parameters and gradients are T, state and arithmetic Acc<T>. The arithmetic rounds after every operation (Rounded), as the
-// CPU's does, so both compute the same bits; memory, not arithmetic, is what these kernels wait for.
+// Parameters and gradients are T, state and arithmetic Acc<T>. Arithmetic rounds after every operation (Rounded), as on
+// the CPU, so both compute the same bits. That costs no time, because these kernels wait for memory.
 #pragma once
 #include <cstdint>
 
@@ -80,7 +81,7 @@ struct Momentum {
   }
 };
 
-// V values that lie together, moved in accesses of 16 bytes at most.
+// V consecutive values, moved in accesses of at most 16 bytes.
 template <int V, typename T>
 struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Values {
   T x[V];
@@ -118,8 +119,8 @@ __device__ __forceinline__ void update(T *params, const T *grads, Acc<T> *state0
   if (Rule::STATE > 1) store_values(state1 + at, second);
 }
 
-// Updates n values; `aligned` says that params and grads start at multiples of 16 bytes, which state always does. State that
-// the rule does not have is null.
+// Updates n values. `aligned` says that params and grads start at multiples of 16 bytes, as state always does. State
+// that the rule does not use is null.
 template <typename T, typename Rule>
 __device__ __forceinline__ void step(T *params, const T *grads, Acc<T> *state0, Acc<T> *state1, const Rule &rule,
                                      uint64_t n, bool aligned) {

@@ -1,4 +1,4 @@
-// V consecutive values as one access, widened to the accumulator's type: f16 and bf16 are summed in f32.
+// Accesses V consecutive values at once, widened to the accumulator's type: f16 and bf16 are summed in f32.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -26,7 +26,7 @@ __device__ __forceinline__ void narrow(__nv_bfloat16 &to, float x) { to = __floa
 __device__ __forceinline__ void narrow(float &to, float x) { to = x; }
 __device__ __forceinline__ void narrow(double &to, double x) { to = x; }
 
-// The type that one access of V values moves. V is 1, or V values are 8 or 16 bytes.
+// The type of one access to V values. V is 1, or V values take 8 or 16 bytes.
 template <int V, typename T>
 struct Access;
 template <typename T>
@@ -73,8 +73,8 @@ __device__ __forceinline__ void load_row(const T *__restrict__ from, int n, bool
   }
 }
 
-// to[v] = x[v] for the first `n` values. They are not read again, so they are stored with a hint that keeps them from
-// evicting rows from the cache.
+// to[v] = x[v] for the first `n` values. They are not read again, so a hint keeps them from evicting rows from the
+// cache.
 template <int V, typename T>
 __device__ __forceinline__ void store_row(T *to, int n, bool aligned, const Acc<T> (&x)[V]) {
   T values[V];
@@ -93,8 +93,8 @@ __device__ __forceinline__ void store_row(T *to, int n, bool aligned, const Acc<
   }
 }
 
-// *to += x, atomically, in global memory. In PTX, because the compiler does not always see that a pointer is global,
-// and then tests it at every addition.
+// *to += x, atomically, in global memory. Written in PTX, because the compiler does not always see that a pointer is
+// global, and then tests it at every addition.
 __device__ __forceinline__ void add_global(float *to, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "f"(x) : "memory");
 }
@@ -105,8 +105,8 @@ __device__ __forceinline__ void add_global(int64_t *to, int64_t x) {
   asm volatile("red.global.add.u64 [%0], %1;" ::"l"(__cvta_generic_to_global(to)), "l"(x) : "memory");
 }
 
-// to[v] += x[v], atomically: in vectors of 16 bytes where the GPU has such reductions, else value by value. Additions
-// happen in the order of arrival, so the last bits of a sum may differ from run to run.
+// to[v] += x[v], atomically: in vectors of 16 bytes if the GPU has such reductions, otherwise value by value. The order
+// of additions depends on timing, so the last bits of a sum may differ from run to run.
 template <int V, typename A>
 __device__ __forceinline__ void add_atomic(A *to, const A (&x)[V]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

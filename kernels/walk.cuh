@@ -1,15 +1,15 @@
 // How threads walk through bags.
 //
-// `lanes` neighbouring threads are a group; each owns V consecutive columns. A group walks through `bags_per_group`
+// `lanes` neighbouring threads form a group; each owns V consecutive columns. A group walks through `bags_per_group`
 // consecutive bags, BATCH rows at a time; the warp stays together, but its groups may be in different bags. A bag of
-// more than LONG_BAG indices is too long for one group: all groups of the thread block share it, afterwards.
+// more than LONG_BAG indices is too long for one group: afterwards, all groups of the thread block share it.
 #pragma once
 #include "bags.cuh"
 
-// How many rows are loaded at once per thread: enough independent loads to cover a trip to the L2.
+// How many rows each thread loads at once: enough independent loads to hide the latency of the L2.
 constexpr int BATCH = 4;
 
-// Whether every place of a batch is known to hold a row.
+// Whether every row of a batch is known to be present.
 struct All {
   static constexpr bool all = true;
 };
@@ -17,8 +17,8 @@ struct Some {
   static constexpr bool all = false;
 };
 
-// See for_each_batch. A thread block has THREADS threads. SHARE neighbouring threads own columns of the same block, so
-// each hashes only every SHARE-th row and the places are passed around.
+// See for_each_batch. A thread block has THREADS threads. SHARE neighbouring threads own columns of the same column
+// block, so each hashes only every SHARE-th row, and they exchange the places.
 template <int THREADS, int SHARE, typename Hash>
 struct Walk {
   using Place = typename Hash::Place;
@@ -27,14 +27,13 @@ struct Walk {
   const BagParams &bags;
   const Hash &hash;
   const Inputs &inputs;
-  uint32_t column_block;  // the number of the block of columns of this thread
+  uint32_t column_block;  // the column block of this thread
 
   __device__ __forceinline__ int64_t block_first() const {
     return int64_t(blockIdx.x) * (THREADS / bags.lanes * bags.bags_per_group);
   }
 
-  // Loads this thread's rows of a batch that starts at `first`; `left` says how many rows the batch has, unless ALL of
-  // them are there.
+  // Loads this thread's rows of the batch that starts at `first`. The batch has `left` rows, or, with ALL, all of them.
   template <bool ALL>
   __device__ __forceinline__ void fetch(const char *first, uint32_t left, int64_t (&rows)[OWN]) const {
     bool wide = bags.index_type == I64;
@@ -75,8 +74,8 @@ struct Walk {
       places[j] = SHARE == 1 ? own[j] : shuffle(FULL_WARP, own[j / SHARE], j % SHARE, SHARE);
   }
 
-  // Bags of one length, up to LONG_BAG, and one table, without padding: whole batches need no test per row, and follow
-  // each other from bag to bag where the length is a multiple of BATCH.
+  // For bags of equal length, up to LONG_BAG, and one table, without padding. Whole batches need no test per row; if
+  // the length is a multiple of BATCH, they continue from one bag into the next.
   template <typename Index, typename Work>
   __device__ __forceinline__ void plain_bags(Work &work) const {
     int64_t first_bag = block_first() + threadIdx.x / bags.lanes * bags.bags_per_group;
@@ -94,7 +93,7 @@ struct Walk {
       next = min(next + BATCH, last);
     };
     for (uint32_t b = 0; b < bags.bags_per_group; b++) {
-      // The warp stays together: past the last bag, the last bag is looked up again and not stored.
+      // The warp stays together: past the last bag, the last bag is looked up again but not stored.
       int64_t bag = min(first_bag + b, bags.num_bags - 1);
       if (b >= mine) work.columns.n = 0;
       int64_t start = bag * bags.bag_len;
@@ -127,14 +126,14 @@ struct Walk {
     }
   }
 
-  // The whole warp makes as many steps as the longest of its bags needs. Batches that are full in every bag of the warp
-  // come first and need no test per row.
+  // The whole warp takes as many steps as the longest of its bags needs. The batches that are full in every bag of the
+  // warp come first, and need no test per row.
   template <typename Work>
   __device__ __forceinline__ void own_bags(Work &work) const {
     int64_t rows[OWN];
-    const char *fetched = nullptr;  // the address `rows` were loaded from
+    const char *fetched = nullptr;  // the address from which `rows` were loaded
     int64_t bag = block_first() + threadIdx.x / bags.lanes * bags.bags_per_group;
-    // Bags of one length need no comparing, unless some of this thread block's do not exist.
+    // Bags of equal length need no comparison, unless some bags of this thread block do not exist.
     bool differ = bags.num_offsets > 0 || block_first() + THREADS / bags.lanes * bags.bags_per_group > bags.num_bags;
     for (uint32_t b = 0; b < bags.bags_per_group; b++, bag++) {
       bool is_mine = bag < bags.num_bags;
@@ -154,7 +153,7 @@ struct Walk {
         longest = max(longest, __shfl_xor_sync(FULL_WARP, longest, step));
       }
       uint32_t full = bags.has_padding ? 0 : shortest / BATCH;
-      // Rows are fetched a batch ahead, also past the end of this bag: most often the next bag starts there.
+      // Rows are fetched a batch ahead, even past the end of this bag, where the next bag usually starts.
       bool runs_on = range.end + BATCH <= bags.nnz;
       const char *next = first(range.start);
       if (full > 0 && next != fetched) fetch<true>(next, BATCH, rows);
@@ -231,21 +230,21 @@ struct Walk {
   }
 };
 
-// Walks through the bags of this thread's group, and then, with the whole thread block, through those of the block's
-// bags that are long, which its groups divide among them. The whole thread block must call this together.
+// Walks through the bags of this thread's group. Then the whole thread block walks through its long bags, which its
+// groups divide among themselves. The whole thread block must call this together.
 //
 // For each bag, or this group's part of a long one:
 //   work.begin(bag)
-//   for each BATCH of its indices i, i + 1, …, with their places (none for padding and past the end), the whole warp
+//   for each BATCH of its indices i, i + 1, …, with their places (none() for padding and past the end); the whole warp
 //   together:
-//     work.load(places, All or Some)     starts what takes long
-//     work.use(places, i, All or Some)
-//   work.end(bag), or for a long one work.end_together(bag), the whole thread block together
+//     work.load(places, All or Some)     starts the loads
+//     work.use(places, i, All or Some)   uses what they loaded
+//   work.end(bag), or, for a long bag and the whole thread block together, work.end_together(bag)
 //
-// The rows of the next batch, which may be the next bag's, are fetched while the values of this one are being loaded,
-// so that neither waits for the other.
+// The rows of the next batch, possibly of the next bag, are fetched while the values of this one are being loaded, so
+// that neither waits for the other.
 //
-// PLAIN promises bags of one length, of at most LONG_BAG, and one table, without padding. That is a kernel of its own,
+// PLAIN promises bags of equal length, at most LONG_BAG, and one table, without padding. That is a kernel of its own,
 // because a kernel with both loops needs the registers of both and is slower at either.
 template <int THREADS, int SHARE, bool PLAIN, typename Hash, typename Work>
 __device__ __forceinline__ void for_each_batch(const BagParams &bags, const Hash &hash, const Inputs &inputs,

@@ -54,7 +54,7 @@ pub(crate) struct BagShape {
 pub(crate) enum Division {
     /// Every bag holds this many indices.
     Fixed(usize),
-    /// Bag `b` of the layout holds the indices from `offsets[b]` to `offsets[b + 1]`, or to `nnz` where there is no
+    /// Bag number `b` in `layout` holds the indices from `offsets[b]` to `offsets[b + 1]`, or to `nnz` if there is no
     /// `offsets[b + 1]`.
     Offsets {
         include_last_offset: bool,
@@ -63,7 +63,7 @@ pub(crate) enum Division {
 }
 
 impl BagShape {
-    /// Bags of the 2-D `indices` of shape `(num_bags, bag_len)`.
+    /// Bags of 2-D `indices` of shape `(num_bags, bag_len)`.
     pub fn fixed(num_bags: usize, bag_len: usize, tables: usize) -> Result<Self> {
         let Some(nnz) = num_bags.checked_mul(bag_len) else {
             bail!("indices of shape [{num_bags}, {bag_len}] are too many");
@@ -76,7 +76,7 @@ impl BagShape {
         })
     }
 
-    /// Bags of 1-D `indices` by `num_offsets` offsets.
+    /// Bags of 1-D `indices`, divided by `num_offsets` offsets.
     pub fn ragged(
         nnz: usize,
         num_offsets: usize,
@@ -108,7 +108,7 @@ impl BagShape {
         })
     }
 
-    /// The length of every bag, for bags of a fixed length.
+    /// The length of every bag, if it is fixed.
     pub fn bag_len(&self) -> Option<usize> {
         match self.division {
             Division::Fixed(bag_len) => Some(bag_len),
@@ -127,7 +127,7 @@ impl BagShape {
         }
     }
 
-    /// The number of `bag` in the layout of the offsets.
+    /// The number of `bag` in the order of the offsets.
     fn number_in_layout(&self, bag: usize) -> usize {
         match self.feature_stride() {
             0 => bag,
@@ -160,7 +160,7 @@ mod tests {
         BagShape::ragged(nnz, num_offsets, include_last_offset, 1, layout).unwrap()
     }
 
-    /// Positions past 2^32, without the memory that such tensors would need.
+    /// Positions past 2^32, without allocating tensors of that size.
     #[test]
     fn bags_lie_past_32_bits() {
         let fixed = BagShape::fixed((1 << 33) + 1, 3, 1).unwrap();

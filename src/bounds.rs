@@ -1,7 +1,7 @@
-//! What is out of range, and the error that says so.
+//! Checks of indices and offsets against their ranges, and the errors they give.
 //!
-//! On the CPU, the threads of a lookup check the indices that they look up. On CUDA a kernel only finds out whether anything is
-//! out of range; the checks here then find what, for the same message.
+//! On the CPU, each thread of a lookup checks the indices that it looks up. On CUDA a kernel only finds out whether anything is
+//! out of range; the checks here then find out what, so that the message is the same.
 
 use crate::bags::{BagShape, Index};
 use crate::error::{bail, error};
@@ -10,21 +10,21 @@ use candle_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::ops::Range;
 
-/// What happens with a row or an offset that is out of range.
+/// What to do about a row or an offset that is out of range.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum BoundsCheck {
-    /// An error that names position and value, on CPU and CUDA alike. On CUDA a kernel checks them before the lookup, and each
-    /// call waits for that kernel, not for the lookup.
+    /// Returns an error that gives position and value, on CPU and CUDA alike. On CUDA a kernel checks them before the lookup, and
+    /// each call waits for that kernel, not for the lookup.
     #[default]
     Error,
-    /// No check and no synchronisation. A row outside the table is hashed like any other, offsets are clamped into
+    /// No check and no synchronisation. A row outside the table is hashed like any other and offsets are clamped to
     /// `indices`: the result is then meaningless, but nothing outside the tensors is read or written.
     Off,
 }
 
-/// An error for the first offset that breaks the contract: the first is 0, none decreases, none passes `nnz`.
+/// An error for the first offset that breaks the contract: the first is 0, none decreases, none exceeds `nnz`.
 pub(crate) fn check_offsets<O: Index>(offsets: &[O], nnz: usize) -> Result<()> {
     let mut previous = 0;
     for (position, offset) in offsets.iter().enumerate() {
@@ -45,7 +45,7 @@ pub(crate) fn check_offsets<O: Index>(offsets: &[O], nnz: usize) -> Result<()> {
     Ok(())
 }
 
-/// An index whose row is neither padding nor in its table; ordered by position.
+/// An index that is neither padding nor a row of its table; ordered by position.
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct BadRow {
     position: usize,
@@ -53,8 +53,8 @@ pub(crate) struct BadRow {
 }
 
 impl BadRow {
-    /// The first one in the bags `of`. Offsets must have passed [`check_offsets`]. Indices that are in no bag are not checked,
-    /// as they are never looked up.
+    /// The first one in the bags `of`. Offsets must have passed [`check_offsets`]. Indices outside every bag are not checked,
+    /// because they are never looked up.
     pub fn find<I: Index>(
         indices: &[I],
         ranges: impl Fn(usize) -> Range<usize>,
@@ -65,7 +65,7 @@ impl BadRow {
     ) -> Option<Self> {
         let first_bad = |range: Range<usize>, table: usize| {
             let rows = 0..tables.num_embeddings(table) as i64;
-            // A row below 0 and a row past the last both set the sign bit. Without branches the compiler vectorises this.
+            // A row below 0 and a row past the last both set the sign bit. Being free of branches, this vectorises.
             let signs = indices[range.clone()].iter().fold(0, |signs, index| {
                 let row = index.as_i64();
                 signs | row | (rows.end - 1).wrapping_sub(row)
@@ -83,7 +83,7 @@ impl BadRow {
             })
         };
         match (of.clone().next(), of.clone().next_back()) {
-            // The indices of all these bags are consecutive, and of one table.
+            // The indices of all these bags are consecutive and belong to one table.
             (Some(first), Some(last)) if bags.tables == 1 => {
                 first_bad(ranges(first).start..ranges(last).end, 0)
             }

@@ -1,8 +1,8 @@
-//! Many tables over one `hashed_weight`, looked up at once.
+//! Many tables over one `hashed_weight`, looked up in one op.
 //!
 //! The tables of a collection are consecutive rows of one virtual table: row `r` of table `t` is row
 //! `num_embeddings[0] + … + num_embeddings[t - 1] + r`, as with ROBE's `val_offset`. One hash spreads all of them over one
-//! parameter, so a large table may use what a small one leaves free, and a lookup in all of them is one op: on CUDA one
+//! parameter, so a large table can use slots that a small one leaves free, and a lookup in all of them is one op: on CUDA one
 //! launch, which shifts the rows and checks each against its own table.
 
 use crate::bags::JaggedLayout;
@@ -28,10 +28,10 @@ use std::sync::Arc;
 /// * output: `(batch, tables, embedding_dim)` in the dtype of `hashed_weight`. An empty bag, or one of padding only, is
 ///   zeros.
 ///
-/// It is differentiable in `hashed_weight` when that is a variable. The backward pass stores nothing but its inputs.
+/// It is differentiable in `hashed_weight` if that is a variable. Only its inputs are kept for the backward pass.
 ///
-/// The rows of a table follow those of the tables before it: a trained collection whose tables are in another order, or of which
-/// one has more rows, has other values in all later tables.
+/// The rows of a table follow those of the tables before it. So if you reorder the tables of a trained collection, or add rows to
+/// one of them, the values of all later tables change.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
@@ -64,15 +64,15 @@ use std::sync::Arc;
 /// ```
 #[derive(Debug, Clone)]
 pub struct HashedEmbeddingBagCollection {
-    /// The tables as one, whose every lookup says which of them it means.
+    /// All tables as one layer; the position of a bag tells which table it looks into.
     bag: HashedEmbeddingBag,
 }
 
-/// A [`HashedEmbeddingBagCollection`] of tables by name and number of rows, with a variable named `hashed_weight`, made as for
-/// [`hashed_embedding_bag`](crate::hashed_embedding_bag()) with one table of all the rows.
+/// Creates a [`HashedEmbeddingBagCollection`] of tables, given by name and number of rows, on a variable named `hashed_weight`,
+/// which is sized and initialised as for one [`hashed_embedding_bag`](crate::hashed_embedding_bag()) with all the rows.
 ///
 /// # Errors
-/// No table, two of one name, one of no rows, a `config.first_row`, and the errors of
+/// No tables, two with the same name, one without rows, a `config.first_row` other than 0, and the errors of
 /// [`hashed_embedding_bag`](crate::hashed_embedding_bag()).
 pub fn hashed_embedding_bag_collection<N: Into<String>>(
     tables: impl IntoIterator<Item = (N, usize)>,
@@ -100,11 +100,11 @@ fn named<N: Into<String>>(
 }
 
 impl HashedEmbeddingBagCollection {
-    /// A collection on a `hashed_weight` of your own, `(len,)`.
+    /// A collection on an existing `hashed_weight`, `(len,)`.
     ///
     /// # Errors
-    /// Those of [`hashed_embedding_bag_collection`] but for the compression, a `hashed_weight` that is not 1-D or no float,
-    /// or a length that does not suit the hash ([`Hash::check_len`]).
+    /// Those of [`hashed_embedding_bag_collection`] except for the compression; a `hashed_weight` that is not 1-D or not of a
+    /// float dtype; a length that does not suit the hash ([`Hash::check_len`]).
     pub fn new<N: Into<String>>(
         hashed_weight: Tensor,
         tables: impl IntoIterator<Item = (N, usize)>,
@@ -121,9 +121,9 @@ impl HashedEmbeddingBagCollection {
     /// `offsets` of TorchRec's `KeyedJaggedTensor`, in [`JaggedLayout::FeatureMajor`] and with `include_last_offset`.
     ///
     /// # Errors
-    /// Wrong ranks, dtypes or devices, a number of bags that is no multiple of the number of tables; with
-    /// [`BoundsCheck::Error`] also a row outside its table that is not padding, by table, position and value, and offsets
-    /// that do not start at 0, decrease or pass `nnz`.
+    /// Wrong ranks, dtypes or devices, a number of bags that is not a multiple of the number of tables; with
+    /// [`BoundsCheck::Error`] also a row outside its table that is not padding (the message gives table, position and value),
+    /// and offsets that do not start at 0, decrease or exceed `nnz`.
     pub fn forward_jagged(
         &self,
         indices: &Tensor,
@@ -134,7 +134,7 @@ impl HashedEmbeddingBagCollection {
     }
 
     /// Pools bags of each table as [`Module::forward`] does, with each row multiplied by its own weight; mode sum only.
-    /// `per_sample_weights` has the shape of `indices` and the dtype of `hashed_weight`, and gets a gradient when it is
+    /// `per_sample_weights` has the shape of `indices` and the dtype of `hashed_weight`, and gets a gradient if it is
     /// tracked.
     ///
     /// # Errors
@@ -163,7 +163,7 @@ impl HashedEmbeddingBagCollection {
         self.by_table(self.bag.lookup(indices, Some(offsets), layout, weights)?)
     }
 
-    /// Looks up bags of one length, with or without weights of their shape.
+    /// Looks up bags of equal length, with or without per-sample weights.
     fn lookup(&self, indices: &Tensor, per_sample_weights: Option<&Tensor>) -> Result<Tensor> {
         let tables = self.bag.tables().len();
         let (batch, bag_len) = match *indices.dims() {
@@ -198,7 +198,7 @@ impl HashedEmbeddingBagCollection {
         pooled.reshape((bags / tables, tables, embedding_dim))
     }
 
-    /// Table `name` as a layer of its own on the same `hashed_weight`: it gives the same rows, and trains them.
+    /// Table `name` as a layer of its own on the same `hashed_weight`: it looks up the same rows, and trains them.
     ///
     /// # Errors
     /// No such table.
@@ -229,8 +229,8 @@ impl HashedEmbeddingBagCollection {
         self.bag.tables().iter()
     }
 
-    /// The configuration of this collection, as [`HashedEmbeddingBagCollection::new`] takes it. Its hash is that in use, also
-    /// where it was left to the default.
+    /// The configuration of this collection, as [`HashedEmbeddingBagCollection::new`] takes it. Its hash is the one in use, even
+    /// if it was left to the default.
     pub fn config(&self) -> HashedEmbeddingBagConfig {
         self.bag.config()
     }
@@ -245,7 +245,7 @@ impl HashedEmbeddingBagCollection {
         self.bag.embedding_dim()
     }
 
-    /// The length of `hashed_weight` over the size of all tables, as it came out.
+    /// The actual compression: the length of `hashed_weight` over the size of all tables.
     pub fn compression(&self) -> f64 {
         self.bag.compression()
     }
@@ -255,7 +255,7 @@ impl HashedEmbeddingBagCollection {
         self.bag.hash()
     }
 
-    /// The same collection with other bounds checks, say for one that came from a checkpoint.
+    /// The same collection with another bounds check, for example after loading it from a checkpoint.
     pub fn with_bounds_check(self, bounds_check: BoundsCheck) -> Self {
         let bag = self.bag.with_bounds_check(bounds_check);
         Self { bag }

@@ -9,8 +9,8 @@ use serde::{Deserialize, Serialize};
 /// What a [`HashedEmbeddingBag`](crate::HashedEmbeddingBag) or a
 /// [`HashedEmbeddingBagCollection`](crate::HashedEmbeddingBagCollection) does.
 ///
-/// How long `hashed_weight` is, is no part of it: that is asked for where one is made, see [`HashedWeightConfig`]. With serde,
-/// a field that is missing has its default and an unknown one is an error.
+/// The length of `hashed_weight` is not part of it: only the functions that create one take it, see [`HashedWeightConfig`]. With
+/// serde, a missing field takes its default and an unknown one is an error.
 ///
 /// ```
 /// use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBagConfig, Mode};
@@ -25,19 +25,19 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HashedEmbeddingBagConfig {
-    /// How the rows of a bag become one. Default [`Mode::Sum`].
+    /// How the rows of a bag are pooled into one. Default [`Mode::Sum`].
     pub mode: Mode,
     /// Where virtual elements find their slots. Default `None`: [`Hash::default_for`] the embedding dimension.
     pub hash: Option<Hash>,
-    /// Indices equal to it are padding: they take no part in a bag and get no gradient. It may lie outside the table,
+    /// Indices equal to it are padding: they do not count in their bag and get no gradient. It may lie outside the table,
     /// such as -1. Default `None`.
     pub padding_idx: Option<i64>,
-    /// Offsets hold one more value, the end of the last bag. Default `false`.
+    /// Whether offsets hold one more value, the end of the last bag. Default `false`.
     pub include_last_offset: bool,
-    /// What is added to each index before it is hashed: where this table starts in a larger virtual one, as ROBE's
-    /// `val_offset` says. Tables that share a `hashed_weight` must not overlap. Default 0, the only one for a collection.
+    /// Added to each index before it is hashed: the row at which this table starts within a larger virtual one, like ROBE's
+    /// `val_offset`. Tables that share a `hashed_weight` must not overlap. Default 0, the only value that a collection takes.
     pub first_row: usize,
-    /// What happens with indices and offsets out of range. Default [`BoundsCheck::Error`].
+    /// What to do about indices and offsets that are out of range. Default [`BoundsCheck::Error`].
     pub bounds_check: BoundsCheck,
     /// How the gradient of `hashed_weight` is summed on CUDA. Default [`Gradient::Fastest`].
     pub gradient: Gradient,
@@ -50,7 +50,7 @@ impl HashedEmbeddingBagConfig {
     }
 }
 
-/// What a [`HashedEmbedding`](crate::HashedEmbedding) does: the fields of a [`HashedEmbeddingBagConfig`] that mean something
+/// What a [`HashedEmbedding`](crate::HashedEmbedding) does: the fields of a [`HashedEmbeddingBagConfig`] that make sense
 /// without bags.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -59,9 +59,9 @@ pub struct HashedEmbeddingConfig {
     pub hash: Option<Hash>,
     /// The index that is padding: it gives zeros and gets no gradient. It may lie outside the table, such as -1. Default `None`.
     pub padding_idx: Option<i64>,
-    /// What is added to each index before it is hashed; see [`HashedEmbeddingBagConfig::first_row`]. Default 0.
+    /// Added to each index before it is hashed; see [`HashedEmbeddingBagConfig::first_row`]. Default 0.
     pub first_row: usize,
-    /// What happens with indices out of range. Default [`BoundsCheck::Error`].
+    /// What to do about indices that are out of range. Default [`BoundsCheck::Error`].
     pub bounds_check: BoundsCheck,
     /// How the gradient of `hashed_weight` is summed on CUDA. Default [`Gradient::Fastest`].
     pub gradient: Gradient,
@@ -80,7 +80,7 @@ impl From<HashedEmbeddingConfig> for HashedEmbeddingBagConfig {
     }
 }
 
-/// How long a new `hashed_weight` is, and its initial values; made [`from`](From) an `f64`, which is the compression.
+/// The length and the initial values of a new `hashed_weight`. An `f64` converts into one: it is the compression.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -102,10 +102,10 @@ impl From<HashedEmbeddingConfig> for HashedEmbeddingBagConfig {
 pub struct HashedWeightConfig {
     /// The length of `hashed_weight` over `num_embeddings * embedding_dim`: above 0 and at most 1. `1.0 / 64.0` stores a 64th.
     ///
-    /// What it costs depends on the data and the task, and retrieval loses more than click prediction. Compare with the plain
-    /// table, [`Hash::identity`] at compression 1, before choosing.
+    /// How much accuracy it costs depends on the data and the task; retrieval loses more than click prediction. Compare with the
+    /// plain table, [`Hash::identity`] at compression 1, before you choose.
     pub compression: f64,
-    /// The initial values where the `VarBuilder` makes new variables. `None`: uniform in `±sqrt(1 / num_embeddings)`.
+    /// The initial values, if the `VarBuilder` creates new variables. `None`: uniform in `±sqrt(1 / num_embeddings)`.
     pub init: Option<Init>,
 }
 

@@ -1,17 +1,17 @@
-//! Errors: candle's own type, each message under the name of this crate.
+//! Errors: candle's type, with messages that start with the name of this crate.
 
 use candle_core::Error;
 use std::fmt::Display;
 
-/// The name of the lookup among candle's ops, and what the messages of all errors begin with.
+/// The name of the lookup op in candle, and the prefix of all error messages.
 pub(crate) const NAME: &str = "hashed-embedding-bag";
 
-/// `hashed-embedding-bag: <message>`, with a backtrace where candle takes one.
+/// `hashed-embedding-bag: <message>`, with a backtrace if candle is configured to capture one.
 pub(crate) fn error(message: impl Display) -> Error {
     Error::msg(format!("{NAME}: {message}")).bt()
 }
 
-/// Returns [`error`] of a formatted message.
+/// Returns from the function with the [`error`] of a formatted message.
 macro_rules! bail {
     ($($message:tt)+) => {
         return Err($crate::error::error(format_args!($($message)+)))

@@ -1,8 +1,8 @@
 //! Fitting a layer to a table that was not hashed: a way to compress an existing model.
 //!
-//! Every virtual element has one slot, so least squares is one problem per slot, and its solution `hashed_weight[slot]` is the
+//! Every virtual element has one slot, so the least-squares problem falls apart into one problem per slot, whose solution is the
 //! mean of the elements in that slot, each times its sign. The table is read twice, a chunk at a time: once for the means, once
-//! for the error. Nothing of its size is allocated.
+//! for the error. Nothing as large as the table is allocated.
 
 use crate::config::HashedEmbeddingBagConfig;
 use crate::error::bail;
@@ -17,25 +17,25 @@ use std::ops::Range;
 /// How many values of the table are read at once.
 const CHUNK_VALUES: usize = 1 << 20;
 
-/// How many of these a thread takes at a time.
+/// How many of those values a thread takes at a time.
 const TASK_VALUES: usize = 1 << 14;
 
 impl HashedEmbeddingBag {
-    /// The layer whose virtual table is nearest to `table` in least squares, and its relative error
+    /// The layer whose virtual table is closest to `table` in least squares, and its relative error
     /// `|table - virtual| / |table|` (Frobenius norms; 0 for a table of zeros).
     ///
     /// * `table`: `(num_embeddings, embedding_dim)`; f32, f64, f16 or bf16, on any device, in any strides; such as the
     ///   weight of `torch.nn.EmbeddingBag` or `candle_nn::Embedding`. `hashed_weight` has its dtype and device.
     /// * `compression`: the length of `hashed_weight` over the size of the table, as for
     ///   [`hashed_embedding_bag`](crate::hashed_embedding_bag()).
-    /// * The row at `config.padding_idx` is never looked up and does not count.
+    /// * The row at `config.padding_idx` is never looked up, so it is ignored.
     ///
-    /// Means are taken in f64; the error is that of `hashed_weight` in its own dtype. Slots that hold nothing are 0. Memory:
-    /// that of `hashed_weight`, 16 bytes more for each of its values, and a few MB for a part of the table at a time. The result
-    /// does not depend on the number of threads.
+    /// Means are computed in f64; the error is that of `hashed_weight` rounded to its own dtype. Slots without elements are 0.
+    /// Memory: `hashed_weight`, 16 more bytes for each of its values, and a few MB for the part of the table being read. The
+    /// result does not depend on the number of threads.
     ///
-    /// The error is large where rows have little in common: each of `n` values that share a slot is replaced by their mean.
-    /// A fit is a start for training, which is what makes a small `hashed_weight` good.
+    /// The error is large if rows have little in common, because all values that share a slot are replaced by their mean. A fit
+    /// is a starting point: a small `hashed_weight` becomes good by training.
     ///
     /// ```
     /// use candle_core::{Device, Tensor};
@@ -51,8 +51,8 @@ impl HashedEmbeddingBag {
     /// ```
     ///
     /// # Errors
-    /// A `table` that is not 2-D, no float, or holds a value that is not finite (by its position); a compression or a size
-    /// that [`hashed_embedding_bag`](crate::hashed_embedding_bag()) refuses.
+    /// A `table` that is not 2-D, not of a float dtype, or holds a value that is not finite (the message gives its position); a
+    /// compression or a size that [`hashed_embedding_bag`](crate::hashed_embedding_bag()) refuses.
     pub fn fit(
         table: &Tensor,
         compression: f64,
@@ -73,7 +73,7 @@ impl HashedEmbeddingBag {
     }
 }
 
-/// A table to fit, and the hash that finds the slots of its values.
+/// A table to fit, and the hash that maps its values to slots.
 struct Fit<'a, H: Locate> {
     table: &'a Tensor,
     num_embeddings: usize,
@@ -82,7 +82,7 @@ struct Fit<'a, H: Locate> {
     /// The constants of each column block.
     column_blocks: Vec<H::ColumnBlock>,
     first_row: usize,
-    /// The row that does not count.
+    /// The row that is ignored.
     padding: Option<usize>,
 }
 
@@ -124,7 +124,7 @@ impl<'a, H: Locate> Fit<'a, H> {
             let chunk = chunk?;
             self.check_finite(&chunk)?;
             let located = self.map_located(&chunk, |rows| rows);
-            // Each thread adds to slots of its own, and to each of these in the order of rows.
+            // Each thread adds to slots of its own, in the order of rows.
             let team = Team::new(located.len());
             let share = len.div_ceil(team.threads());
             let shares = sums.chunks_mut(share).zip(counts.chunks_mut(share));
@@ -164,7 +164,7 @@ impl<'a, H: Locate> Fit<'a, H> {
                 });
                 (lost, total)
             };
-            // Added up only here, where the order of additions does not depend on the threads.
+            // Only here, so that the order of additions does not depend on the threads.
             for (rows_lost, rows_total) in self.map_located(&chunk, squares) {
                 lost += rows_lost;
                 total += rows_total;
@@ -184,7 +184,7 @@ impl<'a, H: Locate> Fit<'a, H> {
         (0..self.num_embeddings).step_by(step).map(move |start| {
             let rows = start..(start + step).min(self.num_embeddings);
             let values = self.table.narrow(0, start, rows.len())?;
-            // Copied first: to move a view to another device, candle moves all of the storage that it is a view of.
+            // Copied first: to move a view to another device, candle would move the whole storage behind it.
             let values = values
                 .force_contiguous()?
                 .to_device(&Device::Cpu)?
@@ -196,7 +196,7 @@ impl<'a, H: Locate> Fit<'a, H> {
         })
     }
 
-    /// Calls `work` with the rows of a chunk, some at a time, which are the same however many threads there are.
+    /// Calls `work` with the rows of a chunk, a few at a time; the division does not depend on the number of threads.
     fn map_located<'b, R: Send>(
         &self,
         chunk: &'b Chunk,

@@ -1,4 +1,4 @@
-//! The layers, as candle-nn has them: a config with `Default`, a free constructor over a `VarBuilder`, `Module`.
+//! The layers, in the style of candle-nn: a config with `Default`, a free constructor that takes a `VarBuilder`, `Module`.
 //!
 //! | | a table of rows | the same, hashed |
 //! |---|---|---|
@@ -19,7 +19,7 @@ use candle_nn::{Init, Module, VarBuilder};
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
 
-/// The name of the parameter, here and in the state dict of the PyTorch package.
+/// Parameter name, here and in state dicts of the PyTorch package.
 pub(crate) const HASHED_WEIGHT: &str = "hashed_weight";
 
 /// An embedding bag whose table of `(num_embeddings, embedding_dim)` values is folded by a hash into one 1-D
@@ -36,7 +36,7 @@ pub(crate) const HASHED_WEIGHT: &str = "hashed_weight";
 /// * `offsets`: u32, i32 or i64, the start of each bag, `(num_bags,)`; `(num_bags + 1,)` with `include_last_offset`.
 /// * output: `(num_bags, embedding_dim)` in the dtype of `hashed_weight`. An empty bag, or one of padding only, is zeros.
 ///
-/// It is differentiable in `hashed_weight` when that is a variable. The backward pass stores nothing but its inputs.
+/// It is differentiable in `hashed_weight` if that is a variable. Only its inputs are kept for the backward pass.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
@@ -64,7 +64,7 @@ pub(crate) const HASHED_WEIGHT: &str = "hashed_weight";
 pub struct HashedEmbeddingBag {
     hashed_weight: Tensor,
     embedding_dim: usize,
-    /// With the hash that is in use.
+    /// Its `hash` is always set: to the hash in use.
     config: HashedEmbeddingBagConfig,
     slots: Slots,
     tables: Arc<Tables>,
@@ -72,15 +72,15 @@ pub struct HashedEmbeddingBag {
     first_rows: Option<Tensor>,
 }
 
-/// A [`HashedEmbeddingBag`] with a variable named `hashed_weight`, of which `hashed_weight` says how long it is and how it is
-/// initialised: `1.0 / 64.0` is a 64th of `num_embeddings * embedding_dim` values, uniform in `±sqrt(1 / num_embeddings)`.
+/// Creates a [`HashedEmbeddingBag`] on a variable named `hashed_weight`. The argument `hashed_weight` sets its length and initial
+/// values: `1.0 / 64.0` is a 64th of `num_embeddings * embedding_dim` values, uniform in `±sqrt(1 / num_embeddings)`.
 ///
-/// Its length is `floor(num_embeddings * embedding_dim * compression)`, at least 1, rounded up to whole blocks for
+/// The length is `floor(num_embeddings * embedding_dim * compression)`, at least 1, rounded up to whole blocks for
 /// [`Hash::Balanced`] and [`Hash::Mix`], and to at least one block for [`Hash::Affine`].
 ///
 /// # Errors
-/// Zero `num_embeddings` or `embedding_dim`, a compression outside `(0, 1]`, a hash whose numbers are out of range, a table
-/// too large for the hash, a `VarBuilder` whose dtype is no float, or what the `VarBuilder` itself refuses.
+/// Zero `num_embeddings` or `embedding_dim`, a compression outside `(0, 1]`, a hash with constants out of range, a table too
+/// large for the hash, a `VarBuilder` whose dtype is not a float, or an error of the `VarBuilder` itself.
 pub fn hashed_embedding_bag(
     num_embeddings: usize,
     embedding_dim: usize,
@@ -92,7 +92,7 @@ pub fn hashed_embedding_bag(
     create(tables, embedding_dim, hashed_weight.into(), config, vb)
 }
 
-/// A layer over one or several tables, on a variable of the `VarBuilder`.
+/// Creates a layer over one or several tables, on a variable of the `VarBuilder`.
 pub(crate) fn create(
     tables: Tables,
     embedding_dim: usize,
@@ -111,7 +111,7 @@ pub(crate) fn create(
     HashedEmbeddingBag::over(hashed_weight, Arc::new(tables), embedding_dim, config)
 }
 
-/// The length of a new `hashed_weight`, once it suits the tables and the hash.
+/// The length of a new `hashed_weight`, checked against the tables and the hash.
 pub(crate) fn new_len(
     tables: &Tables,
     embedding_dim: usize,
@@ -131,7 +131,7 @@ pub(crate) fn new_len(
     let hash = config.hash_for(embedding_dim);
     let len = tables.num_rows() as f64 * embedding_dim as f64 * compression;
     let len = hash.round_up_len(len as usize)?;
-    // Before any memory is asked for: even in f64, the largest dtype, it must be addressable.
+    // Checked before memory is allocated: even in f64, the largest dtype, it must be addressable.
     if len > isize::MAX as usize / 8 {
         bail!("compression {compression} makes hashed_weight too large, {len} values");
     }
@@ -141,7 +141,7 @@ pub(crate) fn new_len(
 }
 
 fn check_embedding_dim(embedding_dim: usize) -> Result<()> {
-    // The kernels count columns in 32 bits, some past the last.
+    // The kernels count columns in 32 bits, and go some way past the last one.
     if embedding_dim == 0 || i32::try_from(embedding_dim).is_err() {
         bail!("embedding_dim must lie in 1..2^31, got {embedding_dim}");
     }
@@ -149,10 +149,10 @@ fn check_embedding_dim(embedding_dim: usize) -> Result<()> {
 }
 
 impl HashedEmbeddingBag {
-    /// A layer on a `hashed_weight` of your own, `(len,)`. A tensor serves inference; the tensor of a `Var` trains.
+    /// A layer on an existing `hashed_weight`, `(len,)`: the tensor of a `Var` to train it, any other tensor for inference.
     ///
     /// # Errors
-    /// A `hashed_weight` that is not 1-D or no float, a hash or a length that [`Hash::check_len`] refuses, zero
+    /// A `hashed_weight` that is not 1-D or not of a float dtype, a hash or a length that [`Hash::check_len`] refuses, zero
     /// `num_embeddings` or `embedding_dim`, or a table too large for the hash.
     pub fn new(
         hashed_weight: Tensor,
@@ -164,7 +164,7 @@ impl HashedEmbeddingBag {
         Self::over(hashed_weight, Arc::new(tables), embedding_dim, config)
     }
 
-    /// A layer over one or several tables; `config.first_row` is in `tables`.
+    /// A layer over one or several tables, which already include `config.first_row`.
     pub(crate) fn over(
         hashed_weight: Tensor,
         tables: Arc<Tables>,
@@ -200,20 +200,20 @@ impl HashedEmbeddingBag {
     }
 
     /// Pools `indices` by `offsets`: `(nnz,)` and `(num_bags,)`, or `(num_bags + 1,)` with `include_last_offset`, to
-    /// `(num_bags, embedding_dim)`. Bags of one length need no offsets: [`Module::forward`].
+    /// `(num_bags, embedding_dim)`. Bags of equal length need no offsets: see [`Module::forward`].
     ///
-    /// Without `include_last_offset` every offset starts a bag: a last one that equals `nnz` is an empty bag, not the end.
+    /// Without `include_last_offset` every offset starts a bag: a last offset of `nnz` is an empty bag, not an end marker.
     ///
     /// # Errors
     /// Wrong ranks, dtypes or devices; with [`BoundsCheck::Error`] also a row outside `0..num_embeddings` that is not
-    /// padding, and offsets that do not start at 0, decrease or pass `nnz`, each by position and value.
+    /// padding, and offsets that do not start at 0, decrease or exceed `nnz`. The message gives position and value.
     pub fn forward_with_offsets(&self, indices: &Tensor, offsets: &Tensor) -> Result<Tensor> {
         self.lookup(indices, Some(offsets), JaggedLayout::BatchMajor, None)
     }
 
     /// Pools `indices` of shape `(num_bags, bag_len)`, each row multiplied by its own weight, to `(num_bags, embedding_dim)`;
     /// mode sum only. `per_sample_weights` has the shape of `indices` and the dtype of `hashed_weight`, and gets a gradient
-    /// when it is tracked.
+    /// if it is tracked.
     ///
     /// # Errors
     /// A mode other than sum, weights of another shape or dtype, and those of [`Module::forward`].
@@ -275,7 +275,7 @@ impl HashedEmbeddingBag {
     }
 
     /// Rows of the virtual table as a tensor, `(rows.len(), embedding_dim)`: `..` for the whole table, a range for a part of it.
-    /// Say for an index of nearest neighbours, or to go on without hashing; [`fit`](Self::fit) is the way back.
+    /// For example to build a nearest-neighbour index, or to go on without hashing; [`fit`](Self::fit) is the inverse.
     ///
     /// The row at `padding_idx` is zeros, as it is in a lookup. Differentiable in `hashed_weight`.
     ///
@@ -322,13 +322,13 @@ impl HashedEmbeddingBag {
         self.forward(&indices.unsqueeze(1)?)
     }
 
-    /// The configuration of this layer, as [`HashedEmbeddingBag::new`] takes it. Its hash is that in use, also where it was
-    /// left to the default.
+    /// The configuration of this layer, as [`HashedEmbeddingBag::new`] takes it. Its hash is the one in use, even if it was left
+    /// to the default.
     pub fn config(&self) -> HashedEmbeddingBagConfig {
         self.config
     }
 
-    /// The table or tables this layer looks into.
+    /// The table or tables of this layer.
     pub(crate) fn tables(&self) -> &Arc<Tables> {
         &self.tables
     }
@@ -348,7 +348,7 @@ impl HashedEmbeddingBag {
         self.embedding_dim
     }
 
-    /// The length of `hashed_weight` over the size of the virtual table, as it came out.
+    /// The actual compression: the length of `hashed_weight` over the size of the virtual table.
     pub fn compression(&self) -> f64 {
         let table = self.num_embeddings() as f64 * self.embedding_dim() as f64;
         self.hashed_weight.elem_count() as f64 / table
@@ -359,7 +359,7 @@ impl HashedEmbeddingBag {
         self.config.hash_for(self.embedding_dim)
     }
 
-    /// The same layer with other bounds checks, say for a layer that came from a checkpoint.
+    /// The same layer with another bounds check, for example after loading it from a checkpoint.
     pub fn with_bounds_check(mut self, bounds_check: BoundsCheck) -> Self {
         self.config.bounds_check = bounds_check;
         self
@@ -385,7 +385,7 @@ impl HashedEmbeddingBag {
     /// ```
     ///
     /// # Errors
-    /// Another shape, or a dtype that is no float.
+    /// Another shape, or a dtype that is not a float.
     pub fn with_hashed_weight(&self, hashed_weight: Tensor) -> Result<Self> {
         if hashed_weight.dims() != self.hashed_weight.dims() {
             bail!(
@@ -437,8 +437,8 @@ pub struct HashedEmbedding {
 /// The prefix of the parameter of a [`HashedEmbedding`].
 pub(crate) const INNER_BAG: &str = "hashed_embedding_bag";
 
-/// A [`HashedEmbedding`] with a variable named `hashed_embedding_bag.hashed_weight`; its length and initial values are those
-/// of [`hashed_embedding_bag()`].
+/// Creates a [`HashedEmbedding`] on a variable named `hashed_embedding_bag.hashed_weight`, with length and initial values as in
+/// [`hashed_embedding_bag()`].
 ///
 /// # Errors
 /// Those of [`hashed_embedding_bag()`].
@@ -455,7 +455,7 @@ pub fn hashed_embedding(
 }
 
 impl HashedEmbedding {
-    /// A layer on a `hashed_weight` of your own; see [`HashedEmbeddingBag::new`].
+    /// A layer on an existing `hashed_weight`; see [`HashedEmbeddingBag::new`].
     ///
     /// # Errors
     /// Those of [`HashedEmbeddingBag::new`].
@@ -495,7 +495,7 @@ impl HashedEmbedding {
         }
     }
 
-    /// The same layer with other bounds checks; see [`HashedEmbeddingBag::with_bounds_check`].
+    /// The same layer with another bounds check; see [`HashedEmbeddingBag::with_bounds_check`].
     pub fn with_bounds_check(self, bounds_check: BoundsCheck) -> Self {
         let bag = self.bag.with_bounds_check(bounds_check);
         Self { bag }
@@ -511,7 +511,7 @@ impl HashedEmbedding {
     }
 }
 
-/// Single rows of the same table. Of a bag of one row, sum, mean and max are the same.
+/// Single rows of the same table, in any mode: sum, mean and max of one row are the same.
 impl From<HashedEmbeddingBag> for HashedEmbedding {
     fn from(bag: HashedEmbeddingBag) -> Self {
         Self { bag }

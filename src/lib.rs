@@ -1,6 +1,6 @@
 //! Hashed embedding bags for [candle](https://github.com/huggingface/candle).
 //!
-//! An embedding bag whose table does not exist: its `num_embeddings * embedding_dim` values are folded by a hash into one
+//! An embedding bag whose table is never stored: its `num_embeddings * embedding_dim` values are folded by a hash into one
 //! short 1-D parameter, `hashed_weight`, and virtual element `(row, column)` is `sign * hashed_weight[slot(row, column)]`.
 //! 10x to 1000x less memory at nearly the same accuracy, on CPU and CUDA, forward and backward.
 //!
@@ -10,10 +10,10 @@
 //! | look up many tables at once, over one parameter | [`hashed_embedding_bag_collection()`], [`HashedEmbeddingBagCollection`] |
 //! | look up single rows | [`hashed_embedding()`], [`HashedEmbedding`] |
 //! | choose where values go, or match weights trained in PyTorch | [`Hash`](enum@Hash) |
-//! | train in one pass over memory per step, and resume | [`optim::AdamW`], [`optim::Adagrad`], [`optim::Sgd`] |
+//! | train with one pass over memory per step, and resume | [`optim::AdamW`], [`optim::Adagrad`], [`optim::Sgd`] |
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
 //! | open what PyTorch saved | [`StateDict`] |
-//! | make a hashed layer of a table that was not hashed | [`HashedEmbeddingBag::fit`] |
+//! | compress a table that was not hashed | [`HashedEmbeddingBag::fit`] |
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -28,7 +28,7 @@
 //! let layer = hashed_embedding_bag(1_000_000, 32, 1.0 / 64.0, Default::default(), vb)?;
 //! assert_eq!(layer.hashed_weight().dims(), [500_000]);
 //!
-//! // Three bags: rows 7 and 999,999, no row, row 7 twice.
+//! // Three bags: rows 7 and 999,999; no row; row 7 twice.
 //! let indices = Tensor::new(&[7u32, 999_999, 7, 7], &device)?;
 //! let offsets = Tensor::new(&[0u32, 2, 2], &device)?;
 //! let out = layer.forward_with_offsets(&indices, &offsets)?;
@@ -41,7 +41,7 @@
 //! # }
 //! ```
 //!
-//! The feature `cuda` adds the kernels; it needs `nvcc`, and a driver at least as new as the toolkit.
+//! The feature `cuda` adds the CUDA kernels; it needs `nvcc`, and a driver at least as new as the toolkit.
 
 #![warn(missing_docs)]
 
@@ -71,11 +71,15 @@ pub use import::StateDict;
 pub use layer::{hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag};
 pub use op::{Gradient, Mode};
 
-/// Compiles and runs the Rust of the documents.
+/// Compiles and runs the Rust in the documents.
 #[cfg(doctest)]
 mod documents {
     #[doc = include_str!("../README.md")]
     struct Readme;
+    #[doc = include_str!("../docs/format.md")]
+    struct Format;
+    #[doc = include_str!("../docs/performance.md")]
+    struct Performance;
     #[doc = include_str!("../docs/pytorch.md")]
     struct PyTorch;
 }

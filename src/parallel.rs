@@ -1,18 +1,18 @@
 //! Work divided among the threads of candle's own pool.
 //!
-//! A second pool would compete with it: candle's threads go on looking for work for a while after each of its operations, and
-//! would keep the processors that the other pool's threads wait for.
+//! A second pool would compete with it: after each of its operations, candle's threads keep looking for work for a while, and
+//! occupy the processors that the other pool's threads are waiting for.
 //!
-//! The pool works for one caller at a time, all of its threads wake for that, and all must have run before it ends. So a call
-//! is divided only where it is worth waking them, and where there are fewer callers than threads: more would leave no processor
-//! idle, and take those away that the pool waits for. What is given to the pool must not panic, which would poison it for the
-//! whole process, nor call candle, which would wait for itself.
+//! The pool serves one caller at a time. Each time, all of its threads wake up, and all must have run before the call returns. So
+//! a call is divided only if that is worth waking them, and only while there are fewer callers than threads: with more, no
+//! processor is idle, and callers would take those away that the pool waits for. Work given to the pool must not panic, which
+//! would poison the pool for the whole process, and must not call candle, which would deadlock.
 
 use candle_core::utils::barrier_pool;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 
-/// How many calls are at work that might be divided.
+/// How many calls are running that are large enough to be divided.
 static CALLERS: AtomicUsize = AtomicUsize::new(0);
 
 /// The threads of one call.
@@ -22,7 +22,7 @@ pub(crate) struct Team {
 }
 
 impl Team {
-    /// For work of up to `shares` shares, each of which is worth a thread.
+    /// A team for work that is worth up to `shares` threads.
     pub fn new(shares: usize) -> Self {
         if shares <= 1 {
             return Self {
@@ -39,13 +39,13 @@ impl Team {
         }
     }
 
-    /// How many threads there are, the caller's among them.
+    /// The number of threads, including the caller's.
     pub fn threads(&self) -> usize {
         self.threads
     }
 
-    /// What `work` makes of each item, in order. Threads take items as they come, so that one which is late leaves its share
-    /// to others.
+    /// Applies `work` to each item and returns the results in order. Threads take one item after the other, so that a thread that
+    /// is late leaves items to the others.
     pub fn map<I: Send, R: Send>(
         &self,
         mut items: impl Iterator<Item = I>,
@@ -54,7 +54,7 @@ impl Team {
         self.map_dyn(&mut items, &work)
     }
 
-    /// [`map`](Self::map), compiled for what goes in and comes out and not for every closure.
+    /// [`map`](Self::map), compiled once per pair of item and result types instead of once per closure.
     fn map_dyn<I: Send, R: Send>(
         &self,
         items: &mut dyn Iterator<Item = I>,
@@ -77,13 +77,13 @@ impl Team {
         results.collect()
     }
 
-    /// Does `work` for each item, as [`map`](Self::map) does.
+    /// Calls `work` with each item, in the way of [`map`](Self::map).
     pub fn for_each<I: Send>(&self, items: impl Iterator<Item = I>, work: impl Fn(I) + Sync) {
         self.map(items, work);
     }
 }
 
-/// Calls `work` with `0..n`, on all threads of the pool. Not generic, so that it is compiled once.
+/// Calls `work` with each of `0..n`, on all threads of the pool. Not generic, so that it is compiled once.
 fn in_pool(n: usize, work: &(dyn Fn(usize) + Sync)) {
     barrier_pool().execute_chunked(n, |range| range.for_each(work));
 }

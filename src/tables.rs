@@ -1,4 +1,4 @@
-//! The tables that share one `hashed_weight`: their names, and the rows of the virtual table that each of them is.
+//! The tables that share one `hashed_weight`: their names, and which rows of the virtual table each of them owns.
 
 use crate::error::{bail, error};
 use candle_core::Result;
@@ -7,7 +7,7 @@ use std::collections::HashSet;
 /// One or more tables over one `hashed_weight`, as consecutive rows of one virtual table.
 #[derive(Debug, Clone)]
 pub(crate) struct Tables {
-    /// Empty for the single table of a layer, which has no name.
+    /// Empty for a layer, whose single table has no name.
     names: Vec<String>,
     /// Table `t` is rows `first_rows[t]..first_rows[t + 1]`.
     first_rows: Vec<i64>,
@@ -86,7 +86,7 @@ impl Tables {
     }
 }
 
-/// The row after the last of `num_embeddings` rows, or what is wrong with their number.
+/// The row after the last of `num_embeddings` rows from `first_row` on, or an error message about their number.
 fn end_row(first_row: usize, num_embeddings: usize) -> std::result::Result<i64, String> {
     match i64::try_from(first_row.saturating_add(num_embeddings)) {
         Ok(end) if num_embeddings > 0 => Ok(end),

@@ -1,9 +1,9 @@
-"""Times torch.nn.EmbeddingBag on the CPU on the lookups of `cargo bench`, and prints how much faster this crate is.
+"""Times torch.nn.EmbeddingBag on the lookups of the CPU benchmark (benches/cpu.rs), and prints how much faster this crate is.
 
-    cargo bench --bench cpu
+    cargo bench -p benches --bench cpu
     python3 benches/peers/torch_cpu.py target/criterion
 
-The table is the full one of a million rows; the gradient is sparse, but for max, where torch has none. Needs torch.
+The table is the full one of a million rows. The gradient is sparse, except for max, where torch has none. Needs torch.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def row(i):
 
 
 def fastest_seconds(run, samples=20, seconds=0.025):
-    """As criterion samples: each sample is the mean of enough calls to fill some time. The fastest is what a machine with
-    other tenants can do."""
+    """Samples as criterion does: each sample is the mean of enough calls to fill some time. The fastest shows what the machine
+    can do while others use it too."""
     run()
     start = time.perf_counter()
     run()

@@ -22,7 +22,7 @@ DEVICE = torch.device("cuda")
 
 
 def median_ms(run, repeats=9, calls=50):
-    """The median over repeats of the time per call: as in the example, host clock around calls and a synchronisation."""
+    """The median over repeats of the time per call, measured as in benches/gpu.rs: host clock, calls, a synchronisation."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -37,7 +37,7 @@ def median_ms(run, repeats=9, calls=50):
 
 
 def peak_bytes(run):
-    """Device memory that a step takes beyond what is there before it."""
+    """Peak device memory of a step, beyond what is in use before it."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -133,7 +133,7 @@ def main():
     results = {}
     table = lambda dim, sparse, mode="sum", dtype=torch.float32: lambda: full_table(dim, mode, dtype, sparse)
     peers = [
-        # name, workload of the example, rows, what to build, with backward
+        # name, workload of the benchmark `gpu`, rows, what to build, with backward
         ("torch, full table, dense gradient", "default", "uniform", table(128, False), True),
         ("torch, full table, sparse gradient", "default", "uniform", table(128, True), True),
         ("torch, full table, sparse gradient", "zipf", "zipf", table(128, True), True),

@@ -1,4 +1,4 @@
-//! The command line: which layers a state dict holds, since it does not say so itself.
+//! The command line. It describes the layers of a state dict, which does not do so itself.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -51,7 +51,7 @@ pub struct Options {
 }
 
 impl Options {
-    /// All layers that are asked for.
+    /// All layers to convert.
     pub fn requests(&self) -> impl Iterator<Item = &Request> {
         [
             &self.bag,
@@ -75,7 +75,7 @@ Examples:
   convert full.pth small.safetensors --fit item,compression=1/32       # item.weight becomes item.hashed_weight
   convert --inspect model.safetensors";
 
-/// What a layer was in PyTorch.
+/// The PyTorch module that a layer was.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Kind {
     Bag,
@@ -86,7 +86,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// The options that `NAME:ROWSxCOLUMNS` may be followed by.
+    /// The options that may follow `NAME:ROWSxCOLUMNS`.
     fn options(self) -> &'static [&'static str] {
         match self {
             Self::Bag => &["mode", "padding_idx", "include_last_offset"],
@@ -114,16 +114,16 @@ impl Kind {
 pub struct Request {
     pub kind: Kind,
     pub name: String,
-    /// Rows of each table; none where the table itself says its size.
+    /// Rows of each table; empty for [`Kind::Fit`], whose table has a known size.
     pub rows: Vec<usize>,
     pub columns: usize,
     pub config: HashedEmbeddingBagConfig,
-    /// Of [`Kind::Fit`].
+    /// Only for [`Kind::Fit`].
     pub compression: f64,
     pub uma_chunk_size: usize,
 }
 
-/// Parses `NAME:ROWSxCOLUMNS[,OPTION=VALUE]`, or `NAME[,OPTION=VALUE]` for [`Kind::Fit`], whose table says its size.
+/// Parses `NAME:ROWSxCOLUMNS[,OPTION=VALUE]`, or `NAME[,OPTION=VALUE]` for [`Kind::Fit`].
 fn parser(kind: Kind) -> impl Fn(&str) -> Result<Request> + Clone {
     move |text| {
         let (head, options) = text.split_once(',').unwrap_or((text, ""));

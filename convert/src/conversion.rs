@@ -1,4 +1,4 @@
-//! Conversion: the hashed layers of a state dict, and the tensors beside them, written as a checkpoint.
+//! Writes the hashed layers of a state dict, and its other tensors, as a checkpoint.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -13,7 +13,7 @@ use candle_hashed_embedding_bag::{
 use crate::arguments::{Kind, Request};
 
 /// Writes the layers that `requests` describe to `checkpoint`, and with `others` all other tensors of `state` that candle has
-/// a dtype for. Returns what there is to say of layers that are fitted and of tensors that are left out.
+/// a dtype for. Returns a report on layers that were fitted and tensors that were left out.
 pub fn convert<'a>(
     mut state: StateDict,
     requests: impl Iterator<Item = &'a Request>,
@@ -42,7 +42,7 @@ pub fn convert<'a>(
     Ok(report)
 }
 
-/// Takes all that is left in a state dict, except tensors of dtypes that candle lacks, which the report names.
+/// Takes everything that is left in a state dict, except tensors with dtypes that candle lacks, which the report names.
 fn rest(state: &mut StateDict, report: &mut String) -> Result<Vec<(String, Tensor)>> {
     let keys: Vec<_> = state.keys().map(str::to_string).collect();
     let mut tensors = vec![];
@@ -66,7 +66,7 @@ fn rest(state: &mut StateDict, report: &mut String) -> Result<Vec<(String, Tenso
 struct Converted {
     name: String,
     layer: BagOrCollection,
-    /// The relative error of a layer that is fitted to a table.
+    /// The relative error, if the layer was fitted to a table.
     fit_error: Option<f64>,
 }
 
@@ -135,7 +135,7 @@ impl Request {
     }
 }
 
-/// `prefix.name`, or `name` alone under the empty prefix.
+/// `prefix.name`, or just `name` if the prefix is empty.
 pub fn join(prefix: &str, name: &str) -> String {
     match prefix {
         "" => name.to_string(),

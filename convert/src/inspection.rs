@@ -1,4 +1,4 @@
-//! A look into files: the entries of a state dict, and the layers of a checkpoint, which is checked.
+//! Lists the entries of a state dict, or the layers of a checkpoint, which it also checks.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -12,7 +12,7 @@ use comfy_table::{presets, Table};
 
 use crate::conversion::join;
 
-/// The entries of a state dict; their values are not read.
+/// Lists the entries of a state dict, without reading their values.
 pub fn list(state: StateDict) -> Result<String> {
     let mut table = new_table(&["entry", "dtype", "shape"]);
     let mut notes = String::new();
@@ -27,7 +27,7 @@ pub fn list(state: StateDict) -> Result<String> {
                 }
                 table.add_row(tensor_row(key, &info));
             }
-            // A tensor without dtype and shape of its own, such as a sparse one.
+            // A tensor that is not an array with a dtype and a shape, such as a sparse one.
             Err(error) => {
                 writeln!(notes, "{error}")?;
                 table.add_row([key, "-", "-"]);
@@ -37,10 +37,10 @@ pub fn list(state: StateDict) -> Result<String> {
     Ok(format!("{table}\n{notes}"))
 }
 
-/// What a checkpoint holds.
+/// Lists what a checkpoint holds.
 ///
 /// # Errors
-/// What is wrong with its description, and a hashed value that is not finite.
+/// If its description is wrong, or a hashed value is not finite.
 pub fn inspect(path: &Path) -> Result<String> {
     let checkpoint = Checkpoint::open(path)?;
     let (mut layers, mut parameters) = (new_table(&HashedLayer::COLUMNS), vec![]);

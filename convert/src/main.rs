@@ -1,7 +1,7 @@
-//! From a PyTorch state dict to a self-describing checkpoint, and a look into either.
+//! Converts a PyTorch state dict to a self-describing checkpoint, and lists the contents of either.
 //!
 //! ```text
-//! cargo install --path convert      once; then, say
+//! cargo install --path convert      # once; then, for example,
 //! convert model.pth model.safetensors --bag user:6040x16,mode=mean
 //! convert --help
 //! ```
@@ -9,8 +9,8 @@
 //! | module | |
 //! |---|---|
 //! | [`arguments`] | the command line |
-//! | [`conversion`] | the layers of a state dict, written as a checkpoint |
-//! | [`inspection`] | what a state dict or a checkpoint holds |
+//! | [`conversion`] | writes the layers of a state dict as a checkpoint |
+//! | [`inspection`] | lists what a state dict or a checkpoint holds |
 
 mod arguments;
 mod conversion;
@@ -31,13 +31,13 @@ fn main() -> Result<()> {
         .write_all(report.as_bytes())
         .and_then(|()| stdout.flush())
     {
-        // Whoever reads this has seen enough, as in `convert model.pth | head -1`.
+        // The reader has seen enough, as in `convert model.pth | head -1`.
         Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
         written => written.context("standard output"),
     }
 }
 
-/// Does what is asked, and returns what there is to say of it.
+/// Does what the options ask for, and returns the report to print.
 fn run(options: Options) -> Result<String> {
     if let Some(checkpoint) = &options.inspect {
         return inspection::inspect(checkpoint);

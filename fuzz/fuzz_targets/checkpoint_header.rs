@@ -1,4 +1,4 @@
-//! Files that are nearly checkpoints: a header of the right form with values at the edges, wrong in a few places.
+//! Files that are almost checkpoints: a header of the right form, with extreme values and a few errors.
 #![no_main]
 
 use arbitrary::{Result, Unstructured};
@@ -25,7 +25,7 @@ const EDGES: [u64; 16] = [
     1 << 63,
     u64::MAX,
 ];
-/// Names of safetensors, and bits per value.
+/// The dtypes of safetensors, with their bits per value.
 const DTYPES: [(&str, u64); 20] = [
     ("F32", 32),
     ("F16", 16),
@@ -49,7 +49,7 @@ const DTYPES: [(&str, u64); 20] = [
     ("C64", 64),
 ];
 
-/// `usual`, now and then something else.
+/// Mostly `usual`, now and then something else.
 fn or_odd(u: &mut Unstructured, usual: Value) -> Result<Value> {
     if !u.ratio(1, 24)? {
         return Ok(usual);
@@ -66,7 +66,7 @@ fn or_odd(u: &mut Unstructured, usual: Value) -> Result<Value> {
     })
 }
 
-/// Small most of the time.
+/// Mostly a small number.
 fn number(u: &mut Unstructured) -> Result<u64> {
     Ok(match u.int_in_range(0..=3)? {
         0 => *u.choose(&EDGES)?,
@@ -74,7 +74,7 @@ fn number(u: &mut Unstructured) -> Result<u64> {
     })
 }
 
-/// What is said of a layer, or of a collection of tables.
+/// The description of a layer, or of a collection of tables.
 fn layer(u: &mut Unstructured, collection: bool) -> Result<Value> {
     let hash = if u.arbitrary()? {
         let block = 1 << u.int_in_range(0..=5)?;
@@ -135,7 +135,7 @@ fn layer(u: &mut Unstructured, collection: bool) -> Result<Value> {
     Ok(layer)
 }
 
-/// The tensor `name`, its data at `start`; returns its end.
+/// Describes the tensor `name`, with its data at `start`, and returns where its data end.
 fn tensor(u: &mut Unstructured, start: u64, layer: bool) -> Result<(Value, u64)> {
     let (dtype, bits) = if layer && !u.ratio(1, 8)? {
         DTYPES[u.int_in_range(0..=3)?]
@@ -149,7 +149,7 @@ fn tensor(u: &mut Unstructured, start: u64, layer: bool) -> Result<(Value, u64)>
         (0..rank).map(|_| number(u)).collect::<Result<_>>()?
     };
     let values = shape.iter().try_fold(1u64, |n, &dim| n.checked_mul(dim));
-    // Nothing absurd is written; what claims to be larger claims a wrong end.
+    // Only files of moderate size are written; a tensor that claims to be larger claims a wrong end.
     let bytes = values.map_or(0, |n| n.saturating_mul(bits) / 8);
     let end = start + if bytes > 1 << 14 { 0 } else { bytes };
     let tensor = json!({

@@ -1,11 +1,11 @@
-//! What the targets share: files in memory, and what must hold for every checkpoint that opens.
+//! Shared by the targets: a folder in memory, and the properties of every checkpoint that opens.
 
 use candle_core::{DType, Device, Module, Tensor};
 use candle_hashed_embedding_bag::checkpoint::{self, Checkpoint, Layer};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
-/// A folder of this process, in memory where the system has such a place.
+/// A folder for this process, in memory if the system offers that.
 pub fn folder() -> &'static Path {
     static FOLDER: OnceLock<PathBuf> = OnceLock::new();
     FOLDER.get_or_init(|| {
@@ -21,7 +21,7 @@ pub fn folder() -> &'static Path {
     })
 }
 
-/// Opens `bytes` as a checkpoint. What opens must load, look up its first and last row, and survive a round trip.
+/// Opens `bytes` as a checkpoint. If it opens, its layers must load, look up their first and last rows, and survive a round trip.
 pub fn open_checkpoint(bytes: &[u8]) {
     let path = folder().join("checkpoint");
     std::fs::write(&path, bytes).expect("a file for the input");
@@ -32,7 +32,7 @@ pub fn open_checkpoint(bytes: &[u8]) {
     let (_, metadata) = safetensors::SafeTensors::read_metadata(bytes).expect("it was opened");
     let vb = checkpoint.var_builder(DType::F32, &Device::Cpu);
     for (name, info) in metadata.tensors() {
-        // A dtype candle does not have is an error; nothing may panic.
+        // A dtype that candle does not have is an error; nothing may panic.
         let _ = checkpoint.tensor(&name, &Device::Cpu);
         let _ = vb.get(info.shape.as_slice(), &name);
     }
@@ -41,7 +41,7 @@ pub fn open_checkpoint(bytes: &[u8]) {
         let layer = checkpoint
             .hashed_embedding_bag(name, DType::F32, &Device::Cpu)
             .expect("what opens can be loaded");
-        // The size of an output is for the caller to judge.
+        // Only outputs of moderate size, which the caller is responsible for.
         if spec.embedding_dim <= 4096 {
             let rows = [0, spec.num_embeddings as i64 - 1];
             let indices = Tensor::new(&[rows], &Device::Cpu).expect("a tensor");

@@ -1,4 +1,4 @@
-//! PyTorch state dicts: arbitrary files, and arbitrary pickles within a sound archive. The first byte tells which.
+//! PyTorch state dicts: arbitrary files, and arbitrary pickles in a valid archive. The first byte of the input selects which.
 #![no_main]
 
 use candle_core::Device;
@@ -9,7 +9,7 @@ use std::io::{Cursor, Write};
 use zip::write::SimpleFileOptions;
 use zip::{CompressionMethod, ZipWriter};
 
-/// The archive that `torch.save` writes, with this description of its tensors and some bytes for each storage.
+/// An archive like those of `torch.save`, with `pickle` as the description of its tensors and some bytes for each storage.
 fn archive(pickle: &[u8]) -> Vec<u8> {
     let mut zip = ZipWriter::new(Cursor::new(vec![]));
     let options = SimpleFileOptions::default().compression_method(CompressionMethod::Stored);
@@ -53,7 +53,7 @@ fuzz_target!(|input: &[u8]| {
         let keys: Vec<_> = state_dict.keys().map(str::to_string).collect();
         for key in keys {
             let info = state_dict.tensor_info(&key);
-            // What is taken is what was announced.
+            // A tensor is what its description says.
             if let Ok(tensor) = state_dict.take(&key, device) {
                 let info = info.expect("the tensor is described");
                 assert_eq!(tensor.dims(), info.shape);

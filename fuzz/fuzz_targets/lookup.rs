@@ -1,5 +1,5 @@
-//! Arbitrary indices, offsets and layers: with checks, exactly what breaks the contract is refused; without, nothing
-//! happens outside the tensors (the address sanitizer watches).
+//! Arbitrary indices, offsets and layers. With bounds checks, exactly what breaks the contract is refused; without them, nothing
+//! outside the tensors is read or written, which the address sanitizer checks.
 #![no_main]
 
 use arbitrary::Arbitrary;
@@ -12,7 +12,7 @@ enum Integers {
     U32(Vec<u32>),
     I32(Vec<i32>),
     I64(Vec<i64>),
-    /// Small ones, which are often right.
+    /// Small values, which are often valid.
     Small(Vec<u8>),
 }
 
@@ -59,7 +59,7 @@ enum HashKind {
 struct Input {
     indices: Integers,
     offsets: Option<Integers>,
-    /// Of the indices without offsets.
+    /// Used if there are no offsets.
     bag_len: u8,
     weighted: bool,
     hash: HashKind,
@@ -134,7 +134,7 @@ fn run(input: &Input) -> Result<()> {
         Some(offsets) => layer.forward_with_offsets(&indices, offsets),
     };
 
-    // Indices in no bag are nobody's business.
+    // Indices outside every bag are not checked.
     let looked_at = match input.offsets.as_ref().map(Integers::values) {
         None => indices.elem_count(),
         Some(offsets) => match offsets.last() {

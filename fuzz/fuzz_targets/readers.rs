@@ -1,7 +1,7 @@
-//! The recommender's readers on arbitrary files: errors, not panics.
+//! The recommender's readers on arbitrary files, which must give errors and not panics.
 //!
-//! An input is a format and what follows it after a zero byte: `log` and a click log, perhaps compressed; or `csv` or `dat`
-//! and MovieLens' files `movies`, `ratings` and `users` (which may be missing), with a zero byte between them.
+//! An input is a format, a zero byte, and the data: `log` and a click log, possibly compressed; or `csv` or `dat` and MovieLens'
+//! files `movies`, `ratings` and `users` (each may be missing), with a zero byte between them.
 #![no_main]
 
 use candle_hashed_embedding_bag_fuzz::folder;

@@ -1,4 +1,5 @@
-//! The affine family, of HashedEmbeddingBag and ROBE: linear in row and block, modulo a number and then modulo the length.
+//! The affine family, used by HashedEmbeddingBag and ROBE: linear in row and column block, modulo a constant and then modulo the
+//! number of slots at which a block can start.
 
 use super::divisor::Divisor;
 use super::{Locate, MAX_ROWS};
@@ -33,7 +34,7 @@ pub enum Overflow {
 }
 
 impl Affine {
-    /// Whether the sum of the formula leaves the signed 64-bit range somewhere in this table and must not.
+    /// Whether this hash must not leave the signed 64-bit range, but would somewhere in this table.
     pub(super) fn overflows(&self, num_embeddings: usize, embedding_dim: usize) -> bool {
         let last_row = num_embeddings.saturating_sub(1) as u128;
         let last_block = (embedding_dim.saturating_sub(1) / self.block) as u128;
@@ -44,7 +45,7 @@ impl Affine {
         self.overflow == Overflow::Refuse && highest > i64::MAX as u128
     }
 
-    /// Binds the hash to a length that suits it.
+    /// Binds the hash to a length that has passed [`Hash::check_len`](super::Hash::check_len).
     pub(super) fn bind(&self, len: usize) -> AffineSlots {
         AffineSlots {
             a: self.a,
@@ -57,7 +58,7 @@ impl Affine {
     }
 }
 
-/// An affine hash bound to a length; passed to the CUDA kernels as it is, twin of `AffineSlots` in `kernels/hash.cuh`.
+/// An affine hash bound to a length. CUDA kernels take it as it is: it is the twin of `AffineSlots` in `kernels/hash.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct AffineSlots {
@@ -71,12 +72,12 @@ pub(crate) struct AffineSlots {
 }
 
 impl AffineSlots {
-    /// The slot of a wrapped sum, by the formula.
+    /// The slot for a wrapped sum, computed by the formula.
     fn plain(&self, sum: u64) -> u64 {
         self.starts.rem(self.modulus.rem(sum))
     }
 
-    /// The first slot of `column_block` of `row`, by the formula.
+    /// The first slot of `column_block` of `row`, computed by the formula.
     pub(super) fn plain_slot(&self, row: u64, column_block: u64) -> usize {
         let sum = row
             .wrapping_mul(self.a)
@@ -84,7 +85,7 @@ impl AffineSlots {
         self.plain(sum.wrapping_add(self.c)) as usize
     }
 
-    /// The share of a number below the modulus.
+    /// The share whose remainder modulo `m` is `rest`.
     #[inline(always)]
     fn share(&self, rest: u64) -> AffineShare {
         AffineShare {
@@ -108,11 +109,11 @@ pub(crate) struct AffineRows {
     wrapped: u64,
     /// `m mod s`
     down: u64,
-    /// Whether all of this fits signed words; otherwise every sum is divided.
+    /// Whether all of these numbers fit signed words; if not, every sum is divided.
     fits: bool,
 }
 
-/// The block's share of the sum, for sums that do not wrap and for sums that do.
+/// The share of a column block in the sum, for sums that do not wrap and for sums that do.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct AffineBlock {
     /// `column_block * b mod 2^64`
@@ -121,7 +122,7 @@ pub(crate) struct AffineBlock {
     wrapped: AffineShare,
 }
 
-/// A share modulo `m`, and that modulo `s`.
+/// A share modulo `m`, and the result modulo `s`.
 #[derive(Debug, Clone, Copy)]
 struct AffineShare {
     rest: i64,
@@ -177,7 +178,7 @@ impl Locate for AffineRows {
             starts,
             ..
         } = self.slots;
-        // The rows' shares. Separate arrays of signed words are what the compiler vectorises: the largest block's share with
+        // The rows' shares, in separate arrays of signed words, which the compiler vectorises: the largest share of a block with
         // which the sum does not wrap, the largest with which the remainders stay below `m`, the slot, and the slot less `m`.
         let n = rows.len();
         let mut shares = [[0; MAX_ROWS]; 4];
@@ -252,7 +253,7 @@ mod tests {
     use super::super::{Hash, Slots};
     use super::*;
 
-    /// The incremental form against the formula, over parameters that wrap, that do not, and that do not fit.
+    /// Compares the incremental form with the formula, for constants that wrap, that do not wrap, and that do not fit.
     #[test]
     fn affine_rows_are_the_formula() {
         let mut state = 1u64;

@@ -1,12 +1,12 @@
-//! The balanced family: as many rows in every block as in any other.
+//! The balanced family: the same number of rows in every block.
 //!
-//! The rows are divided into *strata* of as many consecutive rows as there are blocks. The rows of a stratum go to one block
-//! each: around the circle of blocks, `stride` blocks apart, from a starting point, the stratum's *turn*, which is a hash of
-//! the stratum and of `column / block`. So
+//! The rows are divided into *strata* of as many consecutive rows as there are blocks. Each row of a stratum goes to a block of
+//! its own: consecutive rows are `stride` blocks apart around the circle of blocks, and the first starts at the stratum's *turn*,
+//! a hash of the stratum and of `column / block`. So
 //!
-//! * every block serves as many rows as any other, give or take one for a stratum that is not full; at random places, some
-//!   blocks would serve twice as many rows as others;
-//! * two rows of one stratum never share a block, and two rows that share one share others only by chance.
+//! * every block serves the same number of rows, give or take one if the last stratum is not full; at random places, some blocks
+//!   would serve twice as many rows as others;
+//! * two rows of one stratum never share a block, and two rows that do share a block share others only by chance.
 //!
 //! With `x` the row, `n = len / block` and `r = floor((2^64 - 1) / n) + 1`: bits 64 to 95 of `x * r` number the stratum, and
 //! `y`, bits 32 to 63, is the position of `x` in it, as a fraction of `2^32`.
@@ -15,16 +15,16 @@ use super::block::BlockSlots;
 use super::mix::{self, finalize};
 use super::MAX_ROWS;
 
-/// A member of the balanced family: as many rows in every block as in any other, at places that depend on
-/// `(seed, column / block)` and on where the rows stand in the table. docs/format.md has the formula.
+/// A member of the balanced family: the same number of rows in every block, at places that depend on `(seed, column / block)`
+/// and on the position of the row in the table. docs/format.md has the formula.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Balanced {
     /// Two layers with different seeds fold their tables differently.
     pub seed: u64,
     /// How many consecutive columns share a hash and lie side by side: `1..=2^24`, at most 32 if signed.
     pub block: usize,
-    /// Whether every value is multiplied by +1 or -1, by a bit of a hash of its row, so that rows that share a block are not
-    /// copies of each other. Signs are why long blocks, and so wide loads, cost next to no quality.
+    /// Whether every value is multiplied by +1 or -1, chosen by a bit of a hash of its row, so that rows that share a block are
+    /// not copies of each other. Thanks to signs, long blocks and thus wide loads cost next to no quality.
     pub signed: bool,
 }
 
@@ -38,7 +38,7 @@ impl Balanced {
         }
     }
 
-    /// Binds the hash to a length that suits it.
+    /// Binds the hash to a length that has passed [`Hash::check_len`](super::Hash::check_len).
     pub(super) fn bind(&self, len: usize) -> BlockSlots {
         BlockSlots::new(self.seed, self.block, self.signed, len, stride)
     }
@@ -61,7 +61,7 @@ fn stride(num_blocks: usize) -> u32 {
         .unwrap_or(1) as u32
 }
 
-/// The hash of `column_block` that a turn starts from, in 32 bits.
+/// The hash of `column_block` that enters each turn, in 32 bits.
 #[inline(always)]
 pub(super) fn start(key: u64, column_block: u64) -> u64 {
     finalize(mix::start(key, column_block)) >> 32
@@ -84,7 +84,7 @@ pub(super) fn locate(
 ) {
     let (factor_low, factor_high) = (low(slots.reciprocal), slots.reciprocal >> 32);
     let n = rows.len();
-    // What depends on the row alone. Simple loops over separate arrays of 32-bit words are what the compiler vectorises.
+    // What depends on the row alone, in simple loops over separate arrays of 32-bit words, which the compiler vectorises.
     let mut shares = [[0; MAX_ROWS]; 3];
     let [lows, fractions, strata] = &mut shares;
     let (lows, fractions, strata) = (&mut lows[..n], &mut fractions[..n], &mut strata[..n]);

@@ -1,15 +1,15 @@
-//! What the mix and the balanced family share: blocks that are aligned, so that a location is a block number, and sign bits.
+//! What the mix and the balanced family share: aligned blocks, so that a place is a block number, and sign bits.
 //!
-//! Both families are one type here, so that the CPU loops are compiled once for the two; which of them it is costs one branch
-//! per window of rows.
+//! Both families are one type here, so that the CPU loops are compiled once for the two. Telling them apart costs one branch per
+//! window of rows.
 
 use super::{balanced, mix, Locate};
 
-/// A mix or balanced hash bound to a length; passed to the CUDA kernels as it is, twin of `BlockSlots` in `kernels/hash.cuh`.
+/// A mix or balanced hash bound to a length. CUDA kernels take it as it is: it is the twin of `BlockSlots` in `kernels/hash.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct BlockSlots {
-    /// The seed, mixed.
+    /// The seed, passed through [`mix::finalize`].
     pub(crate) key: u64,
     /// `2^64 / num_blocks`, rounded up, so that row `num_blocks` begins a stratum; 0 stands for `2^64`.
     pub(crate) reciprocal: u64,
@@ -17,13 +17,13 @@ pub(crate) struct BlockSlots {
     pub(crate) block: u32,
     /// All ones where values are signed, else zero.
     pub(crate) sign_mask: u32,
-    /// The distance in blocks of consecutive rows of the balanced family; 0 for the mix family.
+    /// The distance between consecutive rows of the balanced family, in blocks; 0 for the mix family.
     pub(crate) stride: u32,
 }
 
 /// A place is a block number.
 impl Locate for BlockSlots {
-    /// What [`mix::start`] or [`balanced::start`] gives.
+    /// The result of [`mix::start`] or [`balanced::start`].
     type ColumnBlock = u64;
     type Place = u32;
     const SIGNED: bool = true;
@@ -63,7 +63,7 @@ impl Locate for BlockSlots {
 }
 
 impl BlockSlots {
-    /// Binds a hash to a `len` that suits it. `stride` is that for a number of blocks.
+    /// Binds a hash to a `len` that has passed the checks. `stride` computes the stride for a number of blocks.
     pub(super) fn new(
         seed: u64,
         block: usize,

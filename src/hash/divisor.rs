@@ -1,8 +1,8 @@
 //! Division by a constant that is only known at run time.
 
-/// Divides by a number that is known once and used often: a multiplication instead of a division.
+/// Divides many numbers by the same one, with a multiplication instead of a division.
 ///
-/// Passed to the CUDA kernels as it is; twin of `Divisor` in `kernels/hash.cuh`.
+/// CUDA kernels take it as it is: it is the twin of `Divisor` in `kernels/hash.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct Divisor {

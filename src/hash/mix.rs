@@ -4,8 +4,8 @@ use super::block::BlockSlots;
 
 /// A member of the mix family: rows at random places, by SplitMix64 of `(seed, row, column / block)`.
 ///
-/// By chance some blocks serve many more rows than others, which costs quality unless every block serves dozens; the rows of a
-/// [`Balanced`](super::Balanced) hash are spread evenly.
+/// By chance, some blocks serve many more rows than others. This costs quality unless every block serves dozens of rows;
+/// [`Balanced`](super::Balanced) spreads rows evenly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Mix {
     /// Two layers with different seeds fold their tables differently.
@@ -26,7 +26,7 @@ impl Mix {
         }
     }
 
-    /// Binds the hash to a length that suits it.
+    /// Binds the hash to a length that has passed [`Hash::check_len`](super::Hash::check_len).
     pub(super) fn bind(&self, len: usize) -> BlockSlots {
         BlockSlots::new(self.seed, self.block, self.signed, len, |_| 0)
     }
@@ -42,7 +42,7 @@ pub(super) const fn finalize(mut h: u64) -> u64 {
     h ^ (h >> 31)
 }
 
-/// Where SplitMix64 starts for `column_block` of row 0.
+/// The state from which SplitMix64 computes `column_block` of row 0.
 #[inline(always)]
 pub(super) fn start(key: u64, column_block: u64) -> u64 {
     key.wrapping_add(column_block.wrapping_add(1).wrapping_mul(GOLDEN))

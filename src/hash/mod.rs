@@ -1,6 +1,6 @@
 //! From a virtual element `(row, column)` to its slot in `hashed_weight`.
 //!
-//! Pure integers: nothing here knows a tensor. All arithmetic is on `u64` and wraps; a row is an `i64` index
+//! Integers only: nothing here knows about tensors. All arithmetic is on `u64` and wraps; a row is an `i64` index
 //! reinterpreted as `u64`. `block` consecutive columns share one hash and lie next to each other; `column / block` is called
 //! the column block.
 //!
@@ -10,9 +10,9 @@
 //! | `mix.rs` | [`Mix`] | `(((h >> 32) * (len / block)) >> 32) * block + column % block`, `h` = output `column / block` of SplitMix64 started at `row` |
 //! | `affine.rs` | [`Affine`] | `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block` |
 //!
-//! A [`Hash`](enum@Hash) is bound to the length of `hashed_weight` once, giving [`Slots`]: `Copy` and `#[repr(C)]`, because the CUDA
-//! kernels take the same structs. The CPU loops see them through [`Locate`]. `kernels/hash.cuh` holds the same formulas for
-//! the GPU.
+//! A [`Hash`](enum@Hash) is bound once to the length of `hashed_weight`, which gives [`Slots`]. Its structs are `Copy` and
+//! `#[repr(C)]`, because the CUDA kernels take them as they are. The CPU loops use them through [`Locate`]. `kernels/hash.cuh` is
+//! the twin of this folder for the GPU.
 
 mod affine;
 mod balanced;
@@ -46,10 +46,9 @@ use spec::HashSpec;
 /// | [`Hash::affine`] | affine | any other member of the family |
 /// | [`Hash::identity`] | affine | a plain table, to compare with |
 ///
-/// The families' own structs choose everything, such as a seed: `Balanced { seed: 7, ..Balanced::new(16) }.into()`.
+/// The structs of the families have all settings, such as the seed: `Balanced { seed: 7, ..Balanced::new(16) }.into()`.
 ///
-/// A hash is checked where it is used: a layer with one whose numbers are out of range is refused when it is built, and a file
-/// when it is read.
+/// A hash is checked when it is used: constants out of range are an error when a layer is built or a file is read.
 ///
 /// ```
 /// use candle_hashed_embedding_bag::{Balanced, Hash};
@@ -59,7 +58,7 @@ use spec::HashSpec;
 /// assert_eq!(slot, 725_184);
 /// assert!(sign == 1 || sign == -1);
 ///
-/// // As many rows as there are blocks: one in each.
+/// // As many rows as there are blocks: each block gets one.
 /// let hash = Hash::from(Balanced { seed: 7, block: 4, signed: false });
 /// let mut slots = (0..100).map(|row| hash.slot(row, 0, 400)).collect::<Result<Vec<_>, _>>()?;
 /// slots.sort();
@@ -71,7 +70,7 @@ use spec::HashSpec;
 #[serde(try_from = "HashSpec", into = "HashSpec")]
 #[non_exhaustive]
 pub enum Hash {
-    /// As many rows in every block as in any other.
+    /// The same number of rows in every block.
     Balanced(Balanced),
     /// Rows at random places.
     Mix(Mix),
@@ -98,11 +97,11 @@ impl From<Affine> for Hash {
 }
 
 impl Hash {
-    /// What a layer uses when its config names no hash: [`Hash::balanced`] with, as block, the largest power of two that is at
-    /// most half of `embedding_dim`, but no more than 16 and, if there are as many columns, no less than 4.
+    /// The hash of a layer whose config leaves it to the default: [`Hash::balanced`], with the largest power of two up to half of
+    /// `embedding_dim` as block, but at most 16 and, if there are that many columns, at least 4.
     ///
-    /// A row then consists of several blocks, each of which it shares with other rows: where one meets a row that is used far
-    /// more often, the others need not.
+    /// A row then consists of several blocks, each shared with different rows: if one is shared with a row that is used far more
+    /// often, the others usually are not.
     pub const fn default_for(embedding_dim: usize) -> Self {
         Self::balanced(match embedding_dim {
             0..2 => 1,
@@ -113,8 +112,8 @@ impl Hash {
         })
     }
 
-    /// As many rows in every block as in any other, at places that depend on `column / block` and on where the rows stand in
-    /// the table; signed, with seed 0. See [`Balanced`].
+    /// The same number of rows in every block, at places that depend on `column / block` and on the position of the row in the
+    /// table; signed, with seed 0. See [`Balanced`].
     pub const fn balanced(block: usize) -> Self {
         Self::Balanced(Balanced::new(block))
     }
@@ -135,8 +134,8 @@ impl Hash {
         )
     }
 
-    /// The hash of a ROBE module with these `random_numbers` (its buffer; the first four count) and `block` columns per
-    /// hash (its `uma_chunk_size`).
+    /// The hash of a ROBE module with these `random_numbers` (its buffer, of which the first four matter) and `block` columns
+    /// per hash (its `uma_chunk_size`).
     ///
     /// A layer whose rows could overflow ROBE's signed arithmetic is refused when it is built.
     ///
@@ -167,8 +166,8 @@ impl Hash {
         Ok(hash)
     }
 
-    /// The hash `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block`, which wraps. See
-    /// [`Affine`].
+    /// The hash `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block`, with a sum that wraps.
+    /// See [`Affine`].
     pub const fn affine(a: u64, b: u64, c: u64, modulus: u64, block: usize) -> Self {
         Self::Affine(Affine {
             a,
@@ -181,7 +180,7 @@ impl Hash {
     }
 
     /// No hashing: `slot = row * embedding_dim + column`, for a `hashed_weight` with a slot for every value of the table. It
-    /// makes a plain table out of a hashed layer, such as the uncompressed line of a comparison (compression 1).
+    /// turns a hashed layer into a plain table (compression 1), for example as the uncompressed baseline of a comparison.
     /// `embedding_dim` must lie in `1..=2^24`.
     pub const fn identity(embedding_dim: usize) -> Self {
         Self::affine(embedding_dim as u64, 0, 0, u64::MAX, embedding_dim)
@@ -231,7 +230,7 @@ impl Hash {
     ///
     /// # Errors
     /// * any hash: a block outside `1..=2^24`, or a `len` smaller than one block;
-    /// * balanced and mix: a signed block above 32, a `len` that is no multiple of the block or holds 2^32 blocks or more;
+    /// * balanced and mix: a signed block above 32, a `len` that is not a multiple of the block or holds 2^32 blocks or more;
     /// * affine: a modulus of 0.
     pub fn check_len(&self, len: usize) -> Result<()> {
         self.check().map_err(error)?;
@@ -286,7 +285,7 @@ impl Hash {
         })
     }
 
-    /// Whether blocks start at multiples of their length.
+    /// Whether every block starts at a multiple of its length.
     fn is_aligned(&self) -> bool {
         match self {
             Self::Balanced(_) | Self::Mix(_) => true,
@@ -294,7 +293,7 @@ impl Hash {
         }
     }
 
-    /// What is wrong with the numbers of this hash, if anything is.
+    /// An error message if a constant of this hash is out of range.
     fn check(&self) -> std::result::Result<(), String> {
         let block = self.block();
         if block == 0 || block > MAX_BLOCK {
@@ -313,10 +312,10 @@ impl Hash {
     }
 }
 
-/// The longest block: its bytes must fit a 32-bit word, which the kernels rely on.
+/// The longest block. The kernels rely on its size in bytes fitting a 32-bit word.
 const MAX_BLOCK: usize = 1 << 24;
 
-/// A hash bound to the length of one `hashed_weight`: what the loops and kernels run on.
+/// A hash bound to the length of one `hashed_weight`, in the form that loops and kernels use.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Slots {
     Affine(AffineSlots),
@@ -338,14 +337,15 @@ impl Slots {
 /// The most rows that [`Locate::locate`] takes at once.
 pub(crate) const MAX_ROWS: usize = 256;
 
-/// What the CPU loops ask of a bound hash; a trait, so that the loops are compiled for each type of it.
+/// The interface of a bound hash to the CPU loops; a trait, so that the loops are compiled for each implementation.
 ///
-/// The location of a column block of a row consists of a place and of sign bits. They are kept in separate slices, so that
-/// loops over either can be vectorised.
+/// The location of a column block of a row consists of a place and sign bits. They are kept in separate slices, so that loops
+/// over either can be vectorised.
 pub(crate) trait Locate: Copy + Send + Sync {
-    /// What is the same for one column block of every row, computed once per lookup.
+    /// The constants of one column block, the same for every row and computed once per lookup.
     type ColumnBlock: Copy + Send + Sync;
-    /// Where a column block starts; [`slot`](Self::slot) translates it. Larger places have larger slots.
+    /// The position at which a column block starts, in a compact form; [`slot`](Self::slot) translates it. Larger places have
+    /// larger slots.
     type Place: Copy + Default + Ord + Send + Sync;
     /// Whether values may have signs; otherwise [`locate`](Self::locate) writes none.
     const SIGNED: bool;
@@ -354,8 +354,8 @@ pub(crate) trait Locate: Copy + Send + Sync {
     fn block(&self) -> usize;
     /// The constants of column block `number`.
     fn column_block(&self, number: u64) -> Self::ColumnBlock;
-    /// Locates some column blocks of some rows, at most [`MAX_ROWS`]: the place, and a sign bit for each column, of column
-    /// block `i` of row `j` are written at `i * rows.len() + j`.
+    /// Locates `column_blocks` of at most [`MAX_ROWS`] `rows`. The place of column block `i` of row `j`, and its sign bits, one per
+    /// column, are written at `i * rows.len() + j`.
     ///
     /// The inner loop goes over the rows, so that it is long enough to vectorise even where a row has few column blocks.
     fn locate(
@@ -365,7 +365,7 @@ pub(crate) trait Locate: Copy + Send + Sync {
         places: &mut [Self::Place],
         signs: &mut [u32],
     );
-    /// The first slot of a place. `block` must equal [`Self::block`]; the caller may have it as a constant.
+    /// The first slot of a place. `block` must equal [`Self::block`]; callers that know it as a constant can pass that.
     fn slot(&self, place: Self::Place, block: usize) -> usize;
     /// The largest place there is.
     fn last_place(&self) -> Self::Place;

@@ -1,11 +1,11 @@
-//! How a hash stands in JSON, such as that of a checkpoint.
+//! The JSON form of a hash, as in a checkpoint.
 
 use super::{Affine, Balanced, Hash, Mix, Overflow};
 use serde::{Deserialize, Serialize};
 use std::ops::Not;
 
-/// The balanced family is `mix` with `"balanced": true`, so that readers from before it refuse the field instead of reading a
-/// hash that they do not know as another.
+/// The balanced family is written as `mix` with `"balanced": true`: older readers, which do not know it, then refuse the unknown
+/// field instead of taking the hash for another one.
 #[derive(Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase", deny_unknown_fields)]
 pub(super) enum HashSpec {

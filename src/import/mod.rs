@@ -1,5 +1,4 @@
-//! State dicts of PyTorch, read without Python: what was trained with HashedEmbeddingBag or ROBE gives the same numbers
-//! here.
+//! State dicts of PyTorch, read without Python: layers trained with HashedEmbeddingBag or ROBE give the same numbers here.
 //!
 //! | trained as | import with |
 //! |---|---|
@@ -9,8 +8,8 @@
 //! | the DLRM of ROBE's authors: many of these over one parameter | [`StateDict::robe_dlrm`] |
 //! | the rest of a model | [`StateDict::take`] |
 //!
-//! [`checkpoint::save`](crate::checkpoint::save) then writes a file that needs none of this. To make a hashed layer of an
-//! `nn.EmbeddingBag` that was not hashed, [fit](crate::HashedEmbeddingBag::fit) one to its table.
+//! [`checkpoint::save`](crate::checkpoint::save) then writes a file that needs none of this. An `nn.EmbeddingBag` that was not
+//! hashed can be compressed: [fit](crate::HashedEmbeddingBag::fit) a layer to its table.
 //!
 //! ```
 //! use candle_core::{Device, Module, Tensor};
@@ -47,33 +46,33 @@ use std::path::Path;
 
 /// A PyTorch state dict in a file: `torch.save(module.state_dict(), path)`, or the same as safetensors.
 ///
-/// Layers are taken out of it, each with all entries of its module: what [`keys`](Self::keys) names in the end is what
-/// nothing took. A call that fails takes nothing. Tensors are read when they are taken, and keep dtype and every bit.
+/// Layers are taken out of it, each with all entries of its module; [`keys`](Self::keys) names the entries that are left. A call
+/// that fails takes nothing. Tensors are read when they are taken, and keep their dtype and every bit.
 ///
-/// What a state dict does not hold is the caller's to say, and cannot be checked: a wrong `num_embeddings` only moves the
+/// The caller must provide what a state dict does not hold, and it cannot be checked: a wrong `num_embeddings` only moves the
 /// bounds, but a wrong `embedding_dim`, chunk size or offset gives other numbers.
 ///
 /// # What is refused
-/// By the name of the entry: one that is missing, one that the module does not have, a wrong shape, dtype or value, two
-/// names of one parameter with different values. The names of a parameter that PyTorch keeps under several (ROBE's
-/// `weight` and `hashed_weight`) are one, any of which suffices: safetensors stores shared memory once. Two modules of
-/// HashedEmbeddingBag that were given one parameter become two layers with the same values.
+/// An entry that is missing, that the module does not have, or that has a wrong shape, dtype or value; two names of one parameter
+/// with different values. The message names the entry. If PyTorch keeps a parameter under several names (ROBE's `weight` and
+/// `hashed_weight`), any of them suffices, because safetensors stores shared memory once. Two modules of HashedEmbeddingBag that
+/// share a parameter become two layers with the same values.
 ///
 /// # Files
-/// A `.pth` is a pickle, and in Python, opening one can run its code. Nothing is run here, and a broken or hostile file is
-/// an error, not a panic or the end of the memory. Archives of PyTorch 1.6 and later are read, in pickle protocol 2 (the
-/// default) to 5, with tensors in any strides and of every dtype that candle has. What else a file holds, objects of any
-/// class among it, is passed over; a subclass of dict is a dict.
+/// A `.pth` file contains a pickle, and opening one in Python can run code. Nothing is run here, and a broken or hostile file is
+/// an error: it neither causes a panic nor exhausts memory. Archives of PyTorch 1.6 and later are read, in pickle protocol 2 (the
+/// default) to 5, with tensors in any strides and of every dtype that candle has. Everything else in a file, including objects of
+/// any class, is passed over; a subclass of dict counts as a dict.
 ///
 /// The file is mapped: it must not be changed in place while this is alive. Only what is asked for is read.
 ///
 /// # Wrappers
 /// DistributedDataParallel puts `module.` before all keys of a model, torch.compile `_orig_mod.`. They are part of the
-/// prefix here: a layer `user` of such a model is `module.user`. Without them, the error names the key that is there.
+/// prefix here: a layer `user` of such a model is `module.user`. If they are left out, the error names the key that exists.
 #[derive(Debug)]
 pub struct StateDict {
     source: Source,
-    /// The keys of what nothing has taken yet.
+    /// The keys of the entries that have not been taken.
     entries: BTreeSet<String>,
 }
 
@@ -98,7 +97,7 @@ impl Module {
 }
 
 impl StateDict {
-    /// Opens a `.pth`, `.pt` or `.safetensors` file; which it is, its first bytes tell.
+    /// Opens a `.pth`, `.pt` or `.safetensors` file, told apart by its first bytes.
     ///
     /// # Errors
     /// No such file, a file of neither kind, or one that is broken.
@@ -106,15 +105,15 @@ impl StateDict {
         Self::open_file(path.as_ref(), None)
     }
 
-    /// Opens a state dict within what a training script saved: that of `torch.save({"epoch": 3, "state_dict": …}, path)`
-    /// is under `state_dict`.
+    /// Opens a state dict nested in what a training script saved: `state_dict` is the key of the one in
+    /// `torch.save({"epoch": 3, "state_dict": …}, path)`.
     ///
-    /// Dots lead further down, by the keys of dicts and the positions in lists: `state_dict.generator`, `models.0`. A key
-    /// that has a dot itself is found, too.
+    /// Dots lead further down, through the keys of dicts and the positions in lists: `state_dict.generator`, `models.0`. Keys
+    /// that contain dots themselves are found, too.
     ///
     /// # Errors
-    /// Those of [`open`](Self::open), and nothing under that key; the message names the keys of the state dicts that there
-    /// are. A safetensors file holds nothing nested.
+    /// Those of [`open`](Self::open), or nothing under that key; the message names the keys of the state dicts that exist. A
+    /// safetensors file holds nothing nested.
     pub fn open_nested(path: impl AsRef<Path>, key: &str) -> Result<Self> {
         Self::open_file(path.as_ref(), Some(key))
     }
@@ -127,12 +126,12 @@ impl StateDict {
         })
     }
 
-    /// The names of the entries that nothing has taken, in order.
+    /// The names of the entries that have not been taken, in order.
     pub fn keys(&self) -> impl Iterator<Item = &str> {
         self.entries.iter().map(String::as_str)
     }
 
-    /// The dtype and the shape of an entry. Reads nothing of its values.
+    /// The dtype and the shape of an entry. Does not read its values.
     ///
     /// # Errors
     /// No such entry, or a tensor that is not an array of values in memory, such as a sparse one.
@@ -143,8 +142,8 @@ impl StateDict {
     /// Takes one entry as it is stored, such as a weight of a layer that is not hashed.
     ///
     /// # Errors
-    /// No such entry, a dtype that candle does not have ([`tensor_info`](Self::tensor_info) tells before), or a tensor that
-    /// is not an array of values in memory, such as a sparse one.
+    /// No such entry, a dtype that candle does not have (see [`TensorInfo::candle_dtype`]), or a tensor that is not an array of
+    /// values in memory, such as a sparse one.
     pub fn take(&mut self, key: &str, device: &Device) -> Result<Tensor> {
         let tensor = self.load(key, device)?;
         self.entries.remove(key);
@@ -153,7 +152,7 @@ impl StateDict {
 
     /// Takes the `HashedEmbeddingBag` at `prefix` (`""`: the state dict is the module's own): `hashed_weight`, 1-D.
     ///
-    /// The hash is [`Hash::original`]; leave that of the config `None`.
+    /// The hash is [`Hash::original`]; leave `config.hash` at `None`.
     ///
     /// # Errors
     /// [What is refused](Self#what-is-refused), and the errors of [`HashedEmbeddingBag::new`].
@@ -193,7 +192,7 @@ impl StateDict {
             .map(HashedEmbedding::from)
     }
 
-    /// The module at a prefix; each of its entries must be among those that it may have.
+    /// The module at a prefix, whose entries must all be `known`.
     fn module(&self, prefix: &str, known: &[&str]) -> Result<Module> {
         let within = if prefix.is_empty() {
             ""
@@ -230,7 +229,7 @@ impl StateDict {
         read(key).map_err(|e| named(key, e))
     }
 
-    /// The error for an entry that does not exist. It names entries that would match with a longer prefix, or but for wrappers.
+    /// The error for an entry that does not exist. It names entries that match with a longer prefix or with other wrappers.
     fn missing(&self, key: &str) -> Error {
         let longer = |other: &&str| (other.strip_suffix(key)).is_some_and(|p| p.ends_with('.'));
         let same = |other: &&str| without_wrappers(other).eq(without_wrappers(key));
@@ -268,11 +267,11 @@ impl StateDict {
     }
 }
 
-/// How many keys a message names.
+/// How many keys a message names at most.
 const MAX_NAMED: usize = 8;
 
-/// The modules that PyTorch puts around another: DataParallel and DistributedDataParallel, torch.compile, FSDP, and
-/// activation checkpointing.
+/// The attributes under which PyTorch's wrappers keep a module: DataParallel and DistributedDataParallel, torch.compile, FSDP,
+/// and activation checkpointing.
 const WRAPPERS: [&str; 4] = [
     "module",
     "_orig_mod",
@@ -280,12 +279,12 @@ const WRAPPERS: [&str; 4] = [
     "_checkpoint_wrapped_module",
 ];
 
-/// The parts of a key that are not names of wrappers.
+/// The parts of a key, without those of wrappers.
 fn without_wrappers(key: &str) -> impl Iterator<Item = &str> {
     key.split('.').filter(|part| !WRAPPERS.contains(part))
 }
 
-/// The configuration with the hash of the module.
+/// The configuration, with its hash set to that of the module.
 fn with_hash(config: HashedEmbeddingBagConfig, hash: Hash) -> Result<HashedEmbeddingBagConfig> {
     if config.hash.is_some_and(|other| other != hash) {
         bail!("import: the hash is that of the module, {hash:?}; leave config.hash None");

@@ -1,22 +1,22 @@
 //! Python's pickle format, read as data.
 //!
-//! A pickle is a program for a machine with a stack and a memo of objects that are used again. This machine runs it without
-//! doing what it asks for: where Python would import a class and call it, the name and the arguments are kept. What becomes
-//! of them is for the reader of the [`Pickle`] to say.
+//! A pickle is a program for a machine with a stack, and a memo of objects that are used again. This machine runs it without
+//! side effects: where Python would import a class and call it, only its name and arguments are recorded. Whoever reads the
+//! [`Pickle`] decides what they mean.
 //!
 //! | what a pickle may do | what keeps it harmless |
 //! |---|---|
-//! | use an object in many places, or within itself | values stand in one list and refer to each other by number: using one again copies four bytes |
-//! | nest without end | reading and dropping do not recurse |
-//! | state lengths that are not there | text and bytes are parts of the pickle and are never allocated |
-//! | make objects out of single bytes | at most [`MAX_PUSHES`] times something is put on the stack |
+//! | use an object in many places, or within itself | values are kept in one list and refer to each other by number: each use copies four bytes |
+//! | nest without limit | reading and dropping do not recurse |
+//! | claim lengths that it does not have | text and bytes are slices of the pickle and are never allocated |
+//! | create objects with single bytes | at most [`MAX_PUSHES`] values are pushed on the stack |
 //!
 //! Protocols 2 to 5 are read, as Python 3 writes them; registered extensions and out-of-band buffers are refused.
 
 use candle_core::{bail, Result};
 use std::collections::HashMap;
 
-/// The number of a value in its pickle.
+/// The position of a value in its pickle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Id(u32);
 
@@ -26,31 +26,30 @@ impl Id {
     }
 }
 
-/// A value; what is of no use to a state dict is [`Other`](Self::Other).
+/// A value. Values that a state dict has no use for are [`Other`](Self::Other).
 #[derive(Debug)]
 pub(super) enum Value<'a> {
     Int(i64),
     Str(&'a str),
-    /// Module and name of a class or function, both [`Str`](Self::Str).
+    /// The module and the name of a class or function, both [`Str`](Self::Str).
     Global(Id, Id),
-    /// First and end of its items in [`Pickle::items`].
+    /// The start and the end of its items in [`Pickle::items`].
     Tuple(u32, u32),
     List(Vec<Id>),
     Dict(Vec<(Id, Id)>),
-    /// What a call of a class or function returned, and the entries that were set on it afterwards.
+    /// The result of calling a class or function, and the entries that were set on it afterwards.
     Call {
         callable: Id,
         args: Id,
         entries: Vec<(Id, Id)>,
     },
-    /// What stands for an object outside the pickle, such as a storage.
+    /// A reference to an object outside the pickle, such as a storage.
     Persistent(Id),
     /// `None`, booleans, floats, bytes, sets, integers of more than 64 bits, and text that is not UTF-8.
     Other,
 }
 
-/// A limit for pickles of many tiny objects: a value and its uses take some forty bytes each time. PyTorch writes about
-/// twenty per tensor.
+/// A limit for pickles of many tiny objects: each push takes some forty bytes of memory. PyTorch needs about twenty per tensor.
 const MAX_PUSHES: usize = 1 << 24;
 
 /// A pickle, read.
@@ -77,7 +76,7 @@ impl<'a> Pickle<'a> {
         .run()
     }
 
-    /// What was pickled.
+    /// The pickled object.
     pub(super) fn root(&self) -> Id {
         self.root
     }
@@ -117,7 +116,7 @@ impl<'a> Pickle<'a> {
         }
     }
 
-    /// Module and name of a class or function.
+    /// The module and the name of a class or function.
     pub(super) fn global(&self, id: Id) -> Option<(&'a str, &'a str)> {
         match self.get(id) {
             Value::Global(module, name) => Some((self.str(*module)?, self.str(*name)?)),
@@ -133,7 +132,7 @@ impl<'a> Pickle<'a> {
         }
     }
 
-    /// The entries of a dict, or of an object that is used as one: an `OrderedDict`, or any other whose entries were set.
+    /// The entries of a dict, or of an object that acts as one: an `OrderedDict`, or any other object on which entries were set.
     pub(super) fn dict(&self, id: Id) -> Option<&[(Id, Id)]> {
         match self.get(id) {
             Value::Dict(entries) => Some(entries),
@@ -153,11 +152,11 @@ impl<'a> Pickle<'a> {
 }
 
 struct Machine<'a> {
-    /// What has not been read.
+    /// The rest of the pickle, not read yet.
     input: &'a [u8],
     values: Vec<Value<'a>>,
     items: Vec<Id>,
-    /// How many times something was put on the stack.
+    /// How many values have been pushed on the stack.
     pushes: usize,
     stack: Vec<Id>,
     /// The heights of the stack at which marks were set.
@@ -169,7 +168,7 @@ impl<'a> Machine<'a> {
     fn run(mut self) -> Result<Pickle<'a>> {
         loop {
             match self.byte()? {
-                // Protocol; a frame, which only helps to read from a stream.
+                // The protocol; a frame, which only matters when reading from a stream.
                 0x80 => match self.byte()? {
                     2..=5 => {}
                     other => bail!("pickle protocol {other}, only 2 to 5 are read"),
@@ -279,7 +278,7 @@ impl<'a> Machine<'a> {
                     self.tuple(self.stack.len() - bottom)?;
                 }
 
-                // Lists; what is appended to another object, such as a deque, is passed over.
+                // Lists. Items appended to other objects, such as a deque, are passed over.
                 b']' => self.push(Value::List(vec![]))?,
                 b'a' => {
                     let item = self.pop()?;
@@ -313,7 +312,7 @@ impl<'a> Machine<'a> {
                     self.push(Value::Other)?;
                 }
 
-                // Classes and functions, and objects that come of calling them.
+                // Classes and functions, and the objects that calling them returns.
                 b'c' => {
                     let (module, name) = (self.line()?, self.line()?);
                     self.push(text_or_other(module))?;
@@ -327,12 +326,12 @@ impl<'a> Machine<'a> {
                     self.call(callable, args)?;
                 }
                 0x92 => {
-                    self.pop()?; // arguments by keyword
+                    self.pop()?; // keyword arguments
                     let args = self.pop()?;
                     let callable = self.pop()?;
                     self.call(callable, args)?;
                 }
-                // The attributes of an object, as opposed to its entries: nothing asks for them.
+                // The attributes of an object, as opposed to its entries, are not needed.
                 b'b' => {
                     self.pop()?;
                     self.top()?;
@@ -377,7 +376,7 @@ impl<'a> Machine<'a> {
         Ok(byte)
     }
 
-    /// The bytes up to the end of a line, which is taken too.
+    /// The bytes up to the end of a line, which is consumed too.
     fn line(&mut self) -> Result<&'a [u8]> {
         let Some(len) = self.input.iter().position(|&byte| byte == b'\n') else {
             bail!("the pickle ends early");
@@ -408,7 +407,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// The value on top, above the last mark.
+    /// The topmost value, which must be above the last mark.
     fn top(&self) -> Result<Id> {
         let bottom = self.marks.last().copied().unwrap_or(0);
         match self.stack[bottom..].last() {
@@ -423,7 +422,7 @@ impl<'a> Machine<'a> {
         Ok(top)
     }
 
-    /// Removes the last mark: the height of the stack where it was set, above which are the values that belong to it.
+    /// Removes the last mark and returns the height of the stack at which it was set; the values above belong to it.
     fn pop_mark(&mut self) -> Result<usize> {
         match self.marks.pop() {
             Some(bottom) => Ok(bottom),
@@ -477,7 +476,7 @@ impl<'a> Machine<'a> {
         self.push(Value::Other)
     }
 
-    /// A tuple of the topmost values.
+    /// Makes a tuple of the topmost `len` values.
     fn tuple(&mut self, len: usize) -> Result<()> {
         let bottom = self.marks.last().copied().unwrap_or(0);
         let Some(first) = (self.stack.len().checked_sub(len)).filter(|&first| first >= bottom)
@@ -511,7 +510,7 @@ impl<'a> Machine<'a> {
         Ok(())
     }
 
-    /// Sets entries, key and value by turns, of a dict or of an object that acts as one.
+    /// Sets entries of a dict or of an object that acts as one; `items` alternates keys and values.
     fn set(&mut self, items: Vec<Id>) -> Result<()> {
         let (pairs, []) = items.as_chunks() else {
             bail!("the pickle sets a key without a value");

@@ -1,8 +1,8 @@
-//! The archive that `torch.save` writes: a zip file with one pickle, `data.pkl`, that describes tensors, and the bytes of
-//! each storage as a file beside it.
+//! The archive that `torch.save` writes: a zip file with one pickle, `data.pkl`, which describes the tensors, and a file for the
+//! bytes of each storage.
 //!
-//! The archive is mapped. Of the storages, only those whose tensors are asked for are read: each once, to verify its
-//! checksum, and then where its tensors lie.
+//! The archive is mapped. Only storages whose tensors are asked for are read: once as a whole, to verify the checksum, and then
+//! the parts that hold the tensors.
 
 use super::pickle::{Id, Pickle, Value};
 use crate::checkpoint::file::{self, TensorInfo};
@@ -19,7 +19,7 @@ use zip::{CompressionMethod, ZipArchive};
 /// The first bytes of every zip file.
 pub(super) const MAGIC: &[u8] = b"PK\x03\x04";
 
-/// A `.pth` file, opened: its pickle read, no tensor loaded yet.
+/// An open `.pth` file: its pickle has been read, but no tensor.
 #[derive(Debug)]
 pub(super) struct Archive {
     map: Arc<Mmap>,
@@ -29,24 +29,24 @@ pub(super) struct Archive {
     files: Mutex<Files>,
 }
 
-/// A tensor, or why it is not read.
+/// A tensor, or the reason why it cannot be read.
 type Entry = std::result::Result<View, String>;
 
-/// Where a tensor lies in a storage.
+/// The part of a storage that is a tensor.
 #[derive(Debug, PartialEq)]
 struct View {
     /// Its number in [`Archive::storages`].
     storage: usize,
-    /// The dtype, or the name of one that safetensors does not have either.
+    /// The dtype, or the name of one that not even safetensors has.
     dtype: std::result::Result<Dtype, String>,
-    /// In elements, as the strides.
+    /// In elements, like the strides.
     offset: usize,
     dims: Arc<[usize]>,
     strides: Arc<[usize]>,
 }
 
 impl Archive {
-    /// Reads the state dict of a file, or the one that it holds under `key`.
+    /// Reads the state dict of a file, or the one under `key`.
     pub(super) fn open(map: Mmap, key: Option<&str>) -> Result<Self> {
         let map = Arc::new(map);
         let mut files = Files::open(&map)?;
@@ -122,13 +122,13 @@ impl Archive {
 
 // ---- the files of the archive ----
 
-/// The files of the archive, found and verified when they are asked for.
+/// The files of the archive, located and verified on demand.
 #[derive(Debug)]
 struct Files {
     zip: ZipArchive<Cursor<Bytes>>,
     /// The length of the archive.
     len: usize,
-    /// Files that have been asked for: where their bytes lie, or what is wrong with them.
+    /// The files located so far: the range of their bytes, or what is wrong with them.
     located: HashMap<String, std::result::Result<Range<usize>, String>>,
 }
 
@@ -145,7 +145,7 @@ impl AsRef<[u8]> for Bytes {
 impl Files {
     fn open(map: &Arc<Mmap>) -> Result<Self> {
         let mut zip = ZipArchive::new(Cursor::new(Bytes(map.clone())))?;
-        // So that all files together are no longer than the archive, and to verify them takes no longer than to read it.
+        // Without overlaps, all files together are no longer than the archive, so verifying them takes no longer than reading it.
         if zip.has_overlapping_files()? {
             bail!("files of the archive overlap");
         }
@@ -156,7 +156,7 @@ impl Files {
         })
     }
 
-    /// The folder of the one pickle.
+    /// The folder that holds the one pickle.
     fn root(&self) -> Result<String> {
         let names = self.zip.file_names();
         let names = names.collect::<std::result::Result<Vec<_>, _>>()?;
@@ -174,7 +174,7 @@ impl Files {
         }
     }
 
-    /// Where the bytes of a file lie in the archive, its checksum verified.
+    /// The range of a file's bytes in the archive, once its checksum is verified.
     fn locate(&mut self, name: &str) -> Result<Range<usize>> {
         if let Some(located) = self.located.get(name) {
             return located.clone().map_err(Error::msg);
@@ -186,7 +186,7 @@ impl Files {
 
     fn verify(&mut self, name: &str) -> Result<Range<usize>> {
         let mut file = self.zip.by_name(name)?;
-        // PyTorch never compresses; and what is compressed can be of any size.
+        // PyTorch never compresses, and compressed files could expand to any size.
         if file.compression() != CompressionMethod::Stored {
             bail!("is compressed");
         }
@@ -202,7 +202,7 @@ impl Files {
 
 // ---- what the pickle holds ----
 
-/// What a dict, list or tuple holds, by key or position; keys are text or numbers.
+/// The contents of a dict, list or tuple, by key or position. Only keys that are text or numbers count.
 fn children<'a: 'p, 'p>(
     pickle: &'p Pickle<'a>,
     id: Id,
@@ -225,7 +225,7 @@ fn children<'a: 'p, 'p>(
     items.chain(entries)
 }
 
-/// What is under a key, whose parts dots separate. Keys may have dots themselves: the longest that fits is taken.
+/// Finds the value under a key, whose parts are separated by dots. Keys may contain dots themselves: the longest match wins.
 fn find(pickle: &Pickle, key: &str) -> Result<Id> {
     let (mut at, mut rest) = (pickle.root(), Some(key));
     while let Some(key_here) = rest {
@@ -252,15 +252,15 @@ fn find(pickle: &Pickle, key: &str) -> Result<Id> {
     Ok(at)
 }
 
-/// How many state dicts a message names, and how long their keys may be.
+/// How many state dicts a message names at most, and how long their keys may be.
 const MAX_NAMED: usize = 8;
 const MAX_NAME: usize = 200;
 
-/// The keys of the dicts at or under a value that hold tensors, those that lie less deep first. `key` is the value's own.
+/// The keys of the dicts at or under a value that hold tensors, the least nested first. `key` is the key of the value itself.
 fn state_dicts(pickle: &Pickle, id: Id, key: &str) -> Vec<String> {
     let mut seen = vec![false; pickle.len()];
     let mut found = vec![];
-    // Each with the number here of the one that holds it, and its position in that one.
+    // Each with the index in `visited` of the container that holds it, and its position there.
     let mut visited: Vec<(Id, Option<(u32, u32)>)> = vec![(id, None)];
     let mut at = 0;
     while at < visited.len() && found.len() < MAX_NAMED {
@@ -313,7 +313,7 @@ fn tensors<'a>(pickle: &Pickle<'a>, id: Id) -> Result<(BTreeMap<String, Entry>, 
     Ok((tensors, shared.storages))
 }
 
-/// What a value is, for a message.
+/// Describes a value in a message.
 fn describe(pickle: &Pickle, id: Id) -> String {
     if tensor_call(pickle, id).is_some() {
         return "a tensor".to_string();
@@ -333,18 +333,18 @@ fn describe(pickle: &Pickle, id: Id) -> String {
     }
 }
 
-/// The beginning of a name, which a pickle may make of any length and use any number of times.
+/// The beginning of a name. A pickle may use names of any length, any number of times.
 fn shortened(name: &str) -> String {
     name.chars().take(64).collect()
 }
 
-/// What tensors have in common, held once.
+/// What tensors share, stored once.
 #[derive(Default)]
 struct Shared<'a> {
     /// The keys of the storages, and the number of each.
     storages: Vec<&'a str>,
     numbers: HashMap<&'a str, usize>,
-    /// Shapes and strides by the tuple that they are in the pickle.
+    /// Shapes and strides, by their tuple in the pickle.
     shapes: HashMap<Id, Arc<[usize]>>,
 }
 
@@ -370,8 +370,8 @@ impl<'a> Shared<'a> {
     }
 }
 
-/// The function that rebuilds a tensor, and its arguments; of a wrapped tensor, such as a parameter, those of the tensor in it.
-/// `None`: no tensor.
+/// The function that rebuilds a tensor, and its arguments. For a wrapped tensor, such as a parameter, those of the inner tensor.
+/// `None` if the value is not a tensor.
 fn tensor_call<'a, 'p>(pickle: &'p Pickle<'a>, id: Id) -> Option<(&'a str, &'p [Id])> {
     let (callable, mut args) = pickle.call(id)?;
     let (_, mut function) = pickle.global(callable)?;
@@ -403,12 +403,12 @@ fn tensor_call<'a, 'p>(pickle: &'p Pickle<'a>, id: Id) -> Option<(&'a str, &'p [
         .then_some((function, args))
 }
 
-/// The tensor that a value is, or why it is not read. `None`: no tensor.
+/// The tensor that a value stands for, or the reason why it cannot be read. `None` if the value is not a tensor.
 fn entry<'a>(pickle: &Pickle<'a>, id: Id, shared: &mut Shared<'a>) -> Option<Entry> {
     let (function, args) = tensor_call(pickle, id)?;
     let attributes = match function {
         "_rebuild_tensor" => None,
-        // After storage, offset, size and stride: requires_grad and hooks; of a quantized tensor its parameters before those.
+        // Storage, offset, size and stride are followed by requires_grad and hooks, in a quantized tensor after its parameters.
         "_rebuild_tensor_v2" => args.get(6),
         "_rebuild_tensor_v3" => args.get(7),
         "_rebuild_qtensor" => None,
@@ -434,8 +434,8 @@ fn entry<'a>(pickle: &Pickle<'a>, id: Id, shared: &mut Shared<'a>) -> Option<Ent
     Some(view.ok_or_else(|| "not of the form that torch.save writes".to_string()))
 }
 
-/// The first arguments of the functions that rebuild tensors: storage, offset, size and stride. A storage is `('storage',
-/// class, key, location, len)`; its class says the dtype unless `dtype` does.
+/// Reads the first arguments of the functions that rebuild tensors: storage, offset, size and stride. A storage is `('storage',
+/// class, key, location, len)`; its class implies the dtype unless `dtype` is given.
 fn view<'a>(
     pickle: &Pickle<'a>,
     args: &[Id],
@@ -507,10 +507,10 @@ impl View {
             Ok(dtype) => *dtype,
             Err(name) => bail!("{}", file::no_dtype(name)),
         };
-        // All of `dtype_of` are of whole bytes.
+        // Every dtype of `dtype_of` has whole bytes.
         let width = dtype.bitsize() / 8;
         let stored = storage.len() / width;
-        // A dimension of zero does not excuse the others: their product is a stride.
+        // Dimensions of zero count as one, because the product of the others must not overflow either: it is a stride.
         let dims = self.dims.iter().map(|&dim| dim.max(1));
         let count = dims
             .clone()
@@ -523,7 +523,7 @@ impl View {
         let load = |values: &[u8]| file::tensor(dtype, &self.dims, values, device);
         let (count, last) = match (count, last) {
             (Some(_), _) if self.dims.contains(&0) => return load(&[]),
-            // A view that repeats values could be of any length.
+            // A view that repeats values could have any length, so its elements must not outnumber those stored.
             (Some(count), Some(last)) if count <= stored && last < stored => (count, last),
             _ => bail!(
                 "shape {:?} with strides {:?} at {} does not fit a storage of {stored} values",

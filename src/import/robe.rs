@@ -25,14 +25,14 @@ const HELPERS: [(&str, Helper); 4] = [
     ("helper_Eidx", |column, chunk, _| column / chunk),
 ];
 
-/// ROBE has two modules, one for GPUs and one for the CPU, which name the parameter differently.
+/// ROBE has two modules, one for GPUs and one for the CPU, with different names for the parameter.
 impl Module {
     /// Whether this is the module for the CPU.
     fn has_helpers(&self) -> bool {
         HELPERS.iter().any(|(name, _)| self.has(name))
     }
 
-    /// The key of the parameter, for the error that it is missing.
+    /// The key of the parameter, for the error message if it is missing.
     fn parameter(&self) -> String {
         let name = if self.has_helpers() {
             WEIGHT
@@ -42,7 +42,7 @@ impl Module {
         self.key(name)
     }
 
-    /// The keys under which the parameter is there.
+    /// The keys under which the parameter exists.
     fn parameters(&self) -> impl Iterator<Item = String> + '_ {
         let names = [HASHED_WEIGHT, WEIGHT].into_iter();
         names
@@ -60,9 +60,8 @@ impl StateDict {
     ///   `helper_Eidx_offset` (in older versions `helper_Eidx`), i64 `(embedding_dim,)`, which must agree with the arguments.
     ///
     /// `uma_chunk_size` is the module's, 1 by default; its `val_offset` is `config.first_row`. The hash is [`Hash::robe`];
-    /// leave that of the config `None`. ROBE sums bags or looks up single rows, for which there is
-    /// `HashedEmbedding::from(layer)`. Its other hashes, `lma_hash` and `keymode_static_pm`, and its later `RobezEmbedding`
-    /// are not known here.
+    /// leave `config.hash` at `None`. ROBE sums bags or looks up single rows; for the latter, use `HashedEmbedding::from(layer)`.
+    /// Its other hashes, `lma_hash` and `keymode_static_pm`, and its later `RobezEmbedding` are not supported.
     ///
     /// # Errors
     /// [What is refused](Self#what-is-refused), and the errors of [`Hash::robe`] and [`HashedEmbeddingBag::new`].
@@ -88,7 +87,7 @@ impl StateDict {
 
     /// Takes the tables of the DLRM of ROBE's authors at `prefix`: `hashed_weight`, and for table `t` the [ROBE
     /// module](Self::robe) `emb_l.{t}` over the same parameter, whose `val_offset` is the number of rows of the tables
-    /// before it. `tables` are their names here and their rows, in order. The rest of the model is left.
+    /// before it. `tables` gives their names here and their numbers of rows, in order. The rest of the model is left.
     ///
     /// # Errors
     /// Those of [`robe`](Self::robe) for each table, tables with different `random_numbers`, more tables in the state dict
@@ -156,7 +155,7 @@ impl StateDict {
         }
     }
 
-    /// The random numbers of a ROBE module and the hash they make.
+    /// The random numbers of a ROBE module, and its hash.
     fn robe_hash(&self, module: &Module, uma_chunk_size: usize) -> Result<(Vec<i64>, Hash)> {
         let numbers = self.random_numbers(module)?;
         let hash = Hash::robe(&numbers, uma_chunk_size)
@@ -164,7 +163,7 @@ impl StateDict {
         Ok((numbers, hash))
     }
 
-    /// The random numbers of a ROBE module; the signature that the GPU module has beside them is checked.
+    /// The random numbers of a ROBE module. Checks the signature that the GPU module has as well.
     fn random_numbers(&self, module: &Module) -> Result<Vec<i64>> {
         let key = module.key(RANDOM_NUMBERS);
         if module.has_helpers() {
@@ -226,7 +225,7 @@ impl StateDict {
         tensor.to_vec1()
     }
 
-    /// The parameter that all of `keys` must be names of, with the first of them. Without any, `name` is reported missing.
+    /// The parameter, of which all `keys` must be names, and the first key. Without any keys, `name` is reported missing.
     fn parameter(
         &self,
         mut keys: impl Iterator<Item = String>,

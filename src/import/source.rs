@@ -14,7 +14,7 @@ pub(super) enum Source {
 }
 
 impl Source {
-    /// Opens a file; its first bytes tell its kind.
+    /// Opens a file, whose kind is told by its first bytes.
     pub(super) fn open(path: &Path, key: Option<&str>) -> Result<Self> {
         let map = file::map(path)?;
         if map.starts_with(pth::MAGIC) {
@@ -48,7 +48,7 @@ impl Source {
         }
     }
 
-    /// Whether two entries are one tensor in the file.
+    /// Whether two entries are the same tensor in the file.
     pub(super) fn is_same(&self, a: &str, b: &str) -> bool {
         match self {
             Self::Pth(archive) => archive.is_same(a, b),
@@ -73,8 +73,8 @@ impl Source {
     }
 }
 
-/// The name under which a safetensors file holds an entry: `safetensors.torch.save_model` stores shared memory once, and
-/// notes the other names of it in the metadata, each with the one that is stored.
+/// The name under which a safetensors file stores an entry: `safetensors.torch.save_model` stores shared memory once, and its
+/// metadata maps the other names to the stored one.
 fn stored_name<'a>(file: &'a MappedFile, key: &'a str) -> &'a str {
     let metadata = file.metadata();
     let alias = metadata.metadata().as_ref().and_then(|m| m.get(key));

@@ -1,4 +1,4 @@
-//! One lookup: every check of its arguments, once, and the choice of the op that computes it.
+//! One lookup: checks all of its arguments, and chooses the op that computes it.
 
 use super::{FixedBags, Gradient, Mode, RaggedBags, Ternary, WeightedBags};
 use crate::bags::{BagShape, JaggedLayout};
@@ -9,13 +9,13 @@ use crate::tables::Tables;
 use candle_core::{DType, Result, Tensor};
 use std::sync::Arc;
 
-/// The virtual table that a lookup sees: what its layer is configured with, bound to one length of `hashed_weight`.
+/// The virtual table of a lookup: the configuration of its layer, bound to the length of one `hashed_weight`.
 #[derive(Debug, Clone)]
 pub(crate) struct Table {
     pub slots: Slots,
     pub tables: Arc<Tables>,
-    /// [`Tables::first_rows`] on the device of `hashed_weight`, where there are several tables: i64, `(tables + 1,)`. For
-    /// the CUDA kernels.
+    /// [`Tables::first_rows`] on the device of `hashed_weight`, if there are several tables: i64, `(tables + 1,)`. Only CUDA
+    /// kernels read it.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub first_rows: Option<Tensor>,
     pub embedding_dim: usize,
@@ -24,29 +24,29 @@ pub(crate) struct Table {
 }
 
 impl Table {
-    /// Whether `row` counts in its bag, which padding does not.
+    /// Whether `row` counts in its bag; padding does not.
     pub(super) fn counts(&self, row: i64) -> bool {
         Some(row) != self.padding_idx
     }
 }
 
-/// One lookup: in which table, and how its indices are divided into bags.
+/// One lookup: its table, and how its indices are divided into bags.
 #[derive(Debug, Clone)]
 pub(super) struct Lookup {
     pub(super) table: Table,
     pub(super) bags: BagShape,
     pub(super) bounds_check: BoundsCheck,
-    /// For the CUDA kernels.
+    /// Only CUDA kernels read it.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(super) gradient: Gradient,
 }
 
-/// Offsets, and how to read them.
+/// Offsets, and what they mean.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Offsets<'a> {
     pub offsets: &'a Tensor,
     pub include_last_offset: bool,
-    /// Makes no difference where there is one table.
+    /// Makes no difference if there is only one table.
     pub layout: JaggedLayout,
 }
 
@@ -129,7 +129,8 @@ pub(crate) fn hashed_embedding_bag(
     }
 }
 
-/// Even in f64, the largest dtype, the output must be addressable. The indices do not bound it: empty bags take none.
+/// Refuses an output that is too large to be addressed in f64, the largest dtype. The indices do not bound its size, since empty
+/// bags need none.
 pub(crate) fn check_output(num_bags: usize, embedding_dim: usize) -> Result<()> {
     match num_bags.checked_mul(embedding_dim) {
         Some(values) if values <= isize::MAX as usize / 8 => Ok(()),

@@ -1,8 +1,8 @@
 //! The differentiable function under the layers: `out[bag, column] = pool over rows of the bag of
 //! sign(row, column) * hashed_weight[slot(row, column)]`.
 //!
-//! `lookup.rs` checks every shape and dtype, once. What passes becomes a small struct, [`Lookup`], and a set of contiguous
-//! [`Operands`]; the two backends, `cpu/` and `cuda/`, trust both.
+//! `lookup.rs` checks every shape and dtype, once. Arguments that pass become a small struct, [`Lookup`], and a set of contiguous
+//! [`Operands`]; the two backends, `cpu/` and `cuda/`, rely on both.
 //!
 //! | op | kind | arguments | result |
 //! |---|---|---|---|
@@ -12,8 +12,8 @@
 //! | [`GradWeight`] | `CustomOp3` | grad_output, hashed_weight, indices | grad_weight |
 //! | [`GradPerSampleWeights`] | `CustomOp3` | grad_output, hashed_weight, indices | gradient of per_sample_weights |
 //!
-//! candle has no op of four arguments: an integer tensor that does not fit lives in the op's struct. The backward
-//! keeps the arguments of the forward and nothing else; it hashes again.
+//! candle has no op with four arguments, so the tensors that are left over are fields of the op's struct. The backward pass keeps
+//! the arguments of the forward and nothing else; it hashes again.
 
 mod cpu;
 #[cfg(any(feature = "cuda", test))]
@@ -45,25 +45,26 @@ pub enum Mode {
     Sum,
     /// The sum divided by the number of rows that are not padding.
     Mean,
-    /// The largest value of each column. Of equal values the first counts, and gets the gradient; NaN counts as larger
-    /// than every number.
+    /// The largest value of each column. The first of equal values is taken and gets the gradient; NaN counts as larger than
+    /// every number.
     Max,
 }
 
-/// How the gradient of `hashed_weight` is summed on CUDA. On the CPU it is deterministic in any case.
+/// How the gradient of `hashed_weight` is summed on CUDA. On the CPU it is always deterministic.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Gradient {
-    /// In the order in which threads arrive: the last bits may differ from run to run.
+    /// In the order in which threads happen to add: the last bits may differ from run to run.
     #[default]
     Fastest,
-    /// The same bits in every run, whatever the launch, at less than twice the time: terms are rounded to fixed point, more
-    /// finely than additions in f32 round, and added as integers. Needs 8 more bytes of memory per slot (16 in f64).
+    /// The same bits in every run, at less than twice the time: terms are rounded to fixed point, more finely than additions in
+    /// f32 round, and added as integers. Needs 8 more bytes of memory per slot (16 in f64).
     Deterministic,
 }
 
-/// A tensor as candle's ops see it: a storage, and which part of it. Contiguous, wherever an op passes one on.
+/// A tensor as candle passes it to an op: a storage, and a layout that says which part of it. Ops of this crate only pass on
+/// contiguous ones.
 type View<'a, S> = (&'a S, &'a Layout);
 
 /// The tensors of one lookup, all on one device.
@@ -74,7 +75,7 @@ struct Operands<'a, S> {
     per_sample_weights: Option<View<'a, S>>,
 }
 
-/// Where a lookup is computed: [`cpu`] or `cuda`. Both trust what `lookup.rs` checked.
+/// The device that computes a lookup: [`cpu`] or `cuda`. Both rely on the checks of `lookup.rs`.
 trait Backend {
     type Storage;
 
@@ -140,7 +141,7 @@ impl Lookup {
     }
 }
 
-/// Calls `f` with the storage of a tensor that an op holds in its struct, which has to be locked meanwhile.
+/// Calls `f` with the storage of a tensor that is a field of an op, and keeps the storage locked meanwhile.
 fn lend<B: Backend, R>(
     tensor: Option<&Tensor>,
     f: impl FnOnce(Option<View<B::Storage>>) -> Result<R>,
@@ -154,7 +155,7 @@ fn lend<B: Backend, R>(
     }
 }
 
-/// Bags of one length.
+/// Bags of equal length: (hashed_weight, indices) -> output.
 struct FixedBags(Lookup);
 
 impl FixedBags {

@@ -1,4 +1,4 @@
-//! A rule applied to slices, in one pass over memory: on all threads, in vector instructions.
+//! Applies a rule to slices in one pass over memory, on all threads and with vector instructions.
 
 use super::rules::{AnyRule, Real, Rule};
 use crate::error::bail;
@@ -8,10 +8,10 @@ use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::array;
 
-/// Values that a thread takes at once: many enough to outweigh taking them, few enough to share out evenly.
+/// Values that a thread takes at a time: enough to outweigh the overhead, few enough to be divided evenly.
 const CHUNK: usize = 1 << 14;
 
-/// Values of f16 or bf16 that are widened at once: so few that they stay in the nearest cache.
+/// Values of f16 or bf16 that are widened at a time: few enough to stay in the L1 cache.
 const WIDENED: usize = 1 << 10;
 
 /// A dtype of parameters.
@@ -23,7 +23,7 @@ pub(super) trait ParamDType: WithDType {
 
     fn state(storage: &mut CpuStorage) -> Result<&mut [Self::State]>;
 
-    /// Updates the values of some slices, all of the same length.
+    /// Updates the values of slices of equal length.
     fn apply<R: Rule<Self::State, S>, const S: usize>(
         rule: R,
         params: &mut [Self],
@@ -98,7 +98,7 @@ macro_rules! half_precision {
 half_precision!(f16, F16);
 half_precision!(bf16, BF16);
 
-/// Slices of the same length in chunks of at most `len` values.
+/// Divides slices of equal length into chunks of at most `len` values.
 fn chunks<'a, T, A, const S: usize>(
     len: usize,
     params: &'a mut [T],
@@ -115,7 +115,7 @@ fn chunks<'a, T, A, const S: usize>(
 
 /// Updates values one after the other.
 ///
-/// The compiler makes vector instructions of this loop. They round as single ones do: results are the same on every machine.
+/// The compiler turns this loop into vector instructions. They round like scalar ones, so results are the same on every machine.
 #[inline(always)]
 fn update_all<A: Real, R: Rule<A, S>, const S: usize>(
     rule: R,
@@ -136,8 +136,8 @@ fn update_all<A: Real, R: Rule<A, S>, const S: usize>(
     }
 }
 
-/// [`update_all`], in AVX2 where there is AVX2: twice as fast as what all x86-64 processors have, while AVX-512 gains nothing that
-/// memory would not take away.
+/// [`update_all`], with AVX2 if available: twice as fast as the instructions that all x86-64 processors have. AVX-512 gains
+/// nothing, because memory is the limit.
 fn apply<A: Real, R: Rule<A, S>, const S: usize>(
     rule: R,
     params: &mut [A],
@@ -156,7 +156,7 @@ fn apply<A: Real, R: Rule<A, S>, const S: usize>(
             update_all(rule, params, grads, state);
         }
         if is_x86_feature_detected!("avx2") {
-            // SAFETY: AVX2 was just found.
+            // SAFETY: AVX2 was just detected.
             return unsafe { avx2(rule, params, grads, state) };
         }
     }
@@ -210,7 +210,7 @@ mod tests {
     use crate::optim::rules::{Algorithm, Step};
     use candle_nn::ParamsAdamW;
 
-    /// [`apply`] takes the widest vectors of this machine; the plain loop is what machines without them run.
+    /// [`apply`] uses the vectors of this machine; machines without them run the plain loop.
     #[test]
     fn vectors_compute_the_bits_of_the_plain_loop() {
         let step = Step {

@@ -1,4 +1,4 @@
-//! Launches of the kernels of kernels/optimizer.cuh: one per parameter, asynchronous, without allocations on the device.
+//! Launches the kernels of kernels/optimizer.cuh: one per parameter, asynchronously, without allocating device memory.
 
 use super::rules::{AdagradRule, AdamWRule, AnyRule, MomentumRule, Real, SgdRule};
 use super::{contiguous, cpu};
@@ -10,9 +10,9 @@ use candle_core::{CudaStorage, Layout, Result, Storage};
 use cudarc::driver::{DeviceRepr, LaunchConfig, PushKernelArg};
 use half::{bf16, f16};
 
-/// Several waves of a large GPU; beyond that, threads stride.
+/// Enough thread blocks to fill a large GPU several times; beyond that, threads stride.
 const MAX_BLOCKS: usize = 1 << 14;
-/// The arrays of state that every kernel takes, and the argument for one that its rule does not have.
+/// The number of state arrays that every kernel takes, and the argument for those that its rule does not use.
 const MAX_STATE: usize = 2;
 static NULL: u64 = 0;
 
@@ -20,7 +20,7 @@ static NULL: u64 = 0;
 pub(super) trait ParamDType:
     cpu::ParamDType<State: CudaDType + DeviceRepr> + CudaDType + DeviceRepr
 {
-    /// As the table of kernels names it.
+    /// The dtype in the table of kernels.
     const DTYPE: Dtype;
 }
 
@@ -56,7 +56,7 @@ pub(super) fn step<T: ParamDType>(
     if n == 0 {
         return Ok(());
     }
-    // Allocations are aligned to more than that.
+    // Allocations themselves are aligned to more than that.
     let is_aligned = |first: usize| (first * size_of::<T>()).is_multiple_of(WIDEST_ACCESS);
     let aligned = u32::from(is_aligned(param_at.start) && is_aligned(grad_at.start));
     let (name, arrays) = match rule {

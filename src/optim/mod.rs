@@ -1,10 +1,10 @@
 //! Optimisers that update a parameter and its state in place, in one pass over memory.
 //!
 //! [`AdamW`], [`Adagrad`] and [`Sgd`] are [`candle_nn::Optimizer`]s whose hyper-parameters mean what they mean in `torch.optim`.
-//! `candle_nn::AdamW` makes some fifteen tensors of the size of each parameter per step; these make none. On the CPU they use all
-//! of candle's threads, on CUDA they launch one kernel per parameter.
+//! `candle_nn::AdamW` creates some fifteen tensors of the size of each parameter per step; these create none. On the CPU they use
+//! all of candle's threads, on CUDA they launch one kernel per parameter.
 //!
-//! With the gradient `g`, the value `p`, and `t`, which counts the steps of this parameter from 1:
+//! Here `g` is the gradient, `p` the value, and `t` counts the steps of this parameter from 1:
 //!
 //! | optimiser | step |
 //! |---|---|
@@ -19,15 +19,16 @@
 //! others, so f16 and bf16 are rounded once per step. Results depend neither on the number of threads nor on the instruction set,
 //! and CPU and CUDA compute the same bits from the same gradients.
 //!
-//! As in torch, a parameter that has no gradient in a step is passed over: its value, its state and its step count stay. State is
-//! made in the first step that has a gradient.
+//! As in torch, a parameter without a gradient is skipped in that step: its value, state and step count stay as they are. State
+//! is created in the first step with a gradient.
 //!
 //! # Stopping and resuming
 //!
 //! [`state`](InPlace::state) returns the state as named tensors, to be saved beside the model, and
-//! [`load_state`](InPlace::load_state) takes it back; the run goes on bit for bit as if it had not stopped. Names are those of
-//! the parameters, if the optimiser knows them ([`from_varmap`](InPlace::from_varmap), [`with_names`](InPlace::with_names)), else
-//! their positions. The order of [`VarMap::all_vars`] differs from process to process, so positions in it must not be saved.
+//! [`load_state`](InPlace::load_state) restores it; the run then continues bit for bit as if it had not stopped. The names are
+//! those of the parameters if the optimiser knows them ([`from_varmap`](InPlace::from_varmap),
+//! [`with_names`](InPlace::with_names)), otherwise their positions. The order of [`VarMap::all_vars`] differs from process to
+//! process, so do not save state by positions in it.
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -86,8 +87,8 @@ pub use rules::{ParamsAdagrad, ParamsSgd};
 
 /// Adam with decoupled weight decay ([Loshchilov and Hutter, 2019](https://arxiv.org/abs/1711.05101)), as `torch.optim.AdamW`.
 ///
-/// Per value it keeps `exp_avg` (`m` in the [formulas](self)) and `exp_avg_sq` (`v`). The hyper-parameters are candle-nn's, so it
-/// takes the place of [`candle_nn::AdamW`] by a change of name.
+/// Per value it keeps `exp_avg` (`m` in the [formulas](self)) and `exp_avg_sq` (`v`). The hyper-parameters are candle-nn's, so
+/// changing the import is enough to replace [`candle_nn::AdamW`].
 pub type AdamW = InPlace<ParamsAdamW>;
 
 /// Adagrad ([Duchi, Hazan and Singer, 2011](https://jmlr.org/papers/v12/duchi11a.html)), as `torch.optim.Adagrad`.
@@ -95,7 +96,7 @@ pub type AdamW = InPlace<ParamsAdamW>;
 /// Per value it keeps `sum` (`s` in the [formulas](self)).
 pub type Adagrad = InPlace<ParamsAdagrad>;
 
-/// Stochastic gradient descent, with momentum if wanted, as `torch.optim.SGD`.
+/// Stochastic gradient descent with optional momentum, as `torch.optim.SGD`.
 ///
 /// Per value it keeps `momentum_buffer` (`b` in the [formulas](self)), and nothing if the momentum is 0.
 pub type Sgd = InPlace<ParamsSgd>;
@@ -105,33 +106,33 @@ pub trait Params: Algorithm {}
 
 impl<P: Algorithm> Params for P {}
 
-/// An optimiser that updates in place, see [`AdamW`], [`Adagrad`] and [`Sgd`].
+/// An optimiser that updates in place: see [`AdamW`], [`Adagrad`] and [`Sgd`].
 pub struct InPlace<P> {
     parameters: Vec<Parameter>,
     params: P,
 }
 
-/// The name of the step count among the state of a parameter.
+/// The name of the step count in the state of a parameter.
 const STEP: &str = "step";
 
-/// A variable and what the optimiser keeps of it.
+/// A variable, and what the optimiser keeps for it.
 struct Parameter {
     name: String,
     var: Var,
-    /// How many steps had a gradient.
+    /// The number of steps with a gradient.
     steps: u64,
     /// Contiguous and from offset 0; empty before the first step.
     state: Vec<Storage>,
 }
 
 impl<P: Params> InPlace<P> {
-    /// The optimiser of these variables, by name; names must differ, as must the variables.
+    /// An optimiser for these named variables. No name and no variable may occur twice.
     ///
     /// Integer variables are skipped, since they have no gradient.
     ///
     /// # Errors
-    /// If a hyper-parameter is out of its range, two names or two variables are the same, or a variable has another float dtype
-    /// or device than the [module](self) says.
+    /// If a hyper-parameter is out of range, two names or two variables are the same, or the [module](self) does not support the
+    /// float dtype or the device of a variable.
     pub fn with_names(
         vars: impl IntoIterator<Item = (impl Into<String>, Var)>,
         params: P,
@@ -175,7 +176,7 @@ impl<P: Params> InPlace<P> {
         Ok(Self { parameters, params })
     }
 
-    /// The optimiser of all variables of this map, by the names they have there.
+    /// An optimiser for all variables of this map, under their names in the map.
     ///
     /// # Errors
     /// As [`with_names`](Self::with_names).
@@ -189,7 +190,7 @@ impl<P: Params> InPlace<P> {
         Self::with_names(vars, params)
     }
 
-    /// The optimiser of these variables with default hyper-parameters but for the learning rate.
+    /// An optimiser for these variables, with default hyper-parameters except for the learning rate.
     ///
     /// # Errors
     /// As [`with_names`](Self::with_names).
@@ -207,19 +208,19 @@ impl<P: Params> InPlace<P> {
         &self.params
     }
 
-    /// Changes the hyper-parameters from the next step on, which fails if one is out of its range.
+    /// Changes the hyper-parameters for all further steps. If one is out of range, the next step fails.
     pub fn set_params(&mut self, params: P) {
         self.params = params;
     }
 
-    /// Copies of the state, by names `{parameter}.{state}`.
+    /// Copies of the state, under names `{parameter}.{state}`.
     ///
-    /// Of each parameter that has had a gradient: `step`, an i64 scalar on the CPU; and what the optimiser keeps per value,
+    /// For each parameter that has had a gradient: `step`, an i64 scalar on the CPU; and what the optimiser keeps per value,
     /// under torch's name, in the shape and on the device of the parameter, in f64 for f64 and f32 for the others. The
-    /// hyper-parameters are not part of it.
+    /// hyper-parameters are not included.
     ///
     /// # Errors
-    /// If a copy fails, for want of memory.
+    /// If a copy fails for lack of memory.
     pub fn state(&self) -> Result<Vec<(String, Tensor)>> {
         let mut tensors = vec![];
         for parameter in self.parameters.iter().filter(|p| p.steps > 0) {
@@ -238,11 +239,11 @@ impl<P: Params> InPlace<P> {
 
     /// Replaces the state by what [`state`](Self::state) returned, here or in another process.
     ///
-    /// Tensors are copied to the devices of the parameters. A parameter that the state says nothing of starts anew.
+    /// Tensors are copied to the devices of the parameters. A parameter without tensors starts from scratch.
     ///
     /// # Errors
-    /// If a tensor belongs to no parameter, is missing beside another one of its parameter, or has another dtype or shape. The
-    /// state is then as it was.
+    /// If a tensor belongs to no parameter or has the wrong dtype or shape, or if some tensors of a parameter are missing. The
+    /// state is then unchanged.
     pub fn load_state(&mut self, state: impl IntoIterator<Item = (String, Tensor)>) -> Result<()> {
         let mut tensors: HashMap<String, Tensor> = state.into_iter().collect();
         let mut loaded = vec![];
@@ -311,7 +312,7 @@ impl<P: Params> InPlace<P> {
 }
 
 impl Parameter {
-    /// Its gradient, contiguous.
+    /// Checks `grad` against the parameter, and returns it contiguous.
     fn gradient(&self, optimizer: &str, grad: &Tensor) -> Result<Tensor> {
         let Self { name, var, .. } = self;
         let fail = |what: &str, want: String, got: String| {
@@ -332,7 +333,7 @@ impl Parameter {
         grad.contiguous()
     }
 
-    /// The state that these hyper-parameters need and that there is not yet.
+    /// New arrays for the state that these hyper-parameters need and that does not exist yet.
     fn missing_state<P: Algorithm>(&self, params: &P) -> Result<Vec<Storage>> {
         let (shape, device) = (self.var.shape(), self.var.device());
         let initial = params.initial_state();
@@ -365,7 +366,7 @@ fn storage_of(tensor: &Tensor) -> Result<Storage> {
 impl<P: Params> Optimizer for InPlace<P> {
     type Config = P;
 
-    /// [`with_names`](Self::with_names), where the names are the positions: `0`, `1` and so on.
+    /// [`with_names`](Self::with_names) with the positions as names: `0`, `1` and so on.
     fn new(vars: Vec<Var>, params: P) -> Result<Self> {
         let names = (0..).map(|i: usize| i.to_string());
         Self::with_names(names.zip(vars), params)
@@ -374,11 +375,11 @@ impl<P: Params> Optimizer for InPlace<P> {
     /// Updates the parameters that have a gradient.
     ///
     /// # Errors
-    /// If a gradient has another dtype, shape or device than its parameter, a hyper-parameter is out of its range, or there is no
-    /// memory for state. Nothing is updated then.
+    /// If a gradient differs from its parameter in dtype, shape or device, a hyper-parameter is out of range, or there is not
+    /// enough memory for state. Nothing is updated then.
     fn step(&mut self, grads: &GradStore) -> Result<()> {
         self.params.check()?;
-        // What may fail comes first, so that a step that fails changes nothing.
+        // Whatever can fail comes first, so that a step that fails changes nothing.
         let mut ready = vec![];
         for parameter in &mut self.parameters {
             if let Some(grad) = grads.get(&parameter.var) {
@@ -427,7 +428,7 @@ impl<P: Params> fmt::Debug for InPlace<P> {
 struct Update<'a, P> {
     params: &'a P,
     step: Step,
-    /// The op is handed out by reference, and is called once.
+    /// In a cell because candle takes the op by shared reference. It is called once.
     state: RefCell<&'a mut [Storage]>,
 }
 
@@ -496,7 +497,7 @@ impl<P: Algorithm> Update<'_, P> {
     }
 }
 
-/// Where the values of a contiguous tensor lie.
+/// The range of a contiguous tensor's values in its storage.
 fn contiguous(layout: &Layout) -> Result<Range<usize>> {
     match layout.contiguous_offsets() {
         Some((start, end)) => Ok(start..end),

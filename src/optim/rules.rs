@@ -1,9 +1,9 @@
-//! The arithmetic of each optimiser, once: its hyper-parameters, and what a step does to one value.
+//! The arithmetic of each optimiser: its hyper-parameters, and what a step does to one value.
 //!
-//! A step has two parts. [`Algorithm::rule`] computes, in f64 and once per parameter, the constants of the step: everything that
-//! depends on the hyper-parameters and the step count. The [`Rule`] it returns then updates one value at a time, from nothing but
-//! these constants, the value, its gradient and its state; whoever calls it chooses which values. kernels/optimizer.cu has the same
-//! structs and the same functions for CUDA. Both round after every operation, so both devices compute the same bits.
+//! A step has two parts. [`Algorithm::rule`] computes the constants of the step, in f64 and once per parameter: everything that
+//! depends on the hyper-parameters and the step count. The [`Rule`] that it returns then updates one value at a time, given only
+//! these constants, the value, its gradient and its state; the caller chooses the values. kernels/optimizer.cuh has the same
+//! structs and functions for CUDA. Both round after every operation, so both devices compute the same bits.
 
 use crate::error::bail;
 use candle_core::Result;
@@ -20,7 +20,7 @@ pub struct ParamsAdagrad {
     pub lr_decay: f64,
     /// L2 penalty: `weight_decay * param` is added to the gradient; 0 by default.
     pub weight_decay: f64,
-    /// What the sums of squared gradients start with; 0 by default.
+    /// The initial value of the sums of squared gradients; 0 by default.
     pub initial_accumulator_value: f64,
     /// Added to the root of the sum; 1e-10 by default.
     pub eps: f64,
@@ -43,13 +43,13 @@ impl Default for ParamsAdagrad {
 pub struct ParamsSgd {
     /// Learning rate; 0.001 by default.
     pub lr: f64,
-    /// How much of the momentum buffer is kept in each step; 0, the default, needs no buffer.
+    /// The factor by which the momentum buffer decays in each step; 0, the default, needs no buffer.
     pub momentum: f64,
-    /// The momentum buffer takes up `1 - dampening` of each gradient but the first; 0 by default.
+    /// `1 - dampening` of each gradient is added to the momentum buffer, but all of the first one; 0 by default.
     pub dampening: f64,
     /// L2 penalty: `weight_decay * param` is added to the gradient; 0 by default.
     pub weight_decay: f64,
-    /// Nesterov momentum, which needs a momentum and no dampening; `false` by default.
+    /// Whether to use Nesterov momentum, which needs a momentum and no dampening; `false` by default.
     pub nesterov: bool,
 }
 
@@ -99,7 +99,7 @@ real!(f64);
 
 /// One step for one value, which has `S` values of state.
 ///
-/// Without decay and momentum, a gradient of zero changes nothing: values without gradient need not be visited.
+/// Without decay and momentum, a gradient of zero changes nothing, so values without a gradient need not be visited.
 pub trait Rule<A, const S: usize>: Copy + Sync {
     /// The new value and its new state.
     fn update(self, param: A, grad: A, state: [A; S]) -> (A, [A; S]);
@@ -177,7 +177,7 @@ impl<A: Real> Rule<A, 0> for SgdRule<A> {
 pub struct MomentumRule<A> {
     weight_decay: A,
     momentum: A,
-    /// The share of the gradient that enters the buffer: `1 - dampening`, or all of the first gradient.
+    /// The share of the gradient that is added to the buffer: `1 - dampening`, but all of the first gradient.
     intake: A,
     /// The step goes along `along_grad * gradient + along_buffer * momentum_buffer`: `(1, momentum)` with Nesterov's momentum,
     /// `(0, 1)` without.
@@ -209,31 +209,31 @@ pub enum AnyRule<A> {
 #[derive(Clone, Copy)]
 pub struct Step {
     pub count: u64,
-    /// Whether the state has only just been made.
+    /// Whether the state was created for this step.
     pub is_first: bool,
 }
 
-/// What makes hyper-parameters those of an optimiser.
+/// Implemented by the hyper-parameters of each optimiser.
 pub trait Algorithm: Clone + Debug {
-    /// As in errors.
+    /// The name in error messages.
     const NAME: &'static str;
 
-    /// The state of a value, by torch's names.
+    /// The names of the state of a value, as in torch.
     const STATE: &'static [&'static str];
 
     fn lr(&self) -> f64;
 
     fn set_lr(&mut self, lr: f64);
 
-    /// An error if a hyper-parameter is out of its range.
+    /// Returns an error if a hyper-parameter is out of range.
     fn check(&self) -> Result<()>;
 
-    /// How many values of state these hyper-parameters need.
+    /// How many values of state each value needs with these hyper-parameters.
     fn state_len(&self) -> usize {
         Self::STATE.len()
     }
 
-    /// What all state starts with.
+    /// The initial value of all state.
     fn initial_state(&self) -> f64 {
         0.0
     }

@@ -1,7 +1,7 @@
-//! The embedding tables, and how the parameters are shared out among them.
+//! The embedding tables, and how the parameters are divided among them.
 //!
 //! `compression` limits the parameters of all tables together. Small tables (a dozen genres, two genders) stay plain: they
-//! matter much and cost next to nothing. The large ones are hashed into what is left. Each of the two kinds is one
+//! matter a lot and cost next to nothing. The large ones are hashed into the remaining parameters. Each of the two kinds is one
 //! collection: one parameter, one lookup.
 
 use anyhow::{ensure, Context, Result};
@@ -14,7 +14,7 @@ use candle_nn::VarBuilder;
 
 use crate::data::{Bags, Schema};
 
-/// Tables of fewer rows than this are small.
+/// Tables with fewer rows than this are small.
 const SMALL: usize = 64;
 
 /// The names of the collections. A model may lack either.
@@ -25,7 +25,7 @@ const COLLECTIONS: [&str; 2] = ["plain", "hashed"];
 pub struct EmbeddingConfig {
     /// The columns of every table.
     pub embedding_dim: usize,
-    /// The most parameters per value of all tables together; 1 is the reference, where every table is plain.
+    /// The most parameters per value of all tables together; 1 is the baseline, in which every table is plain.
     pub compression: f64,
     /// The hash of the large tables.
     pub hash: Hash,
@@ -53,8 +53,8 @@ impl Embeddings {
         let (plain, share) = config.share_out(&rows)?;
         let (small, large): (Vec<usize>, Vec<usize>) =
             (0..rows.len()).partition(|&table| plain[table]);
-        // In a plain table no two values share a parameter. Even with as many parameters as values, a hash that mixes would
-        // let some share and leave a third of the parameters unused.
+        // In a plain table no two values share a parameter. Even with as many parameters as values, a random hash would let
+        // some values share one and leave a third of the parameters unused.
         let identity = Hash::identity(config.embedding_dim);
         let kinds = [(small, identity, 1.0), (large, config.hash, share)];
 
@@ -64,7 +64,7 @@ impl Embeddings {
                 continue;
             }
             let bag = HashedEmbeddingBagConfig {
-                // The mean, so that a film of six genres does not count for more than one of two.
+                // The mean, so that a film with six genres does not count for more than one with two.
                 mode: Mode::Mean,
                 hash: Some(hash),
                 include_last_offset: true,
@@ -127,7 +127,7 @@ impl Embeddings {
         Tensor::cat(&pooled.collect::<candle_core::Result<Vec<_>>>()?, 1)
     }
 
-    /// The collections by name, as a checkpoint wants them.
+    /// The collections by name, in the form that a checkpoint takes.
     pub fn collections(
         &self,
     ) -> impl Iterator<Item = (&'static str, &HashedEmbeddingBagCollection)> {
@@ -146,7 +146,7 @@ impl Embeddings {
         first.map_or(0, |kind| kind.collection.embedding_dim())
     }
 
-    /// How many values the tables hold: what they store, and what they would store without hashing.
+    /// How many values the tables store, and how many they would store without hashing.
     pub fn parameters(&self) -> (usize, usize) {
         let collections = || self.collections().map(|(_, collection)| collection);
         let stored = collections().map(|c| c.hashed_weight().elem_count()).sum();
@@ -157,7 +157,7 @@ impl Embeddings {
 }
 
 impl EmbeddingConfig {
-    /// Which tables, of so many rows each, are plain, and the compression of the others together.
+    /// Decides which tables are plain, given their numbers of rows, and the compression of all others together.
     fn share_out(&self, rows: &[usize]) -> Result<(Vec<bool>, f64)> {
         let values = |rows: &[usize]| rows.iter().sum::<usize>() as f64 * self.embedding_dim as f64;
         let small: Vec<usize> = rows.iter().copied().filter(|&n| n < SMALL).collect();
@@ -166,7 +166,7 @@ impl EmbeddingConfig {
         if self.compression == 1.0 {
             return Ok((vec![true; rows.len()], 1.0));
         }
-        // If there are very few parameters, the ids need them more than plain small tables do.
+        // If there are very few parameters, the tables of ids need them more than small plain tables do.
         let small_fits = small <= budget / 2.0;
         let plain = if small_fits { small } else { 0.0 };
         let is_plain = rows.iter().map(|&n| small_fits && n < SMALL).collect();
@@ -181,7 +181,7 @@ impl EmbeddingConfig {
     }
 }
 
-/// A 1-D tensor. candle cannot allocate an empty one on CUDA, so that is an empty view of another.
+/// A 1-D tensor. candle cannot allocate an empty one on CUDA, so an empty one is a view of another.
 pub fn list<T: WithDType>(values: &[T], device: &Device) -> candle_core::Result<Tensor> {
     match values {
         [] => Tensor::zeros(1, T::DTYPE, device)?.narrow(0, 0, 0),

@@ -9,12 +9,12 @@ use crate::model::Dlrm;
 const CHUNK: usize = 8192;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-/// How good some scores are.
+/// How good a set of scores is.
 pub struct Metrics {
-    /// The share of pairs of a positive and a negative example that the scores put in the right order; none where all
-    /// labels are equal.
+    /// The share of pairs of a positive and a negative example that the scores put in the right order; `None` if all labels
+    /// are equal.
     pub auc: Option<f64>,
-    /// The mean of `-ln` of the probability that was given to the label that is right.
+    /// The mean of `-ln` of the probability given to the true label.
     pub logloss: f64,
 }
 
@@ -56,7 +56,7 @@ impl Metrics {
         }
     }
 
-    /// Whether these are better than `other`, of the same examples: by AUC or, where there is none, by logloss.
+    /// Whether these are better than `other`, on the same examples: by AUC or, if there is none, by logloss.
     pub fn is_better(&self, other: &Self) -> bool {
         match (self.auc, other.auc) {
             (Some(auc), Some(other)) => auc > other,
@@ -75,7 +75,7 @@ impl Metrics {
         Ok(self)
     }
 
-    /// Of the best model there can be.
+    /// The metrics of the best possible model.
     pub fn of_truth(truth: &Truth) -> Self {
         let logits: Vec<f64> = truth
             .probabilities
@@ -119,7 +119,7 @@ mod tests {
 
     #[test]
     fn auc_counts_ties_as_half() {
-        // Of the six (liked, not liked) pairs: 2 > 1, 2 > 0, 2 > -1 and 1 > 0, 1 > -1 are right, 1 = 1 is half.
+        // Of the six (liked, not liked) pairs, 2 > 1, 2 > 0, 2 > -1, 1 > 0 and 1 > -1 are right, and 1 = 1 counts half.
         let metrics = Metrics::of(
             &[2.0, 1.0, 1.0, 0.0, -1.0],
             &[true, true, false, false, false],

@@ -11,15 +11,15 @@
 //! | [`options`] | the command line of `recommender` |
 //! | [`data`] | examples: ratings of MovieLens or of a generator, or a log of clicks, as batches of bags of rows |
 //! | [`model`] | the DLRM: embeddings, dots, MLPs |
-//! | [`embeddings`] | the embedding tables in two collections, and how the parameters are shared out among them |
+//! | [`embeddings`] | the embedding tables in two collections, and how the parameters are divided among them |
 //! | [`init`] | initial values that depend on the seed alone |
 //! | [`train`] | AdamW, best epoch |
 //! | [`evaluate`] | AUC and logloss |
-//! | [`saved`] | one checkpoint file with all that a trained model needs |
+//! | [`saved`] | one checkpoint file with everything that a trained model needs |
 //! | [`recommend`] | the best unseen movies |
 //! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
 //! | [`report`] | what is printed |
-//! | [`output`] | standard output whose reader may leave, files that may not be writable |
+//! | [`output`] | standard output that may be closed, files that may not be writable |
 
 #![warn(missing_docs)]
 

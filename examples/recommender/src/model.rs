@@ -93,7 +93,7 @@ impl Dlrm {
             .squeeze(1)
     }
 
-    /// Where its parameters lie and its inputs belong.
+    /// The device of its parameters, to which its inputs belong.
     pub fn device(&self) -> &Device {
         &self.device
     }

@@ -1,4 +1,4 @@
-//! Standard output, whose reader may leave, and files, which had better be writable before hours of work than after.
+//! Standard output, which its reader may close, and checks that files are writable, before hours of work instead of after.
 
 use std::fmt;
 use std::fs::File;
@@ -12,7 +12,7 @@ use candle_hashed_embedding_bag::checkpoint;
 /// The first failure of standard output.
 static FAILURE: Mutex<Option<io::Error>> = Mutex::new(None);
 
-/// `println!` for programs that must not end where it panics: see [`print()`].
+/// `println!` for programs that must not end if standard output is closed: see [`print()`].
 #[macro_export]
 macro_rules! say {
     ($($message:tt)*) => {
@@ -20,8 +20,8 @@ macro_rules! say {
     };
 }
 
-/// Prints a line to standard output. A failure stops nothing, so that a training ends in a checkpoint even if nobody reads
-/// on, as in `recommender | head -1`; [`finish`] reports it.
+/// Prints a line to standard output. A failure does not stop the program, so that training ends with a checkpoint even if the
+/// reader has left, as in `recommender | head -1`; [`finish`] reports it.
 pub fn print(line: fmt::Arguments) {
     remember(writeln!(io::stdout(), "{line}"));
 }
@@ -29,7 +29,7 @@ pub fn print(line: fmt::Arguments) {
 /// To be called when the work is done.
 ///
 /// # Errors
-/// The first failure of standard output, unless it is that its reader has left: who leaves has seen enough.
+/// The first failure of standard output, unless its reader has left, having seen enough.
 pub fn finish() -> Result<()> {
     remember(io::stdout().flush());
     let failure = FAILURE
@@ -68,7 +68,7 @@ pub fn ensure_writable(path: &Path) -> Result<()> {
         return ensure_replaceable(path);
     }
     let why = || format!("cannot write {}", path.display());
-    // To open a named pipe waits for somebody to read from it.
+    // Opening a named pipe would wait for a reader.
     ensure!(path.is_file(), "{}: not a regular file", why());
     let opened = File::options().append(true).open(path);
     opened.with_context(why)?;

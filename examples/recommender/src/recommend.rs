@@ -10,7 +10,7 @@ use crate::saved::Recommender;
 pub struct Recommendation {
     /// Row of the movie in the catalog.
     pub movie: u32,
-    /// That the user likes it.
+    /// The probability that the user likes it.
     pub probability: f64,
 }
 

@@ -13,7 +13,7 @@ use crate::recommend::Recommendation;
 use crate::say;
 use crate::sweep::{Measure, Point};
 
-/// What is about to be trained, on what.
+/// What is about to be trained, and on which data.
 pub fn introduction(data: &Data, model: &Dlrm) {
     match data {
         Data::Ratings(ratings) => ratings_introduction(ratings),
@@ -90,7 +90,7 @@ impl Summary {
         self.fact(part, value)
     }
 
-    /// What the true probabilities score on the test part. No model can expect to do better.
+    /// The score of the true probabilities on the test part. No model can expect to do better.
     pub fn best_reachable(self, truth: Option<Truth>) -> Self {
         match truth {
             Some(truth) => self.metrics("test, best reachable", Metrics::of_truth(&truth)),
@@ -161,7 +161,7 @@ pub fn recommendations(
     say!("\n{table}");
 }
 
-/// Quality, by `measure`, against size, and how each hash does against `baseline`, if that takes part.
+/// Quality, by `measure`, against size, and each hash compared with `baseline`, if that takes part.
 pub fn sweep(points: &[Point], measure: Measure, baseline: &str) {
     let at = |hash: &str, compression| {
         let mut points = points.iter();

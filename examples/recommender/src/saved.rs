@@ -1,4 +1,4 @@
-//! A trained model in one file, with what is needed to ask it something.
+//! A trained model in one file, with everything that is needed to use it.
 //!
 //! | tensor | dtype | |
 //! |---|---|---|
@@ -15,7 +15,7 @@
 //! | `seen.indices`, `seen.offsets` | u32 | the movies that each user has rated |
 //! | `generator_seed` | i64 | only if trained on generated data: its seed |
 //!
-//! A model of clicks, a [`ClickModel`], needs no more than its hash:
+//! A model of clicks, a [`ClickModel`], needs only its hash:
 //!
 //! | tensor | dtype | |
 //! |---|---|---|
@@ -48,7 +48,7 @@ pub struct ClickModel {
     /// Scores clicks.
     pub model: Dlrm,
     rows_per_field: u32,
-    /// Of the log it was trained on: examples, and clicked ones.
+    /// The numbers of examples and of clicked examples in the log it was trained on.
     counts: [i64; 2],
 }
 
@@ -108,7 +108,7 @@ impl Recommender {
         })
     }
 
-    /// Where its ratings are: in `dir`, or, if they were generated, in the generator.
+    /// The source of its ratings: the folder `dir`, or the generator, if they were generated.
     pub fn source(&self, dir: Option<PathBuf>) -> Result<Source> {
         match (self.generator_seed, dir) {
             (Some(seed), None) => Ok(Source::Generated { seed }),
@@ -125,7 +125,7 @@ impl Recommender {
     /// The ratings it was trained on.
     pub fn ratings(&self, dir: Option<PathBuf>) -> Result<Ratings> {
         let ratings = self.source(dir)?.load()?;
-        // The split goes by position: in other ratings, the test part would hold examples of the training.
+        // The split goes by position: with other ratings, the test part would contain training examples.
         ensure!(
             ratings.catalog == self.catalog,
             "these are not the ratings that the checkpoint was trained on"
@@ -212,7 +212,7 @@ fn put_entities(tensors: &mut Tensors, name: &str, entities: &Entities) -> Resul
     Ok(())
 }
 
-/// Values as one text, which [`split`] takes apart, whatever is in them.
+/// Joins values into one text, which [`split`] can take apart whatever the values contain.
 fn join(values: &[String]) -> String {
     let escaped = values
         .iter()
@@ -230,7 +230,7 @@ fn unescape(value: &str) -> String {
         let meant = match (c, rest.peek()) {
             ('\\', Some('\\')) => Some('\\'),
             ('\\', Some('n')) => Some('\n'),
-            // A backslash before anything else: files written before there were escapes have it.
+            // A backslash before any other character occurs in files written before escapes were introduced.
             _ => None,
         };
         if meant.is_some() {
@@ -360,7 +360,7 @@ mod tests {
         Ok(())
     }
 
-    /// A model after one epoch, which has taught it something.
+    /// A model after one epoch, so that it has learnt something.
     fn trained(data: &Data) -> Result<(Dlrm, VarMap)> {
         let Command::Train(options) = Options::parse_from(["", "--epochs", "1"]).command() else {
             bail!("train is the default")
@@ -401,7 +401,7 @@ mod tests {
                 values
             );
         }
-        // As files of before there were escapes have them.
+        // As in files written before escapes were introduced.
         assert_eq!(split("a\\b\nc\\"), ["a\\b", "c\\"]);
     }
 

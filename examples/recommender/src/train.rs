@@ -38,21 +38,21 @@ pub struct Settings {
     pub seed: u64,
 }
 
-/// What training reached: its best epoch, by the validation part.
+/// The result of training: its best epoch on the validation part.
 pub struct Best {
     /// Its number, from 1.
     pub epoch: usize,
     /// How good its scores are.
     pub valid: Metrics,
-    /// That the whole training took.
+    /// The duration of the whole training.
     pub seconds: f64,
-    /// The epoch in which the loss left the finite numbers, which ended the training.
+    /// The epoch in which the loss was no longer finite, which ended the training.
     pub diverged: Option<usize>,
 }
 
 impl Best {
     /// # Errors
-    /// That the training diverged, and which epoch is kept.
+    /// If training diverged; the message says which epoch is kept.
     pub fn ensure_converged(&self) -> Result<()> {
         match self.diverged {
             None => Ok(()),
@@ -72,7 +72,7 @@ fn divergence(epoch: usize) -> String {
 /// Trains `model`, whose variables are `vars`, and leaves it as it was after its best epoch.
 ///
 /// # Errors
-/// Too few examples, what is wrong with reading them, and a divergence before the first epoch has ended.
+/// Too few examples, an error while reading them, or a divergence before the end of the first epoch.
 pub fn train(
     model: &Dlrm,
     vars: &VarMap,
@@ -210,8 +210,8 @@ impl Optimizers {
     }
 }
 
-/// The mean of `ln(1 + e^logit) - label * logit`, written so that no logit overflows; `candle_nn`'s takes the logarithm
-/// of a sigmoid, which is infinite for a logit that is confidently wrong.
+/// The mean of `ln(1 + e^logit) - label * logit`, written so that no logit overflows. `candle_nn`'s loss takes the logarithm of a
+/// sigmoid, which is infinite for a logit that is confidently wrong.
 fn cross_entropy(logits: &Tensor, labels: &Tensor) -> Result<Tensor> {
     let softplus = (logits.relu()? + (logits.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
     Ok((softplus - (logits * labels)?)?.mean_all()?)
@@ -259,7 +259,7 @@ mod tests {
         Ok(())
     }
 
-    /// Examples of one row each, which break the model in the epoch `broken_in`.
+    /// Examples of one row each, which break the model in epoch `broken_in`.
     struct Breaking {
         vars: VarMap,
         broken_in: usize,
@@ -287,7 +287,7 @@ mod tests {
             if part == Part::Train {
                 self.epoch.set(self.epoch.get() + 1);
                 if self.epoch.get() == self.broken_in {
-                    // As a step that is far too long leaves it.
+                    // What a far too large step leaves behind.
                     let nan = Tensor::new(&[f32::NAN], &Device::Cpu)?;
                     self.vars.clone().set_one("top.2.bias", nan)?;
                 }

@@ -1,12 +1,13 @@
-//! What the two sides of a launch must agree on, besides the [kernels](super::instances): constants, and the layouts of the
+//! What host and kernels must agree on, besides the [table of kernels](super::instances): constants, and the layouts of the
 //! structs that are passed by value.
 //!
-//! `build.rs` includes this file and writes it to `constants.cuh`, where the CUDA structs are asserted to have the same
-//! layouts as the Rust structs are in [`params`](super::params). So it depends on nothing but the standard library.
+//! From this file `build.rs` writes `constants.cuh`, which asserts that the CUDA structs have these layouts;
+//! [`params`](super::params) asserts the same for the Rust structs. Since `build.rs` includes this file, it uses only the
+//! standard library.
 
-/// A bag of more indices is shared by a whole thread block.
+/// A bag with more indices than this is shared by a whole thread block.
 pub const LONG_BAG: usize = 256;
-/// The highest rank of a tensor that is copied.
+/// The highest rank of a tensor that the contiguous copy can read.
 pub const MAX_RANK: usize = 8;
 
 /// The dtype of indices or offsets.

@@ -1,4 +1,4 @@
-//! The passes of a lookup: what is allocated, checked and launched, in which order.
+//! The passes of a lookup: what each of them allocates, checks and launches, and in which order.
 
 use super::bounds::{check_on_host, Flag};
 use super::fixed_point::FixedPoint;
@@ -79,7 +79,7 @@ fn forward<T: Element>(
     let is_checked = lookup.bounds_check == BoundsCheck::Error;
     let len = lookup.bags.num_bags * lookup.table.embedding_dim;
     if len == 0 {
-        // No kernel runs then, but there may be an offset.
+        // No kernel runs, but there may still be an offset to check.
         if is_checked {
             check_on_host(lookup, operands)?;
         }
@@ -87,7 +87,7 @@ fn forward<T: Element>(
     }
     // SAFETY: the kernel writes every column of every bag.
     let mut out = unsafe { device.alloc::<T>(len)? };
-    // The host waits for the check alone: the lookup after it is safe whatever it is given, and may take its time.
+    // The host only waits for the check. The lookup queued after it is safe for any input, so it may still be running.
     let flag = match is_checked {
         true => {
             let mut flag = Flag::take(&launch.stream)?;
@@ -134,13 +134,13 @@ fn grad_per_sample_weights<T: Element>(
     if launch.is_empty() {
         return zeros::<T>(device, nnz);
     }
-    // Zeros, because padding and indices in no bag have no gradient and are not written.
+    // Zeros, because the kernel does not write the gradients of padding and of indices outside every bag.
     let mut grad_weights = device.alloc_zeros::<T>(nnz)?;
     launch.backward_per_sample_weights(grad_output, &mut grad_weights)?;
     Ok(CudaStorage::wrap_cuda_slice(grad_weights, device.clone()))
 }
 
-/// `len` zeros. There is always at least one: an allocation of nothing is an error of the driver.
+/// `len` zeros, but at least one, because the driver refuses to allocate nothing.
 fn zeros<T: CudaDType + DeviceRepr + ValidAsZeroBits>(
     device: &CudaDevice,
     len: usize,

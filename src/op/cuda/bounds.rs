@@ -1,4 +1,4 @@
-//! What is out of range: a kernel raises a flag, and the host, when it finds the flag raised, looks for what it was.
+//! Bounds checks: a kernel raises a flag if anything is out of range; only then does the host find out what.
 
 use crate::op::{cpu, Lookup, Operands};
 use candle_core::backend::BackendStorage;
@@ -7,10 +7,10 @@ use candle_core::{CudaStorage, Result};
 use cudarc::driver::{CudaEvent, CudaStream, PinnedHostSlice};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// A flag in host memory that a kernel raises, so that nothing has to be cleared or copied on the device for it, and an event
-/// that says when the kernel has ended.
+/// A flag that a kernel raises, and an event that tells when the kernel is done. The flag is in host memory, so nothing has to be
+/// cleared on the device or copied from it.
 ///
-/// A call that is checked uses one. They are kept, because making one takes longer than most lookups.
+/// Each checked call uses one. They are kept for reuse, because making one takes longer than most lookups.
 pub struct Flag {
     raised: PinnedHostSlice<u32>,
     done: CudaEvent,
@@ -26,24 +26,24 @@ impl Flag {
         if let Some(at) = flags.iter().position(fits) {
             return Ok(flags.swap_remove(at));
         }
-        // SAFETY: the memory is written right away.
+        // SAFETY: the memory is initialised in the next line.
         let mut raised = unsafe { stream.context().alloc_pinned::<u32>(1) }.w()?;
         raised.as_mut_slice().w()?[0] = 0;
         let done = stream.context().new_event(None).w()?;
         Ok(Self { raised, done })
     }
 
-    /// The address of the flag; pinned host memory has the same on the device.
+    /// The address of the flag; pinned host memory has the same address on the device.
     pub fn device_pointer(&mut self) -> Result<u64> {
         Ok(self.raised.as_mut_ptr().w()? as u64)
     }
 
-    /// What [`wait`](Self::wait) waits for: everything that the stream holds now.
+    /// Makes [`wait`](Self::wait) wait for everything that is now queued on the stream.
     pub fn record(&self, stream: &CudaStream) -> Result<()> {
         self.done.record(stream).w()
     }
 
-    /// Waits for the kernel; whether it raised the flag.
+    /// Waits for the kernel, and returns whether it raised the flag.
     pub fn wait(mut self) -> Result<bool> {
         self.done.synchronize().w()?;
         let raised = std::mem::take(&mut self.raised.as_mut_slice().w()?[0]) != 0;
@@ -53,7 +53,7 @@ impl Flag {
     }
 }
 
-/// The error for what a kernel found out of range, from a copy on the host.
+/// Checks again on the host, on a copy, to return an error that says what is out of range.
 pub fn check_on_host(lookup: &Lookup, operands: &Operands<CudaStorage>) -> Result<()> {
     let (indices, layout) = operands.indices;
     let indices = indices.to_cpu_storage()?;

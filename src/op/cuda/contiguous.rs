@@ -1,4 +1,4 @@
-//! The contiguous copy of a strided i32 tensor, for which candle has no kernel.
+//! A contiguous copy of a strided i32 tensor, for which candle has no kernel.
 
 use super::abi::MAX_RANK;
 use super::launch;
@@ -34,7 +34,7 @@ impl CustomOp1 for ContiguousI32 {
             shape.strides[d] = layout.stride()[d] as i64;
         }
         let n = layout.shape().elem_count();
-        // An allocation of nothing is an error of the driver.
+        // At least one value, because the driver refuses to allocate nothing.
         let mut to = device.alloc_zeros::<i32>(n.max(1))?;
         if n > 0 {
             let from = storage.as_cuda_slice::<i32>()?;

@@ -1,4 +1,4 @@
-//! Deterministic gradients: sums in fixed point, see kernels/fixed_point.cuh.
+//! Deterministic gradients: the memory of sums in fixed point, see kernels/fixed_point.cuh.
 
 use super::launch::{self, Element, Launch};
 use crate::error::bail;
@@ -6,9 +6,9 @@ use crate::op::Lookup;
 use candle_core::Result;
 use cudarc::driver::{CudaSlice, CudaView};
 
-/// The sums of the gradients of one call, and what determines their unit.
+/// The gradient sums of one call, and the values that determine their unit.
 pub struct FixedPoint<A> {
-    /// `(size of A / 4, len)`, in units
+    /// The sums as multiples of the unit, `(size of A / 4, len)`.
     pub units: CudaSlice<i64>,
     /// The length of `hashed_weight`.
     pub len: u64,
@@ -19,11 +19,11 @@ pub struct FixedPoint<A> {
 }
 
 impl<A: Element> FixedPoint<A> {
-    /// Zeros, in the unit that suits this call.
+    /// Zeros, with the unit for this call.
     pub fn new<T: Element<Acc = A>>(launch: &Launch<T>, grad_output: &CudaView<T>) -> Result<Self> {
         let Lookup { table, bags, .. } = launch.lookup;
         let len = launch.hashed_weight.len();
-        // Each block of columns of a row adds at most one term to a slot.
+        // Each column block of a row adds at most one term to a slot.
         let terms = bags.nnz as u128 * table.embedding_dim.div_ceil(table.slots.block()) as u128;
         let log2_terms = terms.next_power_of_two().trailing_zeros();
         if log2_terms > 60 {
@@ -31,7 +31,7 @@ impl<A: Element> FixedPoint<A> {
         }
         let units = launch.device.alloc_zeros::<i64>(size_of::<A>() / 4 * len)?;
         let weights = launch.per_sample_weights.as_ref();
-        // Without weights every term has weight 1.
+        // Without per-sample weights every term has weight 1.
         let no_weights = if weights.is_none() { 1.0 } else { 0.0 };
         let largest = [A::from_f64(0.0), A::from_f64(no_weights)];
         let mut largest = launch.device.clone_htod(&largest)?;

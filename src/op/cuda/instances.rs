@@ -1,12 +1,12 @@
 //! The table of kernel instances: every CUDA kernel of this crate, with the threads it is compiled for, and its name.
 //!
-//! `build.rs` includes this file and writes the CUDA sources from [`all`]; [`plan`](super::plan) chooses among
-//! [`BagKernel::candidates`]. So it depends on nothing but the standard library.
+//! `build.rs` writes the CUDA sources from [`all`], and [`plan`](super::plan) chooses among [`BagKernel::candidates`]. Since
+//! `build.rs` includes this file, it uses only the standard library.
 //!
 //! A pass over bags is compiled for each family of hashes, dtype of `hashed_weight` and pooling, and for several ways to
 //! share a row among threads. [`Module`] says which kernels are compiled and loaded together.
 
-/// The widest access of a thread, in bytes.
+/// The widest memory access of a thread, in bytes.
 pub const WIDEST_ACCESS: usize = 16;
 /// Threads of a warp.
 pub const WARP: usize = 32;
@@ -28,22 +28,22 @@ pub enum Dtype {
     F64,
 }
 
-/// What a kernel computes of every bag.
+/// What a kernel computes for every bag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Pass {
     Forward,
-    /// `grad_weight`, summed in floats in the order of arrival.
+    /// `grad_weight`, summed in floats in the order in which threads happen to add.
     Backward,
     /// `grad_weight`, summed in fixed point: the same bits in every run.
     BackwardFixedPoint,
     BackwardPerSampleWeights,
 }
 
-/// How the rows of a bag become one. Mode mean is `Sum`, with a flag.
+/// How the rows of a bag are pooled. Mode mean is `Sum`, with a flag.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Pooling {
     Sum,
-    /// The sum of rows times `per_sample_weights`.
+    /// The sum of the rows, each times its per-sample weight.
     Weighted,
     Max,
 }
@@ -55,13 +55,12 @@ pub struct BagKernel {
     pub family: Family,
     pub dtype: Dtype,
     pub pooling: Pooling,
-    /// Consecutive columns of a thread. If there are several, they are loaded in one access: `hashed_weight` must be aligned
+    /// Consecutive columns per thread. If there are several, they are loaded in one access, and `hashed_weight` must be aligned
     /// to [`WIDEST_ACCESS`].
     pub width: usize,
-    /// Neighbouring threads that hash for each other, which they can if their columns lie in one block: `width * share`
-    /// must divide the block.
+    /// Neighbouring threads that share their hashes. Their columns must lie in one block: `width * share` divides the block.
     pub share: usize,
-    /// Compiled for plain bags: of one length, of at most [`LONG_BAG`](super::abi::LONG_BAG), in one table, without padding.
+    /// Compiled for plain bags: of equal length, at most [`LONG_BAG`](super::abi::LONG_BAG), in one table, without padding.
     pub plain: bool,
 }
 
@@ -79,18 +78,19 @@ pub enum Kernel {
     Bags(BagKernel),
     /// The largest finite magnitude of a tensor, which determines the unit of fixed-point sums.
     LargestMagnitude(Dtype),
-    /// Fixed-point sums to floats of the dtype.
+    /// Converts fixed-point sums to floats of the dtype.
     FromFixedPoint(Dtype),
     CheckBounds,
     CopyI32,
-    /// A step of an optimiser, for parameters of the dtype.
+    /// An optimiser step, for parameters of the dtype.
     OptimizerStep(Rule, Dtype),
 }
 
-/// Kernels that are compiled and loaded together. Several, so that a process only loads the dtypes and families it uses.
+/// Kernels that are compiled and loaded together. There are several modules, so that a process only loads the dtypes and families
+/// that it uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Module {
-    /// Both kinds of gradients in floats are `Backward`.
+    /// `Backward` holds the gradients of `per_sample_weights` as well.
     Bags(Pass, Family, Dtype),
     FixedPoint,
     Bounds,
@@ -191,7 +191,7 @@ impl Rule {
 impl BagKernel {
     /// The kernels for one pass, family and dtype.
     pub fn candidates(pass: Pass, family: Family, dtype: Dtype) -> Vec<Self> {
-        // Gradients are added in accesses of the accumulator's dtype.
+        // Gradients are added in the accumulator's dtype.
         let widest = match pass {
             Pass::Backward | Pass::BackwardFixedPoint => WIDEST_ACCESS / dtype.accumulator().size(),
             Pass::Forward | Pass::BackwardPerSampleWeights => WIDEST_ACCESS / dtype.size(),
@@ -201,11 +201,11 @@ impl BagKernel {
             let shapes: &[(usize, usize)] = match (family, pass, pooling) {
                 // Blocks are not aligned.
                 (Family::Affine, ..) => &[(1, 1)],
-                // The threads of a bag each hash for themselves.
+                // Every thread hashes for itself.
                 (_, Pass::BackwardPerSampleWeights, _) => &[(1, 1), (widest, 1)],
-                // Integers are added one by one: each thread has one column, so that a warp adds to neighbouring slots in
-                // one access. (Four columns per thread take 1.6 times as long.) The winners of max are few, and found as
-                // for floats.
+                // Integers are added one by one. Each thread has one column, so that a warp adds to neighbouring slots in one
+                // access. (Four columns per thread take 1.6 times as long.) For max there are few additions, so it uses the
+                // same shapes as in floats.
                 (_, Pass::BackwardFixedPoint, Pooling::Sum | Pooling::Weighted) => {
                     &[(1, 1), (1, 4)]
                 }
@@ -248,8 +248,8 @@ impl BagKernel {
         )
     }
 
-    /// Thread blocks that must fit a multiprocessor at once: few registers per thread, so that many loads are in flight.
-    /// 16-bit values come eight at a time and need more registers.
+    /// Thread blocks that must fit on a multiprocessor at once. This limits the registers per thread, so that many loads are in
+    /// flight. 16-bit values are loaded eight at a time and need more registers.
     pub fn blocks_per_multiprocessor(self) -> Option<usize> {
         match (self.pass, self.dtype) {
             (Pass::Forward, Dtype::F16 | Dtype::Bf16) => Some(7),
@@ -276,7 +276,7 @@ impl Kernel {
     /// Threads of a block.
     pub fn threads(self) -> usize {
         match self {
-            // Few, so that the next block starts as soon as one is done.
+            // Few, so that the next thread block starts as soon as one is done.
             Self::Bags(BagKernel {
                 pass: Pass::Forward,
                 ..
@@ -286,7 +286,7 @@ impl Kernel {
                 ..
             })
             | Self::OptimizerStep(..) => 256,
-            // Many, because they share the sums of slots that come up often.
+            // Many, because they share the cached sums of frequent slots.
             _ => 512,
         }
     }
@@ -323,7 +323,7 @@ impl Module {
     }
 }
 
-/// Every kernel there is; those of a module stand together.
+/// Every kernel of this crate.
 pub fn all() -> Vec<Kernel> {
     let mut kernels = vec![Kernel::CheckBounds, Kernel::CopyI32];
     kernels.extend(Dtype::ALL.map(Kernel::LargestMagnitude));

@@ -1,7 +1,7 @@
-//! Launches: the arguments of each kernel. The only file with `unsafe` launches.
+//! The launch of each kernel of a lookup. This is the only file under op/ with `unsafe` launches.
 //!
-//! Every argument is followed by its declaration in kernels/. The kernels read and write within what they are given whatever
-//! indices and offsets say: rows are hashed to slots below the length that the hash is bound to, offsets are clamped.
+//! Every argument is followed by its declaration in kernels/. Whatever the indices and offsets are, the kernels stay within their
+//! arguments: rows are hashed to slots below the length that the hash is bound to, and offsets are clamped.
 
 use super::abi::IndexType;
 use super::bounds::Flag;
@@ -24,10 +24,10 @@ use cudarc::driver::{
 use half::{bf16, f16};
 use std::sync::Arc;
 
-/// The kernels count the indices of a bag in 32 bits, and share a longer one among 8 groups at least.
+/// The kernels count the indices of a bag in 32 bits, and share a longer bag among at least 8 groups.
 const MAX_INDICES: usize = 1 << 34;
 
-/// The pointer argument of a tensor that is not there.
+/// The pointer argument for an absent tensor.
 static NULL: u64 = 0;
 
 // SAFETY: `#[repr(C)]` integers, laid out as the CUDA struct of the same name: see params.rs.
@@ -39,7 +39,7 @@ unsafe impl DeviceRepr for AffineSlots {}
 // SAFETY: as above; the CUDA struct is BlockSlots.
 unsafe impl DeviceRepr for BlockSlots {}
 
-/// A dtype of `hashed_weight`, and the dtype its gradient is summed in.
+/// A dtype of `hashed_weight`, and the dtype in which its gradient is summed.
 pub trait Element: CudaDType + DeviceRepr + ValidAsZeroBits + 'static {
     const DTYPE: Dtype;
     type Acc: Element;
@@ -72,7 +72,7 @@ pub fn view<'a, T: CudaDType>((storage, layout): View<'a, CudaStorage>) -> Resul
     }
 }
 
-/// Whether the first element is aligned to the widest access. Allocations are.
+/// Whether the first element is aligned to the widest access. Allocations themselves always are.
 fn is_aligned<T>((_, layout): View<CudaStorage>) -> bool {
     (layout.start_offset() * size_of::<T>()).is_multiple_of(WIDEST_ACCESS)
 }
@@ -126,7 +126,7 @@ fn strided(kernel: Kernel, n: usize) -> LaunchConfig {
     }
 }
 
-/// One pass over bags, for one dtype of `hashed_weight`: what its launch needs.
+/// Everything that the launch of one pass needs, for one dtype of `hashed_weight`.
 pub struct Launch<'a, T: Element> {
     pub lookup: &'a Lookup,
     pub device: &'a CudaDevice,
@@ -143,7 +143,7 @@ pub struct Launch<'a, T: Element> {
 }
 
 impl<'a, T: Element> Launch<'a, T> {
-    /// `first_rows` is that of the lookup's table.
+    /// `first_rows` is [`Table::first_rows`](crate::op::Table::first_rows) of the lookup.
     pub fn new(
         pass: Pass,
         lookup: &'a Lookup,
@@ -201,7 +201,7 @@ impl<'a, T: Element> Launch<'a, T> {
         })
     }
 
-    /// Whether no bag holds anything.
+    /// Whether there is no bag, or no index.
     pub fn is_empty(&self) -> bool {
         self.lookup.bags.num_bags == 0 || self.lookup.bags.nnz == 0
     }
@@ -261,7 +261,7 @@ impl<'a, T: Element> Launch<'a, T> {
         Ok(())
     }
 
-    /// Adds to `grad_weight`, in floats or in fixed point, which [`from_fixed_point`] makes floats of.
+    /// Adds to `grad_weight` in floats, or in fixed point, which [`from_fixed_point`] then converts.
     pub fn backward(
         &self,
         grad_output: View<CudaStorage>,
@@ -330,14 +330,14 @@ impl<'a, T: Element> Launch<'a, T> {
         args.arg(&self.params); // BagParams bags
         let bags = &self.lookup.bags;
         let threads = match self.first_rows {
-            // An offset per thread, and four indices, which are loaded at once.
+            // A thread per offset, and per four indices, which are loaded at once.
             None => bags.num_bags.max(bags.nnz.div_ceil(4)),
             // A warp per bag.
             Some(_) => bags.num_bags * WARP,
         };
 
         // SAFETY: the arguments are those of CHECK_BOUNDS_KERNEL in kernels/bounds.cuh, which reads within them. The flag
-        // outlives the kernel: whoever has one waits for it.
+        // outlives the kernel, because its owner waits for the kernel.
         unsafe { args.launch(strided(kernel, threads)) }.w()?;
         flag.record(&self.stream)
     }

@@ -6,16 +6,16 @@
 //! | `abi.rs`, `params.rs` | the constants and structs that both sides share |
 //! | `plan.rs` | the choice of a kernel and its threads for one call |
 //! | `modules.rs` | loading the kernels |
-//! | `launch.rs` | the launches, the only `unsafe` ones |
+//! | `launch.rs` | the launches of a lookup, all `unsafe` ones |
 //! | `bounds.rs` | waiting for the check of indices and offsets |
 //! | `fixed_point.rs` | the memory of deterministic gradients |
-//! | `contiguous.rs` | an op for what candle cannot copy |
-//! | `backend.rs` | [`Backend`](super::Backend): the order of all this |
+//! | `contiguous.rs` | an op for the tensors that candle cannot copy |
+//! | `backend.rs` | [`Backend`](super::Backend): runs the above in order |
 //!
 //! What needs no GPU is compiled and tested without one.
 #![cfg_attr(not(feature = "cuda"), allow(dead_code))]
 
-// Parts of these two are for build.rs alone.
+// Only build.rs uses some parts of these two.
 #[allow(dead_code)]
 mod abi;
 #[allow(dead_code)]

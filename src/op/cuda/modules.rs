@@ -1,6 +1,6 @@
 //! Loads kernels: a module at the first use of one of its kernels, once per GPU.
 //!
-//! candle can load PTX only, which the driver first has to translate; these are fatbins, with machine code.
+//! candle loads kernels as PTX only, which the driver has to translate first. These are fatbins, which hold machine code.
 
 use super::instances::{Kernel, Module};
 use crate::error::{bail, NAME};
@@ -14,11 +14,11 @@ use std::sync::{Arc, LazyLock, PoisonError, RwLock};
 /// Every module's name and fatbin.
 static FATBINS: &[(&str, &[u8])] = &include!(concat!(env!("OUT_DIR"), "/modules.rs"));
 
-/// The handle of a CUDA context, which all of candle's devices on one GPU share. It stays valid because what is loaded in a
-/// context keeps it alive.
+/// The handle of a CUDA context, which all candle devices on one GPU share. It stays valid, because modules loaded in a context
+/// keep it alive.
 type ContextHandle = usize;
 
-/// What has been loaded.
+/// The modules and kernels loaded so far.
 #[derive(Default)]
 struct Loaded {
     modules: HashMap<(ContextHandle, Module), Arc<CudaModule>>,
@@ -27,7 +27,7 @@ struct Loaded {
 
 static LOADED: LazyLock<RwLock<Loaded>> = LazyLock::new(RwLock::default);
 
-/// The kernel, loaded in this context.
+/// Returns the kernel, loaded in this context if it was not yet.
 pub fn load(kernel: Kernel, context: &Arc<CudaContext>) -> Result<CudaFunction> {
     let handle = context.cu_ctx() as ContextHandle;
     let loaded = LOADED.read().unwrap_or_else(PoisonError::into_inner);

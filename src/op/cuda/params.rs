@@ -1,5 +1,5 @@
-//! The structs that kernels take by value, and the proof that they are laid out as [`abi`](super::abi) says. The hash structs
-//! are those of `crate::hash`.
+//! The structs that kernels take by value, and assertions that they have the layouts in [`abi`](super::abi). Those of hashes are
+//! in `crate::hash`.
 
 use super::abi::{self, IndexType, StructLayout, MAX_RANK};
 use crate::hash::{AffineSlots, BlockSlots, Divisor};

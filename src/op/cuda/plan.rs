@@ -1,4 +1,4 @@
-//! Which kernel serves a call, and how its threads are divided among the bags. Nothing here needs a GPU.
+//! Which kernel a call uses, and how its threads are divided among the bags. Nothing here needs a GPU.
 
 use super::abi::LONG_BAG;
 use super::instances::{BagKernel, Dtype, Family, Kernel, Pass, Pooling, WARP};
@@ -6,7 +6,7 @@ use crate::bags::Division;
 use crate::hash::Slots;
 use crate::op::{Gradient, Lookup, Mode};
 
-/// The most thread blocks along y; kernels stride past it.
+/// The most thread blocks along y; kernels loop over whatever is beyond.
 const MAX_GRID_Y: usize = 65_535;
 /// The most thread blocks that [`strided_blocks`] gives.
 const MAX_STRIDED_BLOCKS: usize = 2048;
@@ -35,9 +35,9 @@ impl Pass {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Plan {
     pub kernel: BagKernel,
-    /// Threads of a group, which share a bag: a power of two.
+    /// Threads per group, which share a bag: a power of two.
     pub lanes: usize,
-    /// Consecutive bags of a group.
+    /// Consecutive bags per group.
     pub bags_per_group: usize,
     /// Thread blocks along x, for consecutive bags.
     pub bag_blocks: usize,
@@ -53,8 +53,8 @@ impl Plan {
         let (embedding_dim, num_bags) = (lookup.table.embedding_dim, lookup.bags.num_bags);
         let lanes = embedding_dim.div_ceil(width).next_power_of_two();
         let lanes = lanes.clamp(share, WARP);
-        // A group has several bags, so that its setup serves them all and the rows of the next bag are fetched while one is
-        // summed; but only as many as leave enough threads to fill a large GPU more than twice. Measured on an H200.
+        // A group gets several bags, so that its setup is shared and the rows of the next bag are fetched while one is summed;
+        // but only so many that there are still enough threads to fill a large GPU more than twice. Measured on an H200.
         let enough_threads = match pass {
             Pass::Forward if !kernel.plain => 1 << 19,
             _ => 1 << 20,
@@ -76,7 +76,7 @@ impl Plan {
     }
 }
 
-/// The kernel with the widest accesses and the fewest hashes that the block and the alignment allow.
+/// The kernel with the widest accesses and the fewest hashes that block and alignment allow.
 fn choose(pass: Pass, dtype: Dtype, lookup: &Lookup, weighted: bool, aligned: bool) -> BagKernel {
     let Lookup { table, bags, .. } = lookup;
     let pooling = match (pass, table.mode) {

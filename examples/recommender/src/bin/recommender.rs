@@ -26,7 +26,7 @@ use recommender::saved::{self, ClickModel, Recommender};
 use recommender::sweep::sweep;
 use recommender::{init, train};
 
-/// Keeps memory between batches, which glibc's gives back to the kernel, and starts large tensors at a cache line.
+/// Keeps memory between batches, which glibc's allocator returns to the kernel, and starts large tensors at a cache line.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 

@@ -20,7 +20,7 @@ impl Default for Bags {
 }
 
 impl Bags {
-    /// Bags from stored arrays; `None` where they do not describe bags.
+    /// Bags from stored arrays; `None` if those do not describe bags.
     pub fn from_parts(indices: Vec<u32>, offsets: Vec<u32>) -> Option<Self> {
         let ends = offsets.first() == Some(&0)
             && offsets.last().map(|&last| last as usize) == Some(indices.len());
@@ -38,7 +38,7 @@ impl Bags {
         &self.indices
     }
 
-    /// Where in the indices each bag starts, and where the last one ends.
+    /// The start of each bag in the indices, and the end of the last one.
     pub fn offsets(&self) -> &[u32] {
         &self.offsets
     }
@@ -48,7 +48,7 @@ impl Bags {
         self.offsets.len() - 1
     }
 
-    /// Whether there is no bag.
+    /// Whether there are no bags.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -64,7 +64,7 @@ impl Bags {
         self.offsets.push(self.indices.len() as u32);
     }
 
-    /// The bags of `rows`, one after the other: what one batch feeds to an embedding bag.
+    /// The bags of `rows`, one after the other, as a batch for an embedding bag.
     pub fn gather(&self, rows: &[u32]) -> Self {
         let mut gathered = Self::default();
         for &row in rows {

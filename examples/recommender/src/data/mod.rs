@@ -21,18 +21,18 @@ pub use bags::Bags;
 pub use criteo::{write_generated, Clicks};
 pub use ratings::{Catalog, Entities, Feature, Ratings, Source, MOVIE_FEATURES, USER_FEATURES};
 
-/// Training fits the first part, chooses its epoch by the second and never sees the third.
+/// Training fits the first part, chooses the epoch by the second, and never sees the third.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
-    /// Is fitted.
+    /// The model is fitted to it.
     Train,
-    /// Chooses the epoch.
+    /// Used to choose the epoch.
     Valid,
-    /// Is scored once, at the end.
+    /// Scored once, at the end.
     Test,
 }
 
-/// What a model of some examples reads of each.
+/// What a model reads of each example.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Schema {
     /// How many numbers an example has.
@@ -61,7 +61,7 @@ pub trait Examples {
     /// The number of examples in a part.
     fn len(&self, part: Part) -> usize;
 
-    /// A part in batches of `batch_size`, the last of what is left: in file order or, given a generator, shuffled.
+    /// A part in batches of `batch_size`, of which the last may be smaller: in file order or, given a generator, shuffled.
     fn batches<'a>(
         &'a self,
         part: Part,
@@ -70,25 +70,25 @@ pub trait Examples {
     ) -> Result<Batches<'a>>;
 }
 
-/// Labels, and the probabilities they were drawn with: what is known of generated examples.
+/// Labels, and the probabilities with which they were drawn, which are known for generated examples.
 #[derive(Clone, Debug, Default)]
 pub struct Truth {
     /// Whether each example was liked or clicked.
     pub labels: Vec<bool>,
-    /// The probability of a positive label of each example.
+    /// The probability that the label of each example is positive.
     pub probabilities: Vec<f64>,
 }
 
-/// What a program was told to train on.
+/// The data set that a program was told to use.
 pub enum Data {
-    /// Of movies, by users.
+    /// Ratings of movies by users.
     Ratings(Ratings),
-    /// On advertisements.
+    /// Clicks on advertisements.
     Clicks(Clicks),
 }
 
 impl Data {
-    /// Either kind as what a model is trained on.
+    /// Either kind, as examples for a model.
     pub fn examples(&self) -> &dyn Examples {
         match self {
             Self::Ratings(ratings) => ratings,
@@ -96,7 +96,7 @@ impl Data {
         }
     }
 
-    /// A hash of all examples: what is known of a data set is not true of another at the same path.
+    /// A hash of all examples, so that results for a data set are not taken for those of another at the same path.
     pub fn fingerprint(&self) -> u64 {
         match self {
             Self::Ratings(ratings) => {
@@ -108,7 +108,7 @@ impl Data {
         }
     }
 
-    /// The truth of the test part, where it is known.
+    /// The true probabilities of the test part, if they are known.
     pub fn truth(&self) -> Option<Truth> {
         match self {
             Self::Ratings(ratings) => ratings.truth(Part::Test),

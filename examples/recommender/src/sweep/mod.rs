@@ -1,7 +1,7 @@
 //! Quality against size: one model trained at several compressions, with several hashes and seeds.
 //!
-//! Every run is a line of `auc-vs-size.csv`, written as soon as it ends. Runs that are there are not repeated, so a sweep
-//! goes on where it was interrupted, and one more seed or hash costs its own runs only.
+//! Every run is a line of `auc-vs-size.csv`, written as soon as it ends. Runs in the file are not repeated, so a sweep continues
+//! where it was interrupted, and one more seed or hash only costs its own runs.
 
 mod plot;
 mod runs;
@@ -21,13 +21,14 @@ use crate::options::{HashChoice, Sweep};
 use crate::train::Settings;
 use crate::{init, output, report, say, train};
 
-/// What the column `hash` says of tables that are not hashed.
+/// The value of the column `hash` for tables that are not hashed.
 const PLAIN: &str = "plain";
 
 /// The hash that others are compared with, if it takes part.
 const BASELINE: HashChoice = HashChoice::Original;
 
-/// What models are compared by: the AUC or, where all labels of the test part are equal and there is none, the logloss.
+/// The measure by which models are compared: the AUC or, if all labels of the test part are equal so that there is none, the
+/// logloss.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Measure {
     /// More is better.
@@ -48,7 +49,7 @@ pub struct Point {
     pub scores: Vec<f64>,
 }
 
-/// Trains what `options` ask for and `auc-vs-size.csv` does not hold yet, and prints and draws all of it.
+/// Trains the models that `options` ask for and `auc-vs-size.csv` does not hold yet, and prints and draws all results.
 pub fn sweep(options: &Sweep) -> Result<()> {
     let (plan, device) = (plan(options)?, options.device()?);
     let data = options.load()?;
@@ -108,9 +109,9 @@ pub fn sweep(options: &Sweep) -> Result<()> {
     Ok(())
 }
 
-/// Which models to train: what their hash is called, and their embeddings.
+/// The models to train: the names of their hashes, and their embeddings.
 fn plan(options: &Sweep) -> Result<Vec<(String, EmbeddingConfig)>> {
-    // Where nothing is hashed, no hash matters.
+    // If nothing is hashed, the hash does not matter.
     let plain = options.embedding_config(1.0, BASELINE)?;
     let mut plan = vec![(PLAIN.to_owned(), plain)];
     for &compression in options.compressions.iter().filter(|&&c| c < 1.0) {
@@ -160,7 +161,7 @@ impl Measure {
         }
     }
 
-    /// Whether a score is better than another that is less by `difference`.
+    /// Whether a score is better than one that is lower by `difference`.
     pub fn is_better(self, difference: f64) -> bool {
         match self {
             Self::Auc => difference > 0.0,

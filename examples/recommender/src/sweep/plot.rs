@@ -11,7 +11,7 @@ use super::{range, Measure, Point};
 
 const SIZE: (u32, u32) = (800, 500);
 const FONT: &str = "sans-serif";
-/// Colours that differ for every kind of eyes (Okabe and Ito).
+/// Colours that can be told apart with any kind of colour vision (Okabe and Ito).
 const COLOURS: [RGBColor; 6] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),

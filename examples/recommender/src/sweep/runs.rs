@@ -1,7 +1,7 @@
-//! The file of runs: what was trained, and what came of it.
+//! The file of runs: what was trained, and with which result.
 //!
-//! A run is a line, written when it ends. A program that is killed while it writes leaves a part of a line behind, and an
-//! editor may leave out the newline of the last one: the former is cut off, the latter completed.
+//! A run is a line, written when it ends. A program that is killed while writing leaves an incomplete line, which is removed; an
+//! editor may omit the newline of the last line, which is added.
 
 use std::fmt;
 use std::fs::File;
@@ -14,7 +14,7 @@ use serde::{de, Deserialize, Deserializer, Serialize, Serializer};
 use crate::report::fraction;
 use crate::say;
 
-/// All that decides a run.
+/// Everything that determines a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Setting {
     /// The path of the data set, for people.
@@ -35,12 +35,12 @@ pub struct Setting {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Fingerprint(pub u64);
 
-/// What came of a run. The last column is the one that may lose digits unnoticed when a line is cut off.
+/// The result of a run. The last column is one that may lose digits unnoticed if a line is cut off.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
     /// Of the embedding tables, four bytes each.
     pub parameters: usize,
-    /// Empty where all labels of the part are equal.
+    /// Empty if all labels of the part are equal.
     pub valid_auc: Option<f64>,
     pub test_auc: Option<f64>,
     pub test_logloss: f64,
@@ -59,10 +59,10 @@ pub struct Runs {
 }
 
 impl Runs {
-    /// The runs in the file at `path`, which is made if it is not there.
+    /// The runs in the file at `path`, which is created if it does not exist.
     ///
     /// # Errors
-    /// A file that cannot be read and written, other columns, and a line that is no run.
+    /// A file that cannot be read and written, other columns, or a line that is not a run.
     pub fn open(path: &Path) -> Result<Self> {
         Self::try_open(path).with_context(|| format!("runs in {}", path.display()))
     }
@@ -75,7 +75,7 @@ impl Runs {
         let whole = text.rfind('\n').map_or(0, |last| last + 1);
         let mut known = parse(&text[..whole])?;
         match parse(&text) {
-            // A new file, or one that was cut off in its first line.
+            // A new file, or one that was cut off within its first line.
             _ if whole == 0 && HEADER.starts_with(&text) => {
                 file.set_len(0)?;
                 file.write_all(format!("{HEADER}\n").as_bytes())?;
@@ -95,7 +95,7 @@ impl Runs {
         Ok(Self { known, file })
     }
 
-    /// What came of a run with this setting, on the same data at whatever path.
+    /// The result of a run with this setting, on the same data at any path.
     pub fn find(&self, setting: &Setting) -> Option<Outcome> {
         let is_same = |known: &Setting| {
             let data = known.data.clone();
@@ -111,7 +111,7 @@ impl Runs {
 
     pub fn push(&mut self, setting: Setting, outcome: Outcome) -> Result<()> {
         let line = line(|lines| lines.serialize((&setting, outcome)))?;
-        // At once, so that a killed program can hardly cut it.
+        // In one write, so that it is unlikely to be cut off if the program is killed.
         self.file.write_all(line.as_bytes())?;
         self.known.push((setting, outcome));
         Ok(())
@@ -153,7 +153,7 @@ impl Serialize for Fingerprint {
 
 impl<'de> Deserialize<'de> for Fingerprint {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        // A number would be taken for an integer, and e for an exponent, if the text were not asked for.
+        // Asked for as text: otherwise digits would be read as a number, and an e among them as its exponent.
         let text = String::deserialize(deserializer)?;
         let value = u64::from_str_radix(&text, 16);
         value.map(Self).map_err(de::Error::custom)
@@ -243,13 +243,13 @@ mod tests {
         runs.push(setting(1), outcome(0.7))?;
         runs.push(setting(2), outcome(0.8))?;
         let text = fs::read_to_string(&path)?;
-        // Wherever it is cut, the runs before are there, and the file is as good as new once the others are added.
+        // Wherever the file is cut, the runs before are kept, and adding the others again restores it.
         for end in 0..text.len() {
             fs::write(&path, &text[..end])?;
             let mut runs = Runs::open(&path).with_context(|| format!("cut at {end}"))?;
             for (seed, auc) in [(1, 0.7), (2, 0.8)] {
                 match runs.find(&setting(seed)) {
-                    // Only the seconds, which are nothing but for show, may have lost digits.
+                    // Only the seconds, which are just informative, may have lost digits.
                     Some(found) => assert_eq!(
                         Outcome {
                             seconds: 1.25,

@@ -105,7 +105,7 @@ async fn recommend(
     in_range("k", input.k, 1, catalog.movies.ids.len())?;
     let pairs = unseen(catalog, user);
     let mut logits = Vec::with_capacity(pairs.len());
-    // One part after the other: a long list leaves room in the queue, and in the batches, to others.
+    // One part after the other, so that a long list leaves room in the queue and in the batches for others.
     for part in pairs.chunks(app.batcher.max_rows()) {
         let part = Work::Pairs(part.to_vec());
         let scored = app.batcher.compute(&model, part).await?;
@@ -207,7 +207,7 @@ async fn embed(State(app): State<Arc<App>>, Input(input): Input<Embed>) -> Answe
         let error = format!("must start a bag for the {end} indices");
         return Err(ApiError::field("offsets", error));
     }
-    // The first bag starts at 0, and each other one where the one before it does or later.
+    // The first bag starts at 0, and no bag starts before the previous one.
     let (mut least, mut most) = (0, 0);
     for (i, &offset) in input.offsets.iter().enumerate() {
         in_range(format!("offsets[{i}]"), offset, least, most)?;
@@ -285,7 +285,7 @@ async fn metrics_text(State(app): State<Arc<App>>) -> Result<impl IntoResponse, 
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text))
 }
 
-/// 409 where the checkpoint is refused: the request is in order, the file is not.
+/// 409 if the checkpoint is refused: the request is valid, the file is not.
 async fn reload(State(app): State<Arc<App>>) -> Answer<Health> {
     match app.reload().await {
         Ok(model) => Ok(Json(Health::from(&*model))),
@@ -293,7 +293,7 @@ async fn reload(State(app): State<Arc<App>>) -> Answer<Health> {
     }
 }
 
-/// The row of a published id; `field` says where the id stands.
+/// The row of a published id; `field` is the position of the id in the request.
 fn row(
     entities: &Entities,
     kind: &str,

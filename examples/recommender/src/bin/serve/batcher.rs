@@ -1,8 +1,8 @@
 //! Concurrent requests gathered into batches, behind a bounded queue.
 //!
-//! A batch is computed when it is full, or when its oldest request has waited for the deadline; while one is computed the
-//! next one gathers, so under load there is no waiting for the deadline. Room in the queue is counted in rows and not in
-//! requests, since rows are what takes time and memory. A request holds its room until it is answered.
+//! A batch is computed when it is full, or when its oldest request has waited until the deadline. The next batch gathers in the
+//! meantime, so under load nobody waits for the deadline. Room in the queue is counted in rows and not in requests, since rows
+//! take time and memory. A request keeps its room until it is answered.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,11 +15,11 @@ use crate::serving::Model;
 
 #[derive(Clone, Copy)]
 pub struct Limits {
-    /// Most rows in a batch.
+    /// The most rows in a batch.
     pub batch_rows: usize,
-    /// Longest time that a request waits for others.
+    /// The longest time that a request waits for others.
     pub deadline: Duration,
-    /// Most rows that wait or are being computed.
+    /// The most rows that wait or are being computed.
     pub queue_rows: usize,
 }
 
@@ -35,12 +35,12 @@ pub enum Work {
     },
 }
 
-/// Why there is no answer.
+/// The reason why there is no answer.
 #[derive(Debug)]
 pub enum Failure {
     /// The queue has no room.
     Full,
-    /// What went wrong in the model.
+    /// The model failed.
     Model(String),
 }
 
@@ -59,7 +59,7 @@ struct Job {
     caller: Caller,
 }
 
-/// Who waits for a part of a batch's answers, and the room in the queue that is held meanwhile.
+/// A caller that waits for a part of a batch's answers, and the room that it holds in the queue meanwhile.
 struct Caller {
     reply: oneshot::Sender<Answer>,
     room: OwnedSemaphorePermit,
@@ -85,7 +85,7 @@ impl Batcher {
         }
     }
 
-    /// Most rows of a request.
+    /// The most rows of a request.
     pub fn max_rows(&self) -> usize {
         self.limits.batch_rows
     }
@@ -95,7 +95,7 @@ impl Batcher {
         self.limits.queue_rows - self.room.available_permits()
     }
 
-    /// What `model` answers to at most [`max_rows`](Self::max_rows) rows, computed together with what others ask.
+    /// The answer of `model` to at most [`max_rows`](Self::max_rows) rows, computed together with other requests.
     pub async fn compute(&self, model: &Arc<Model>, work: Work) -> Answer {
         if work.rows() == 0 {
             return Ok(Vec::new());
@@ -196,7 +196,7 @@ async fn gather(
     let deadline = first.accepted + limits.deadline;
     let mut rows = first.work.rows();
     let mut batch = vec![first];
-    // Past the deadline this still takes what is there already.
+    // Past the deadline this still takes requests that are already queued.
     while rows < limits.batch_rows {
         let Ok(Some(job)) = timeout_at(deadline, jobs.recv()).await else {
             break;
@@ -265,7 +265,7 @@ impl Group {
 
 fn compute(batch: Vec<Job>) {
     let mut groups: Vec<Group> = Vec::new();
-    // Nothing is computed for callers who have gone.
+    // Nothing is computed for callers that have gone.
     for job in batch
         .into_iter()
         .filter(|job| !job.caller.reply.is_closed())

@@ -1,4 +1,4 @@
-//! Connections: how many there are at a time, and how long a client may take to say what it wants.
+//! Connections: how many there are at a time, and how long a client may take to send a request.
 
 use std::future::Future;
 use std::io::{Error, ErrorKind};
@@ -14,10 +14,10 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
 
-/// How long to wait when no connection can be accepted, as without a file descriptor left.
+/// How long to wait if no connection can be accepted, for example because no file descriptor is left.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Answers requests until `stop`. Returns what waits for the requests that are then in flight.
+/// Answers requests until `stop`. Returns a future that waits for the requests in flight at that time.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -57,7 +57,7 @@ pub async fn serve(
         let connection = http.serve_connection(TokioIo::new(stream), service.clone());
         let connection = connections.watch(connection);
         tokio::spawn(async move {
-            // A client that has gone, or sends something else than HTTP, or nothing for too long.
+            // The client has gone, sent something other than HTTP, or sent nothing for too long.
             if let Err(error) = connection.await {
                 tracing::debug!(%error, "a connection ended");
             }

@@ -19,7 +19,7 @@ pub struct ApiError {
 #[derive(Debug, Serialize)]
 struct Body {
     error: String,
-    /// Absent where no single field is to blame.
+    /// Absent if no single field is to blame.
     #[serde(skip_serializing_if = "Option::is_none")]
     field: Option<String>,
 }
@@ -35,7 +35,7 @@ impl ApiError {
         }
     }
 
-    /// A value that is well-formed and out of range.
+    /// A value that is well-formed but out of range.
     pub fn field(field: impl Into<String>, error: impl Into<String>) -> Self {
         let mut refusal = Self::new(StatusCode::UNPROCESSABLE_ENTITY, error);
         refusal.body.field = Some(field.into());
@@ -48,7 +48,7 @@ impl IntoResponse for ApiError {
         let mut response = (self.status, Json(self.body)).into_response();
         let header = match self.status {
             StatusCode::SERVICE_UNAVAILABLE => Some((header::RETRY_AFTER, "1")),
-            // What is left of the body is not waited for.
+            // The rest of the body is not awaited.
             StatusCode::PAYLOAD_TOO_LARGE | StatusCode::REQUEST_TIMEOUT => {
                 Some((header::CONNECTION, "close"))
             }
@@ -90,7 +90,7 @@ impl From<JsonRejection> for ApiError {
                 error.downcast_ref::<serde_path_to_error::Error<serde_json::Error>>()
             {
                 refusal.body.error = error.inner().to_string();
-                // "." is the whole body, and "?" a part that the parser had not named yet.
+                // "." is the whole body, and "?" is a part whose name the parser did not know yet.
                 let path = error.path().to_string();
                 let field = path.trim_end_matches(['.', '?']);
                 refusal.body.field = (!field.is_empty()).then(|| field.to_owned());

@@ -17,13 +17,13 @@ use tokio::time::timeout;
 use crate::api::App;
 use crate::error::ApiError;
 
-/// What some editors and languages put before UTF-8. A JSON parser may pass over it (RFC 8259, section 8.1).
+/// The byte order mark that some editors and languages put before UTF-8. A JSON parser may ignore it (RFC 8259, section 8.1).
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 
 #[derive(Clone, Copy)]
 pub struct BodyLimits {
     pub max_bytes: usize,
-    /// Longest time from the head of a request to the end of its body.
+    /// The longest time from the head of a request to the end of its body.
     pub timeout: Duration,
 }
 
@@ -35,7 +35,7 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for Input<T> {
 
     async fn from_request(request: Request, app: &Arc<App>) -> Result<Self, ApiError> {
         let limits = app.body_limits;
-        // What is announced need not arrive to be too much.
+        // A body that announces too large a length is refused before it arrives.
         if request.body().size_hint().lower() > limits.max_bytes as u64 {
             let error = format!("the body is longer than {} bytes", limits.max_bytes);
             return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, error));
@@ -60,8 +60,8 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for Input<T> {
     }
 }
 
-/// A struct from a JSON object. serde also takes an array for one, its values for the fields in order, and would answer
-/// what nobody asked.
+/// Reads a struct from a JSON object. serde would also accept an array, taking its values for the fields in order, and so answer
+/// a question that nobody asked.
 pub struct Object<T>(pub T);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {

@@ -54,7 +54,7 @@ use crate::options::Options;
 use crate::serving::Serving;
 use crate::signals::HangUps;
 
-/// Keeps memory between requests, which glibc's gives back to the kernel, and starts large tensors at a cache line.
+/// Keeps memory between requests, which glibc's allocator returns to the kernel, and starts large tensors at a cache line.
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
@@ -63,7 +63,7 @@ async fn main() -> Result<()> {
     let start = Instant::now();
     let options = Options::parse();
     start_log()?;
-    // Before anything else, so that no signal finds its default action: to end the process.
+    // Before anything else, because the default action of these signals ends the process.
     let (terminated, hang_ups) = (signals::terminated()?, HangUps::new()?);
 
     let metrics = Arc::new(Metrics::default());
@@ -98,7 +98,7 @@ async fn main() -> Result<()> {
     output::finish()
 }
 
-/// The log on standard error, of what RUST_LOG asks for.
+/// Starts the log on standard error, as RUST_LOG specifies.
 fn start_log() -> Result<()> {
     let wanted = match env::var("RUST_LOG") {
         Ok(wanted) => wanted.parse().context("RUST_LOG")?,
@@ -106,7 +106,7 @@ fn start_log() -> Result<()> {
     };
     let log = tracing_subscriber::fmt::layer()
         .with_writer(io::stderr)
-        // It would panic where standard error is closed.
+        // It would panic if standard error is closed.
         .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal());
     tracing_subscriber::registry().with(log).with(wanted).init();
@@ -117,7 +117,7 @@ fn start_log() -> Result<()> {
 async fn reload_at(mut hang_ups: HangUps, app: Arc<App>) {
     loop {
         hang_ups.next().await;
-        // Its outcome is in the log.
+        // The log says how it went.
         app.reload().await.ok();
     }
 }

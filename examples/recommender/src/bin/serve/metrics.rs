@@ -1,4 +1,4 @@
-//! What `GET /metrics` tells Prometheus, in the OpenMetrics text format.
+//! The metrics that `GET /metrics` gives to Prometheus, in the OpenMetrics text format.
 
 use std::fmt;
 use std::sync::Arc;
@@ -26,7 +26,7 @@ pub struct Metrics {
     pub batches: Batches,
 }
 
-/// What is observed of each batch.
+/// The measurements of each batch.
 #[derive(Clone)]
 pub struct Batches {
     pub requests: Histogram,
@@ -117,7 +117,7 @@ impl Metrics {
         self
     }
 
-    /// Notes what became of a reload.
+    /// Records the outcome of a reload.
     pub fn reloaded(&self, ok: bool) {
         let outcome = if ok { "replaced" } else { "refused" };
         self.reloads.get_or_create(&Outcome { outcome }).inc();
@@ -135,7 +135,7 @@ impl Metrics {
 
 /// Counts and times every request.
 pub async fn track(State(metrics): State<Arc<Metrics>>, request: Request, next: Next) -> Response {
-    // The route as it was declared, so that no caller can make up new label values.
+    // The route as declared, so that callers cannot create new label values.
     let route = match request.extensions().get::<MatchedPath>() {
         Some(path) => path.as_str().to_owned(),
         None => "none".to_owned(),

@@ -19,7 +19,7 @@ use recommender::saved::Recommender;
 pub struct Model {
     recommender: Recommender,
     tables: Vec<(String, HashedEmbeddingBag)>,
-    /// By published movie id; empty where the checkpoint does not say and `--data` is not given.
+    /// By published movie id; empty if the checkpoint does not have them and `--data` is not given.
     titles: BTreeMap<i64, String>,
     device: Device,
     /// 1 for the model the server started with, and one more for each that replaced it.
@@ -30,7 +30,7 @@ pub struct Serving {
     source: Common,
     device: Device,
     current: RwLock<Arc<Model>>,
-    /// Held while a checkpoint is read: of two reloads, the later one reads the later file.
+    /// Held while a checkpoint is read, so that the later of two reloads reads the later file.
     reloading: tokio::sync::Mutex<()>,
 }
 
@@ -46,7 +46,7 @@ impl Serving {
         })
     }
 
-    /// The model that new requests are answered by.
+    /// The model that answers new requests.
     pub fn model(&self) -> Arc<Model> {
         let current = self.current.read();
         current.unwrap_or_else(PoisonError::into_inner).clone()
@@ -55,7 +55,7 @@ impl Serving {
     /// Reads the checkpoint again and puts its model in service.
     ///
     /// # Errors
-    /// What is wrong with the new checkpoint; the old model then stays.
+    /// If something is wrong with the new checkpoint; the old model then stays.
     pub async fn reload(&self) -> Result<Arc<Model>> {
         let _turn = self.reloading.lock().await;
         let (source, device) = (self.source.clone(), self.device.clone());
@@ -83,8 +83,8 @@ impl Model {
             device: device.clone(),
             generation,
         };
-        // The first forward makes thread pools and loads kernels: now, and not at the first request. It also shows that
-        // this model can answer.
+        // The first forward starts thread pools and loads kernels: better now than at the first request. It also shows that
+        // this model works.
         let scored = model.compute(&Work::Pairs(vec![(0, 0)]))?;
         ensure!(
             scored.iter().all(|logit| logit.is_finite()),
@@ -138,7 +138,7 @@ impl Model {
     }
 }
 
-/// The embedding tables by name, each as a layer of its own on the parameter that it shares.
+/// The embedding tables by name, each as a layer of its own on the shared parameter.
 fn tables(embeddings: &Embeddings) -> Result<Vec<(String, HashedEmbeddingBag)>> {
     let names = embeddings
         .collections()

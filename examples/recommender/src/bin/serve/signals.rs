@@ -1,4 +1,4 @@
-//! SIGTERM and Ctrl-C end the server, SIGHUP replaces its model. Elsewhere than on Unix there is only Ctrl-C.
+//! SIGTERM and Ctrl-C end the server, SIGHUP replaces its model. On systems other than Unix there is only Ctrl-C.
 
 pub use platform::{terminated, HangUps};
 

@@ -7,9 +7,9 @@
 //! style(movie) = mean style of the genres + style of each title word + a little of its own
 //! ```
 //!
-//! Most of the structure sits in features that many rows share, the rest in the ids: as in real data, this is what
-//! leaves room to hash. A label is drawn with probability `sigmoid(logit)`. The generator knows that probability, so it
-//! also knows the best AUC that any model can reach on these labels.
+//! Most of the structure is in features that many rows share, the rest in the ids. As in real data, this is what leaves room for
+//! hashing. A label is drawn with probability `sigmoid(logit)`. The generator knows that probability, so it also knows the best
+//! AUC that any model can reach on these labels.
 
 use std::collections::HashSet;
 
