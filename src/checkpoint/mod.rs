@@ -45,9 +45,9 @@
 //!
 //! # Resuming
 //!
-//! What [`Checkpoint::hashed_embedding_bag`] opens is for inference: an optimiser step leaves it as it is, without an error.
-//! To go on training, [`Checkpoint::trainable_hashed_embedding_bag`] makes the same layer of variables. `VarMap::load` then
-//! sets the variables of the layers that are not hashed.
+//! What [`Checkpoint::hashed_embedding_bag`] opens is for inference: an optimiser step leaves it unchanged, without an error.
+//! To go on training, [`Checkpoint::trainable_hashed_embedding_bag`] builds the same layer on a variable. `VarMap::load` then
+//! sets the variables of the other layers. The state of an optimiser is [saved beside the model](crate::optim).
 //!
 //! ```
 //! # use candle_core::{DType, Device, Module, Tensor};
@@ -80,9 +80,9 @@
 //! # }
 //! ```
 //!
-//! A model that is built by its own code and loaded by `VarMap::load` alone is compared with the file in nothing but the
-//! shapes of its tensors: with another seed, or the tables of a collection in another order, rows would silently find the
-//! values of others. [`LayerSpec::check`] and [`CollectionSpec::check`] name what differs.
+//! `VarMap::load` alone compares nothing but the shapes of tensors. If a model is rebuilt by code that has changed, with another
+//! seed, say, or with the tables of a collection in another order, rows silently get the values of other rows.
+//! [`LayerSpec::check`] and [`CollectionSpec::check`] name the field that differs.
 
 pub(crate) mod file;
 mod spec;
@@ -152,8 +152,9 @@ fn weight_name(name: &str) -> String {
 /// A name given twice with different tensors, a layer whose `hashed_weight` also has another name, a dtype without a
 /// safetensors form in candle, something at `path` that is not a regular file, or what the file system reports.
 ///
-/// The second of these is about what would be lost: the tables of a collection share one parameter
-/// ([`table`](HashedEmbeddingBagCollection::table)), and layers of a file each have their own. Save the collection.
+/// The second refusal protects what layers share: the tables of a collection
+/// ([`table`](HashedEmbeddingBagCollection::table)) train one parameter, but as layers of a file each would have a copy. Save the
+/// collection instead.
 pub fn save<'a, N: Into<String>, L: Into<Layer<'a>>>(
     path: impl AsRef<Path>,
     tensors: impl IntoIterator<Item = (String, Tensor)>,
@@ -162,8 +163,8 @@ pub fn save<'a, N: Into<String>, L: Into<Layer<'a>>>(
     save_with_metadata::<N, L, String, String>(path, tensors, layers, [])
 }
 
-/// [`save`] with metadata of the model's own, such as the length of its histories, hyper-parameters, metrics, or a map of ids
-/// as JSON. [`Checkpoint::metadata`] reads them back, and so does any other reader of safetensors.
+/// [`save`] with metadata of the model's own: strings such as the length of its histories, hyper-parameters, metrics, or a map
+/// of ids as JSON. [`Checkpoint::metadata`] reads them back, and so does any other reader of safetensors.
 ///
 /// # Errors
 /// Those of [`save`], a key given twice, and the key `hashed_embedding_bag`, under which the layers are described.
@@ -251,15 +252,15 @@ pub fn save_with_metadata<
     .map_err(|e| e.with_path(path))
 }
 
-/// Refuses a layer whose parameter is also another tensor to be saved: in the file the two would be apart.
+/// Refuses a layer whose parameter is saved under a second name too: opened again, the two would no longer be one.
 fn check_unshared(name: &str, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
     let weight = weight_name(name);
     let id = tensors[&weight].id();
     for (other, tensor) in tensors {
         if *other != weight && tensor.id() == id {
             bail!(
-                "checkpoint: {weight} and {other} are one tensor, and would be two in the file; save tables that share a \
-                 hashed_weight as the collection that they are of"
+                "checkpoint: {weight} and {other} are one tensor, but would be two in the file; instead of tables of a collection, \
+                 save the collection"
             );
         }
     }
@@ -325,7 +326,7 @@ impl Checkpoint {
         collections.map(|(name, spec)| (name.as_str(), spec))
     }
 
-    /// What is said of the hashed layer `name`.
+    /// The description of the hashed layer `name`.
     ///
     /// # Errors
     /// No such layer.
@@ -339,7 +340,7 @@ impl Checkpoint {
         }
     }
 
-    /// What is said of the collection `name`.
+    /// The description of the collection `name`.
     ///
     /// # Errors
     /// No such collection.

@@ -58,8 +58,8 @@ impl From<&HashedEmbeddingBag> for LayerSpec {
 }
 
 impl LayerSpec {
-    /// Checks that `layer` is the one described here, before values of the file are loaded into it: each row then finds
-    /// its values. Bounds checks and the kind of gradient are not described, and not compared.
+    /// Checks that `layer` is the one described here, so that each of its rows finds its values once those of the file are loaded
+    /// into it. The bounds check and the kind of gradient are not part of a description, so they may differ.
     ///
     /// # Errors
     /// The first field that differs, such as `mode` or `hash.seed`, with both values.
@@ -135,8 +135,7 @@ impl From<&HashedEmbeddingBagCollection> for CollectionSpec {
 }
 
 impl CollectionSpec {
-    /// Checks that `collection` is the one described here, its tables in the same order, before values of the file are loaded
-    /// into it: each row then finds its values. Bounds checks and the kind of gradient are not described, and not compared.
+    /// Checks that `collection` is the one described here, with its tables in the same order; see [`LayerSpec::check`].
     ///
     /// # Errors
     /// The first field that differs, such as `tables[0].name` or `hash.seed`, with both values.
@@ -159,7 +158,7 @@ impl CollectionSpec {
     }
 }
 
-/// Refuses a description of a layer that is not the saved one. Compared as JSON, which has a path for every field.
+/// Refuses a layer whose description is not the saved one. They are compared as JSON, where every field has a path.
 fn check_same<T: Serialize>(saved: &T, layer: &T) -> Result<()> {
     let saved = serde_json::to_value(saved).map_err(Error::wrap)?;
     let layer = serde_json::to_value(layer).map_err(Error::wrap)?;
@@ -169,11 +168,11 @@ fn check_same<T: Serialize>(saved: &T, layer: &T) -> Result<()> {
     }
 }
 
-/// The first field that differs, by its path below `path`, with both values; `None` where all are the same.
+/// A message about the first field that differs: its path, which starts with `path`, and both values.
 fn first_difference(path: &str, saved: Option<&Value>, layer: Option<&Value>) -> Option<String> {
     match (saved, layer) {
         (Some(Value::Object(saved)), Some(Value::Object(layer))) => {
-            // The kind of a hash comes first: hashes of two kinds differ in most other fields too.
+            // The kind of a hash comes first, because hashes of two kinds differ in most other fields as well.
             let fields = saved.keys().chain(layer.keys());
             let fields: BTreeSet<_> = fields.map(|field| (field != "kind", field)).collect();
             fields.into_iter().find_map(|(_, field)| {

@@ -1,18 +1,14 @@
-//! Going on from a checkpoint: training what was saved, refusing to load it into another layer, and what a model keeps beside
-//! its tensors.
+//! Going on from a checkpoint: training what was saved, and refusing to load it into another layer.
 
-mod common;
-
+use super::Folder;
+use crate::common::{floats, message, on_each_device, to_vec, Draws};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
-    checkpoint, hashed_embedding, hashed_embedding_bag, hashed_embedding_bag_collection,
-    Checkpoint, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection, HashedEmbeddingBagConfig,
-    Mode,
+    checkpoint, hashed_embedding, hashed_embedding_bag, hashed_embedding_bag_collection, Balanced,
+    BoundsCheck, Checkpoint, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection,
+    HashedEmbeddingBagConfig, Mode,
 };
 use candle_nn::{Optimizer, VarBuilder, VarMap, SGD};
-use common::{floats, message, on_each_device, to_vec, Draws};
-
-const NO_TENSORS: [(String, Tensor); 0] = [];
 
 fn max_of_original() -> HashedEmbeddingBagConfig {
     HashedEmbeddingBagConfig {
@@ -32,8 +28,8 @@ fn step(vars: &VarMap, out: &Tensor) -> Result<()> {
 #[test]
 fn a_saved_model_trains_on() -> Result<()> {
     on_each_device(|device| {
-        let folder = tempfile::tempdir()?;
-        let path = folder.path().join("model.safetensors");
+        let folder = Folder::new();
+        let path = folder.file("model.safetensors");
         let vars = VarMap::new();
         let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
         let bag = hashed_embedding_bag(50, 6, 0.3, max_of_original(), vb.pp("deep.items"))?;
@@ -103,11 +99,11 @@ fn a_saved_model_trains_on() -> Result<()> {
 #[test]
 fn values_are_cast_to_the_variables() -> Result<()> {
     on_each_device(|device| {
-        let folder = tempfile::tempdir()?;
-        let path = folder.path().join("model.safetensors");
+        let folder = Folder::new();
+        let path = folder.file("model.safetensors");
         let weight = floats(&Draws::new(1).halves(64), DType::F32, device)?;
         let layer = HashedEmbeddingBag::new(weight.clone(), 50, 8, Default::default())?;
-        checkpoint::save(&path, NO_TENSORS, [("a", &layer)])?;
+        checkpoint::save(&path, [], [("a", &layer)])?;
         let opened = Checkpoint::open(&path)?;
         for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
             let vars = VarMap::new();
@@ -128,11 +124,11 @@ fn values_are_cast_to_the_variables() -> Result<()> {
 #[test]
 fn only_variables_of_the_right_shape_are_trainable() -> Result<()> {
     let device = &Device::Cpu;
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("model.safetensors");
+    let folder = Folder::new();
+    let path = folder.file("model.safetensors");
     let weight = Tensor::zeros(64, DType::F32, device)?;
     let layer = HashedEmbeddingBag::new(weight, 50, 8, Default::default())?;
-    checkpoint::save(&path, NO_TENSORS, [("a", &layer)])?;
+    checkpoint::save(&path, [], [("a", &layer)])?;
     let opened = Checkpoint::open(&path)?;
 
     let vars = VarMap::new();
@@ -171,8 +167,8 @@ fn only_variables_of_the_right_shape_are_trainable() -> Result<()> {
 #[test]
 fn a_layer_that_differs_is_named_by_its_field() -> Result<()> {
     let device = &Device::Cpu;
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("model.safetensors");
+    let folder = Folder::new();
+    let path = folder.file("model.safetensors");
     let layer = |rows, columns, config| {
         HashedEmbeddingBag::new(
             Tensor::zeros(64, DType::F32, device)?,
@@ -185,17 +181,17 @@ fn a_layer_that_differs_is_named_by_its_field() -> Result<()> {
         hash: Some(Hash::balanced(8)),
         ..Default::default()
     };
-    checkpoint::save(&path, NO_TENSORS, [("a", &layer(50, 8, config)?)])?;
+    checkpoint::save(&path, [], [("a", &layer(50, 8, config)?)])?;
     let opened = Checkpoint::open(&path)?;
     let spec = opened.layer("a")?;
     spec.check(&layer(50, 8, config)?)?;
     let unchecked = HashedEmbeddingBagConfig {
-        bounds_check: candle_hashed_embedding_bag::BoundsCheck::Off,
+        bounds_check: BoundsCheck::Off,
         ..config
     };
     spec.check(&layer(50, 8, unchecked)?)?;
 
-    let seeded = candle_hashed_embedding_bag::Balanced {
+    let seeded = Balanced {
         seed: 7,
         block: 8,
         signed: true,
@@ -250,15 +246,15 @@ fn a_layer_that_differs_is_named_by_its_field() -> Result<()> {
 #[test]
 fn tables_in_another_order_are_refused() -> Result<()> {
     let device = &Device::Cpu;
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("model.safetensors");
+    let folder = Folder::new();
+    let path = folder.file("model.safetensors");
     let collection = |tables: &[(&str, usize)]| {
         let weight = Tensor::zeros(64, DType::F32, device)?;
         let tables = tables.iter().copied();
         HashedEmbeddingBagCollection::new(weight, tables, 8, Default::default())
     };
     let saved = collection(&[("u", 10), ("i", 20)])?;
-    checkpoint::save(&path, NO_TENSORS, [("both", &saved)])?;
+    checkpoint::save(&path, [], [("both", &saved)])?;
     let opened = Checkpoint::open(&path)?;
     let spec = opened.collection("both")?;
     spec.check(&saved)?;
@@ -280,75 +276,4 @@ fn tables_in_another_order_are_refused() -> Result<()> {
         assert_eq!(got, format!("checkpoint: {want}"));
     }
     Ok(())
-}
-
-#[test]
-fn a_model_keeps_metadata_of_its_own() -> Result<()> {
-    let device = &Device::Cpu;
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("model.safetensors");
-    let weight = Tensor::zeros(64, DType::F32, device)?;
-    let layer = HashedEmbeddingBag::new(weight, 50, 8, Default::default())?;
-    let save = |metadata: &[(&str, &str)]| {
-        let metadata = metadata.iter().copied();
-        checkpoint::save_with_metadata(&path, NO_TENSORS, [("a", &layer)], metadata)
-    };
-    let ids = r#"{"Amélie":7,"\"":8}"#;
-    save(&[("ids", ids), ("", "nothing"), ("recall@10", "0.31")])?;
-    let opened = Checkpoint::open(&path)?;
-    assert_eq!(opened.metadata("ids"), Some(ids));
-    assert_eq!(opened.metadata(""), Some("nothing"));
-    assert_eq!(opened.metadata("recall@10"), Some("0.31"));
-    assert_eq!(opened.metadata("other"), None);
-    // What describes the layers is theirs.
-    assert_eq!(opened.metadata("hashed_embedding_bag"), None);
-    assert_eq!(opened.layers().count(), 1);
-
-    let before = std::fs::read(&path)?;
-    let got = message(save(&[("hashed_embedding_bag", "{}")]));
-    assert!(
-        got.contains("the metadata hashed_embedding_bag describes the layers"),
-        "{got}"
-    );
-    let got = message(save(&[("k", "1"), ("k", "2")]));
-    assert!(got.contains("the metadata k is given twice"), "{got}");
-    assert_eq!(std::fs::read(&path)?, before);
-    Ok(())
-}
-
-#[test]
-fn tables_of_a_collection_are_not_saved_apart() -> Result<()> {
-    let device = &Device::Cpu;
-    let folder = tempfile::tempdir()?;
-    let path = folder.path().join("model.safetensors");
-    let vars = VarMap::new();
-    let vb = VarBuilder::from_varmap(&vars, DType::F32, device).pp("both");
-    let tables = [("user", 10), ("movie", 20)];
-    let collection = hashed_embedding_bag_collection(tables, 8, 0.5, Default::default(), vb)?;
-    let (user, movie) = (collection.table("user")?, collection.table("movie")?);
-
-    let got = message(checkpoint::save(
-        &path,
-        NO_TENSORS,
-        [("u", &user), ("m", &movie)],
-    ));
-    assert!(
-        got.contains("m.hashed_weight and u.hashed_weight are one tensor"),
-        "{got}"
-    );
-    // One table beside the variables, which hold the parameter of the collection under its own name.
-    let got = message(checkpoint::save(
-        &path,
-        checkpoint::variables(&vars),
-        [("u", &user)],
-    ));
-    assert!(
-        got.contains("u.hashed_weight and both.hashed_weight are one tensor"),
-        "{got}"
-    );
-    assert!(!path.exists());
-
-    checkpoint::save(&path, checkpoint::variables(&vars), [("both", &collection)])?;
-    // One table alone shares nothing.
-    checkpoint::save(&path, NO_TENSORS, [("u", &user)])
 }
