@@ -29,24 +29,25 @@ impl Index for i64 {
     }
 }
 
-/// The order of jagged bags in a collection of tables.
+/// The order of the jagged bags of several features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JaggedLayout {
-    /// All bags of the first table, then all of the second, as in TorchRec's `KeyedJaggedTensor`: bag `b` of table `t` is
-    /// number `t * batch + b`.
+    /// All bags of the first feature, then all of the second, as in TorchRec's `KeyedJaggedTensor`: the bag of sample `b` and
+    /// feature `f` is number `f * batch + b`.
     FeatureMajor,
-    /// The bags of all tables for the first sample, then for the second: bag `b` of table `t` is number `b * tables + t`.
+    /// The bags of the first sample, then those of the second: the bag of sample `b` and feature `f` is number
+    /// `b * features + f`.
     BatchMajor,
 }
 
 /// The division of `nnz` indices into `num_bags` bags, as far as the shapes determine it.
 ///
-/// Bags are numbered in the order of the output: bag `bag` looks into table `bag % tables`.
+/// Bags are numbered in the order of the output: bag `bag` is one of feature `bag % features`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BagShape {
     pub nnz: usize,
     pub num_bags: usize,
-    pub tables: usize,
+    pub features: usize,
     pub division: Division,
 }
 
@@ -64,14 +65,14 @@ pub(crate) enum Division {
 
 impl BagShape {
     /// Bags of 2-D `indices` of shape `(num_bags, bag_len)`.
-    pub fn fixed(num_bags: usize, bag_len: usize, tables: usize) -> Result<Self> {
+    pub fn fixed(num_bags: usize, bag_len: usize, features: usize) -> Result<Self> {
         let Some(nnz) = num_bags.checked_mul(bag_len) else {
             bail!("indices of shape [{num_bags}, {bag_len}] are too many");
         };
         Ok(Self {
             nnz,
             num_bags,
-            tables,
+            features,
             division: Division::Fixed(bag_len),
         })
     }
@@ -81,7 +82,7 @@ impl BagShape {
         nnz: usize,
         num_offsets: usize,
         include_last_offset: bool,
-        tables: usize,
+        features: usize,
         layout: JaggedLayout,
     ) -> Result<Self> {
         let num_bags = if include_last_offset {
@@ -94,13 +95,16 @@ impl BagShape {
         } else {
             num_offsets
         };
-        if !num_bags.is_multiple_of(tables) {
-            bail!("offsets must tell the same number of bags for each of {tables} tables, got {num_bags} bags");
+        if !num_bags.is_multiple_of(features) {
+            bail!(
+                "offsets must tell the same number of bags for each of {features} features, got {num_offsets} offsets with \
+                 include_last_offset = {include_last_offset}"
+            );
         }
         Ok(Self {
             nnz,
             num_bags,
-            tables,
+            features,
             division: Division::Offsets {
                 include_last_offset,
                 layout,
@@ -116,13 +120,13 @@ impl BagShape {
         }
     }
 
-    /// For jagged bags in feature-major order, the number of bags of each table; 0 for any other division.
+    /// For jagged bags in feature-major order, the number of bags of each feature; 0 for any other division.
     pub fn feature_stride(&self) -> usize {
         match self.division {
             Division::Offsets {
                 layout: JaggedLayout::FeatureMajor,
                 ..
-            } if self.tables > 1 => self.num_bags / self.tables,
+            } if self.features > 1 => self.num_bags / self.features,
             _ => 0,
         }
     }
@@ -131,7 +135,7 @@ impl BagShape {
     fn number_in_layout(&self, bag: usize) -> usize {
         match self.feature_stride() {
             0 => bag,
-            batch => bag % self.tables * batch + bag / self.tables,
+            batch => bag % self.features * batch + bag / self.features,
         }
     }
 

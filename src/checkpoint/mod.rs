@@ -14,6 +14,8 @@
 //!  "embedding_dim":16,"mode":"sum","padding_idx":null,"include_last_offset":false,"hash":{…}}}
 //! ```
 //!
+//! docs/format.md specifies all fields.
+//!
 //! The parameter of layer `user` is the tensor `user.hashed_weight` (of the layer with the empty name,
 //! `hashed_weight`). Any other reader of safetensors reads the file as it reads every other.
 //!
@@ -87,7 +89,7 @@
 pub(crate) mod file;
 mod spec;
 
-pub use spec::{CollectionSpec, LayerSpec, TableSpec};
+pub use spec::{CollectionSpec, FeatureSpec, LayerSpec, TableSpec};
 
 use crate::collection::HashedEmbeddingBagCollection;
 use crate::layer::{HashedEmbedding, HashedEmbeddingBag, HASHED_WEIGHT, INNER_BAG};

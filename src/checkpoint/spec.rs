@@ -93,6 +93,9 @@ impl LayerSpec {
 pub struct CollectionSpec {
     /// The tables, in order.
     pub tables: Vec<TableSpec>,
+    /// The features, in order; `None`, and not written, if they are the tables.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub features: Option<Vec<FeatureSpec>>,
     /// Columns of every table.
     pub embedding_dim: usize,
     /// How the rows of a bag become one.
@@ -116,6 +119,17 @@ pub struct TableSpec {
     pub num_embeddings: usize,
 }
 
+/// One feature of a [`CollectionSpec`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct FeatureSpec {
+    /// Feature name, unique within the collection.
+    pub name: String,
+    /// The name of the table that it looks into.
+    pub table: String,
+}
+
 impl From<&HashedEmbeddingBagCollection> for CollectionSpec {
     fn from(collection: &HashedEmbeddingBagCollection) -> Self {
         let config = collection.config();
@@ -123,8 +137,20 @@ impl From<&HashedEmbeddingBagCollection> for CollectionSpec {
             name: name.to_string(),
             num_embeddings,
         });
+        let tables: Vec<_> = tables.collect();
+        let features = collection.features().map(|(name, table)| FeatureSpec {
+            name: name.to_string(),
+            table: table.to_string(),
+        });
+        let features: Vec<_> = features.collect();
+        let table_names = tables.iter().map(|table| (&table.name, &table.name));
+        let are_the_tables = features
+            .iter()
+            .map(|feature| (&feature.name, &feature.table))
+            .eq(table_names);
         Self {
-            tables: tables.collect(),
+            features: (!are_the_tables).then_some(features),
+            tables,
             embedding_dim: collection.embedding_dim(),
             mode: config.mode,
             padding_idx: config.padding_idx,
@@ -135,7 +161,8 @@ impl From<&HashedEmbeddingBagCollection> for CollectionSpec {
 }
 
 impl CollectionSpec {
-    /// Checks that `collection` is the one described here, with its tables in the same order; see [`LayerSpec::check`].
+    /// Checks that `collection` is the one described here, with its tables and features in the same order; see
+    /// [`LayerSpec::check`].
     ///
     /// # Errors
     /// The first field that differs, such as `tables[0].name` or `hash.seed`, with both values.
@@ -154,7 +181,16 @@ impl CollectionSpec {
         };
         let tables = self.tables.iter();
         let tables = tables.map(|table| (table.name.as_str(), table.num_embeddings));
-        HashedEmbeddingBagCollection::new(hashed_weight, tables, self.embedding_dim, config)
+        let collection =
+            HashedEmbeddingBagCollection::new(hashed_weight, tables, self.embedding_dim, config)?;
+        match &self.features {
+            Some(features) => collection.with_features(
+                features
+                    .iter()
+                    .map(|feature| (feature.name.as_str(), &feature.table)),
+            ),
+            None => Ok(collection),
+        }
     }
 }
 

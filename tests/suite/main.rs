@@ -15,6 +15,7 @@ mod checkpoint;
 mod collection;
 mod construction;
 mod determinism;
+mod features;
 mod fit;
 mod golden;
 mod gradients;

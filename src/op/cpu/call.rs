@@ -89,10 +89,10 @@ impl BagRows<'_> {
         range(&self.lookup.bags, self.offsets, bag)
     }
 
-    /// The length of bags that all have one, where all indices are rows of one table.
+    /// The length of bags that all have one, where all are of one feature.
     pub fn plain_bag_len(&self) -> Option<usize> {
         let Lookup { table, bags, .. } = self.lookup;
-        let is_plain = table.tables.len() == 1 && table.padding_idx.is_none();
+        let is_plain = table.tables.num_features() == 1 && table.padding_idx.is_none();
         bags.bag_len().filter(|&bag_len| is_plain && bag_len > 0)
     }
 
@@ -113,9 +113,9 @@ impl BagRows<'_> {
             }
         }
         let tables = &self.lookup.table.tables;
-        let first_row = match tables.len() {
+        let first_row = match tables.num_features() {
             1 => tables.first_row(0),
-            len => tables.first_row(bag % len),
+            features => tables.first_row(bag % features),
         };
         with_slice!(self.indices, indices => widen(&indices[positions], first_row, rows));
     }

@@ -36,7 +36,7 @@ pub(super) struct Window<'a, H: Locate> {
     /// Which rows of the window are of which bag, in order; from `next_segment` on not yet taken.
     segments: Vec<Segment>,
     next_segment: usize,
-    /// The length of bags that all have one, lie one behind the other, look into one table and have no padding.
+    /// The length of bags that all have one, lie one behind the other, are of one feature and have no padding.
     plain_bag_len: Option<usize>,
     /// The bags that are left to read; of the first perhaps only some positions.
     unread: Range<usize>,

@@ -244,7 +244,7 @@ fn a_layer_that_differs_is_named_by_its_field() -> Result<()> {
 
 /// The shapes of both collections are the same, so that loading one into the other reports nothing.
 #[test]
-fn tables_in_another_order_are_refused() -> Result<()> {
+fn a_collection_that_differs_is_named_by_its_field() -> Result<()> {
     let device = &Device::Cpu;
     let folder = Folder::new();
     let path = folder.file("model.safetensors");
@@ -275,5 +275,16 @@ fn tables_in_another_order_are_refused() -> Result<()> {
         let got = message(spec.check(&collection(tables)?));
         assert_eq!(got, format!("checkpoint: {want}"));
     }
+    let features = saved.with_features([("u", "u"), ("next", "i")])?;
+    let got = message(spec.check(&features));
+    let want = r#"features is absent in the file, [{"name":"u","table":"u"},{"name":"next","table":"i"}] in the layer"#;
+    assert_eq!(got, format!("checkpoint: {want}"));
+    checkpoint::save(&path, [], [("both", &features)])?;
+    let opened = Checkpoint::open(&path)?;
+    let spec = opened.collection("both")?;
+    spec.check(&features)?;
+    let got = message(spec.check(&saved.with_features([("u", "u"), ("next", "u")])?));
+    let want = r#"features[1].table is "i" in the file, "u" in the layer"#;
+    assert_eq!(got, format!("checkpoint: {want}"));
     Ok(())
 }
