@@ -12,6 +12,7 @@ use crate::bounds::BoundsCheck;
 use crate::config::{HashedEmbeddingBagConfig, HashedWeightConfig};
 use crate::error::bail;
 use crate::hash::Hash;
+use crate::jagged::KeyedJaggedTensor;
 use crate::layer::{create, HashedEmbeddingBag};
 use crate::op::{check_weights_shape, contiguous_indices};
 use crate::tables::Tables;
@@ -233,6 +234,33 @@ impl HashedEmbeddingBagCollection {
         layout: JaggedLayout,
     ) -> Result<Tensor> {
         self.by_feature(self.bag.lookup(indices, Some(offsets), layout, None)?)
+    }
+
+    /// Pools jagged bags that were joined by the names of their features, `(batch, features, embedding_dim)`. If they have
+    /// per-sample weights, each row is multiplied by its own, as in [`forward_weighted`](Self::forward_weighted).
+    ///
+    /// # Errors
+    /// Features other than those of the collection, or in another order, and those of [`forward_jagged`](Self::forward_jagged), or
+    /// with weights of [`forward_weighted_jagged`](Self::forward_weighted_jagged). The positions in them count the indices or
+    /// offsets of all features.
+    pub fn forward_keyed(&self, bags: &KeyedJaggedTensor) -> Result<Tensor> {
+        let want: Vec<_> = self.features().map(|(name, _)| name).collect();
+        let got: Vec<_> = bags.keys().collect();
+        if want != got {
+            let (want, got) = (want.join(", "), got.join(", "));
+            bail!("features must be {want}, in this order, got {got}");
+        }
+        let offsets = match self.config().include_last_offset {
+            true => bags.offsets().clone(),
+            false => bags
+                .offsets()
+                .narrow(0, 0, bags.offsets().elem_count() - 1)?,
+        };
+        let (indices, layout) = (bags.indices(), JaggedLayout::FeatureMajor);
+        match bags.per_sample_weights() {
+            Some(weights) => self.forward_weighted_jagged(indices, &offsets, layout, weights),
+            None => self.forward_jagged(indices, &offsets, layout),
+        }
     }
 
     /// Pools bags of each feature as [`Module::forward`] does, with each row multiplied by its own weight; mode sum only.

@@ -148,7 +148,7 @@ pub(crate) fn contiguous_indices(indices: &Tensor) -> Result<Tensor> {
 }
 
 pub(crate) const WEIGHT_DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
-const INDEX_DTYPES: [DType; 3] = [DType::U32, DType::I32, DType::I64];
+pub(crate) const INDEX_DTYPES: [DType; 3] = [DType::U32, DType::I32, DType::I64];
 
 /// `argument` must have one of the dtypes.
 pub(crate) fn check_dtype(argument: &str, tensor: &Tensor, dtypes: &[DType]) -> Result<()> {

@@ -22,6 +22,7 @@ mod gradients;
 mod hash;
 mod import;
 mod inputs;
+mod jagged;
 mod lookup;
 mod optim;
 mod padding;
