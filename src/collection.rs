@@ -36,7 +36,7 @@ use std::sync::Arc;
 /// It is differentiable in `hashed_weight` if that is a variable. Only its inputs are kept for the backward pass.
 ///
 /// The rows of a table follow those of the tables before it. So if you reorder the tables of a trained collection, or add rows to
-/// one of them, the values of all later tables change.
+/// one of them, the values of all later tables change: put a table that will grow last.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};

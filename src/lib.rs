@@ -42,6 +42,9 @@
 //! # }
 //! ```
 //!
+//! On a CPU, set `CANDLE_NUM_THREADS` in a container that may use fewer cores than the machine has, and use an allocator that reuses
+//! and aligns memory, such as mimalloc.
+//!
 //! The feature `cuda` adds the CUDA kernels; it needs `nvcc`, and a driver at least as new as the toolkit.
 
 #![warn(missing_docs)]
