@@ -225,7 +225,7 @@ impl HashedEmbeddingBagCollection {
     ///
     /// # Errors
     /// Wrong ranks, dtypes or devices, a number of bags that is not a multiple of the number of features; with
-    /// [`BoundsCheck::Error`] also a row outside its table that is not padding (the message gives table, position and value),
+    /// [`BoundsCheck::Error`] also a row outside its table that is not padding (the message gives feature, table, position and value),
     /// and offsets that do not start at 0, decrease or exceed `nnz`.
     pub fn forward_jagged(
         &self,

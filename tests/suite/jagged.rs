@@ -139,6 +139,49 @@ fn features_are_joined_one_after_the_other() -> Result<()> {
 }
 
 #[test]
+fn strided_tensors_are_joined() -> Result<()> {
+    on_each_device(|device| {
+        let strided = |values: &[i64]| {
+            let values = integers(values, DType::I64, device)?;
+            Tensor::stack(&[&values, &values.zeros_like()?], 1)?
+                .narrow(1, 0, 1)?
+                .squeeze(1)
+        };
+        assert!(!strided(&[1, 2])?.is_contiguous());
+        let weights = floats(&[0.5, 2.0, 1.0], DType::F32, device)?;
+        let weights = Tensor::stack(&[&weights, &weights], 1)?
+            .narrow(1, 0, 1)?
+            .squeeze(1)?;
+        let bags = |bags: JaggedTensor| Ok(bags.with_per_sample_weights(weights.clone()));
+        let keyed = join([
+            bags(JaggedTensor::from_lengths(
+                strided(&[1, 2, 3])?,
+                strided(&[2, 1])?,
+            )),
+            bags(JaggedTensor::from_offsets(
+                strided(&[4, 5, 6])?,
+                strided(&[0, 1])?,
+                false,
+            )),
+            bags(JaggedTensor::from_offsets(
+                strided(&[7, 8, 9])?,
+                strided(&[0, 3, 3])?,
+                true,
+            )),
+        ])?;
+        let indices: Vec<_> = (1..10).map(f64::from).collect();
+        assert_eq!(to_vec(keyed.indices())?, indices);
+        assert_eq!(
+            to_vec(keyed.offsets())?,
+            [0.0, 2.0, 3.0, 4.0, 6.0, 9.0, 9.0]
+        );
+        let weights = keyed.per_sample_weights().expect("weights");
+        assert_eq!(to_vec(weights)?, [0.5, 2.0, 1.0].repeat(3));
+        Ok(())
+    })
+}
+
+#[test]
 fn weights_are_joined_and_get_gradients() -> Result<()> {
     on_each_device(|device| {
         let weight = floats(&Draws::new(1).halves(200), DType::F32, device)?;
