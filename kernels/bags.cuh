@@ -25,7 +25,7 @@ struct TableRows {
 // The tensors that tell what to look up.
 struct Inputs {
   const void *indices;
-  const void *offsets;        // null: bags of bag_len indices
+  const void *offsets;          // null: bags of bag_len indices
   const TableRows *table_rows;  // of the table of each feature; null: one feature
 };
 

@@ -27,7 +27,8 @@ use std::sync::Arc;
 ///   * `(batch, features)`: one row per feature and sample ([`Module::forward`]);
 ///   * `(batch, features, bag_len)`: a bag of each, filled up with `padding_idx` ([`Module::forward`]);
 ///   * `(nnz,)` with `offsets` `(features * batch,)`, or `(features * batch + 1,)` with `include_last_offset`
-///     ([`forward_jagged`](Self::forward_jagged)).
+///     ([`forward_jagged`](Self::forward_jagged));
+///   * jagged bags of each feature, joined by name ([`forward_keyed`](Self::forward_keyed)).
 /// * output: `(batch, features, embedding_dim)` in the dtype of `hashed_weight`. An empty bag, or one of padding only, is
 ///   zeros.
 ///
