@@ -251,11 +251,11 @@ impl HashedEmbeddingBagCollection {
             let (want, got) = (want.join(", "), got.join(", "));
             bail!("features must be {want}, in this order, got {got}");
         }
-        let offsets = match self.config().include_last_offset {
-            true => bags.offsets().clone(),
-            false => bags
-                .offsets()
-                .narrow(0, 0, bags.offsets().elem_count() - 1)?,
+        let (offsets, num_bags) = (bags.offsets(), bags.offsets().elem_count() - 1);
+        let offsets = if self.config().include_last_offset {
+            offsets.clone()
+        } else {
+            offsets.narrow(0, 0, num_bags)?
         };
         let (indices, layout) = (bags.indices(), JaggedLayout::FeatureMajor);
         match bags.per_sample_weights() {

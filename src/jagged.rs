@@ -417,10 +417,10 @@ fn join<'a>(tensors: impl IntoIterator<Item = &'a Tensor>) -> Result<Tensor> {
         .iter()
         .filter(|tensor| tensor.elem_count() > 0)
         .collect();
-    match filled.is_empty() {
-        true => Ok(tensors[0].clone()),
-        false => Tensor::cat(&filled, 0),
+    if filled.is_empty() {
+        return Ok(tensors[0].clone());
     }
+    Tensor::cat(&filled, 0)
 }
 
 /// `Tensor::to_device`, also of a tensor without values, which candle cannot create on CUDA.
