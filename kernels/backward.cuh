@@ -233,7 +233,7 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
                   << (threadIdx.x % 32 / bags.lanes * bags.lanes);
   for (int64_t bag = group; bag < bags.num_bags; bag += groups) {
     Range range = bags.range(inputs.offsets, bag);
-    int64_t first_row = bags.table(inputs.first_rows, bag).first;
+    int64_t first_row = bags.table(inputs.table_rows, bag).first;
     for (int64_t i = range.start; i < range.end; i++) {
       int64_t row = bags.row(inputs.indices, i);
       if (bags.is_padding(row)) continue;
@@ -259,12 +259,12 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
 #define BACKWARD_KERNEL(NAME, THREADS, POOLING, T, HASH, V, SHARE)                                                     \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       NAME(const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                     \
-           const int64_t *first_rows, const T *per_sample_weights, Acc<T> *grad_weight, uint8_t *touched,              \
+           const TableRows *table_rows, const T *per_sample_weights, Acc<T> *grad_weight, uint8_t *touched,              \
            BagParams bags, HASH slots, uint32_t embedding_dim, uint32_t mean, uint32_t grad_output_aligned) {          \
     using Sums = FloatSums<THREADS, V, Acc<T>, POOLING != MAX && (V > 1)>;                                             \
     __shared__ Sums::Lines lines;                                                                                      \
     Sums sums = {grad_weight, {touched}, lines};                                                                       \
-    backward<THREADS, POOLING, V, SHARE>(grad_output, hashed_weight, {indices, offsets, first_rows},                   \
+    backward<THREADS, POOLING, V, SHARE>(grad_output, hashed_weight, {indices, offsets, table_rows},                   \
                                          per_sample_weights, sums, bags, slots, embedding_dim, mean,                   \
                                          grad_output_aligned);                                                         \
   }
@@ -272,8 +272,8 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
 #define BACKWARD_PER_SAMPLE_WEIGHTS_KERNEL(NAME, THREADS, T, HASH, V)                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       NAME(const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                     \
-           const int64_t *first_rows, T *grad_weights, BagParams bags, HASH slots, uint32_t embedding_dim,             \
+           const TableRows *table_rows, T *grad_weights, BagParams bags, HASH slots, uint32_t embedding_dim,           \
            uint32_t grad_output_aligned) {                                                                             \
-    backward_per_sample_weights<THREADS, V>(grad_output, hashed_weight, {indices, offsets, first_rows}, grad_weights,  \
+    backward_per_sample_weights<THREADS, V>(grad_output, hashed_weight, {indices, offsets, table_rows}, grad_weights,  \
                                             bags, slots, embedding_dim, grad_output_aligned);                          \
   }

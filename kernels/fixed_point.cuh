@@ -108,11 +108,11 @@ __device__ __forceinline__ void largest_magnitude(const T *values, uint64_t n, A
 #define BACKWARD_FIXED_POINT_KERNEL(NAME, THREADS, POOLING, T, HASH, V, SHARE)                                         \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       NAME(const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                     \
-           const int64_t *first_rows, const T *per_sample_weights, Acc<T> *grad_weight, uint8_t *touched,              \
+           const TableRows *table_rows, const T *per_sample_weights, Acc<T> *grad_weight, uint8_t *touched,              \
            int64_t *units, uint64_t len, const Acc<T> *largest, uint32_t log2_terms, BagParams bags, HASH slots,       \
            uint32_t embedding_dim, uint32_t mean, uint32_t grad_output_aligned) {                                      \
     FixedPointSums<V, Acc<T>> sums(grad_weight, touched, units, len, largest, log2_terms);                             \
-    backward<THREADS, POOLING, V, SHARE>(grad_output, hashed_weight, {indices, offsets, first_rows},                   \
+    backward<THREADS, POOLING, V, SHARE>(grad_output, hashed_weight, {indices, offsets, table_rows},                   \
                                          per_sample_weights, sums, bags, slots, embedding_dim, mean,                   \
                                          grad_output_aligned);                                                         \
   }

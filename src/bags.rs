@@ -29,26 +29,27 @@ impl Index for i64 {
     }
 }
 
-/// The order of jagged bags in a collection of tables.
+/// The order of the jagged bags of several features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JaggedLayout {
-    /// All bags of the first table, then all of the second, as in TorchRec's `KeyedJaggedTensor`: bag `b` of table `t` is
-    /// number `t * batch + b`.
+    /// All bags of the first feature, then all of the second, as in TorchRec's `KeyedJaggedTensor`: the bag of sample `b` and
+    /// feature `f` is number `f * batch + b`.
     FeatureMajor,
-    /// The bags of all tables for the first sample, then for the second: bag `b` of table `t` is number `b * tables + t`.
+    /// The bags of the first sample, then those of the second: the bag of sample `b` and feature `f` is number
+    /// `b * features + f`.
     BatchMajor,
 }
 
 /// The division of `nnz` indices into `num_bags` bags, as far as the shapes determine it.
 ///
-/// Bags are numbered in the order of the output: bag `bag` looks into table `bag % tables`.
+/// Bags are numbered in the order of the output: bag `bag` is one of feature `bag % features`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BagShape {
     pub nnz: usize,
     pub num_bags: usize,
-    pub tables: usize,
+    pub features: usize,
     pub division: Division,
-    /// For jagged bags in feature-major order, the number of bags of each table; 0 for any other division.
+    /// For jagged bags in feature-major order, the number of bags of each feature; 0 for any other division.
     pub feature_stride: usize,
 }
 
@@ -64,24 +65,24 @@ pub(crate) enum Division {
     },
 }
 
-/// A bag: its number in the output, and its table and sample. From one bag to the next no division is needed.
+/// A bag: its number in the output, and its feature and sample. From one bag to the next no division is needed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Bag {
     pub number: usize,
-    pub table: usize,
+    pub feature: usize,
     sample: usize,
 }
 
 impl BagShape {
     /// Bags of 2-D `indices` of shape `(num_bags, bag_len)`.
-    pub fn fixed(num_bags: usize, bag_len: usize, tables: usize) -> Result<Self> {
+    pub fn fixed(num_bags: usize, bag_len: usize, features: usize) -> Result<Self> {
         let Some(nnz) = num_bags.checked_mul(bag_len) else {
             bail!("indices of shape [{num_bags}, {bag_len}] are too many");
         };
         Ok(Self {
             nnz,
             num_bags,
-            tables,
+            features,
             division: Division::Fixed(bag_len),
             feature_stride: 0,
         })
@@ -92,7 +93,7 @@ impl BagShape {
         nnz: usize,
         num_offsets: usize,
         include_last_offset: bool,
-        tables: usize,
+        features: usize,
         layout: JaggedLayout,
     ) -> Result<Self> {
         let num_bags = if include_last_offset {
@@ -105,19 +106,22 @@ impl BagShape {
         } else {
             num_offsets
         };
-        if !num_bags.is_multiple_of(tables) {
-            bail!("offsets must tell the same number of bags for each of {tables} tables, got {num_bags} bags");
+        if !num_bags.is_multiple_of(features) {
+            bail!(
+                "offsets must tell the same number of bags for each of {features} features, got {num_offsets} offsets with \
+                 include_last_offset = {include_last_offset}"
+            );
         }
         Ok(Self {
             nnz,
             num_bags,
-            tables,
+            features,
             division: Division::Offsets {
                 include_last_offset,
                 layout,
             },
             feature_stride: match layout {
-                JaggedLayout::FeatureMajor if tables > 1 => num_bags / tables,
+                JaggedLayout::FeatureMajor if features > 1 => num_bags / features,
                 _ => 0,
             },
         })
@@ -134,8 +138,8 @@ impl BagShape {
     pub fn bag(&self, number: usize) -> Bag {
         Bag {
             number,
-            table: number % self.tables,
-            sample: number / self.tables,
+            feature: number % self.features,
+            sample: number / self.features,
         }
     }
 
@@ -144,19 +148,19 @@ impl BagShape {
     pub fn after(&self, bag: Bag) -> Bag {
         let Bag {
             number,
-            table,
+            feature,
             sample,
         } = bag;
         let number = number + 1;
-        match table + 1 == self.tables {
+        match feature + 1 == self.features {
             true => Bag {
                 number,
-                table: 0,
+                feature: 0,
                 sample: sample + 1,
             },
             false => Bag {
                 number,
-                table: table + 1,
+                feature: feature + 1,
                 sample,
             },
         }
@@ -170,7 +174,7 @@ impl BagShape {
                 let clamp = |offset: O| offset.as_i64().clamp(0, self.nnz as i64) as usize;
                 let number = match self.feature_stride {
                     0 => bag.number,
-                    stride => bag.table * stride + bag.sample,
+                    stride => bag.feature * stride + bag.sample,
                 };
                 let start = clamp(offsets[number]);
                 let end = offsets.get(number + 1).map_or(self.nnz, |&end| clamp(end));

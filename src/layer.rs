@@ -68,8 +68,8 @@ pub struct HashedEmbeddingBag {
     config: HashedEmbeddingBagConfig,
     slots: Slots,
     tables: Arc<Tables>,
-    /// See [`Table::first_rows`].
-    first_rows: Option<Tensor>,
+    /// See [`Table::table_rows`].
+    table_rows: Option<Tensor>,
     sparse_gradient: Option<SparseGradient>,
 }
 
@@ -181,8 +181,8 @@ impl HashedEmbeddingBag {
         let hash = config.hash_for(embedding_dim);
         hash.check_table(tables.end_row(), embedding_dim)?;
         let slots = hash.slots(len)?;
-        let first_rows = if tables.len() > 1 {
-            Some(Tensor::new(tables.first_rows(), hashed_weight.device())?)
+        let table_rows = if tables.num_features() > 1 {
+            Some(Tensor::new(tables.table_rows(), hashed_weight.device())?)
         } else {
             None
         };
@@ -203,7 +203,7 @@ impl HashedEmbeddingBag {
             config,
             slots,
             tables,
-            first_rows,
+            table_rows,
             sparse_gradient,
         })
     }
@@ -267,7 +267,7 @@ impl HashedEmbeddingBag {
         let table = Table {
             slots: self.slots,
             tables: self.tables.clone(),
-            first_rows: self.first_rows.clone(),
+            table_rows: self.table_rows.clone(),
             embedding_dim: self.embedding_dim,
             mode: config.mode,
             padding_idx: config.padding_idx,

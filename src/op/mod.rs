@@ -29,7 +29,7 @@ mod past_32_bits;
 
 pub(crate) use lookup::{
     check_dtype, check_output, check_weights_shape, contiguous_indices, hashed_embedding_bag,
-    Offsets, Table, WEIGHT_DTYPES,
+    Offsets, Table, INDEX_DTYPES, WEIGHT_DTYPES,
 };
 
 pub use sparse::SparseGradient;

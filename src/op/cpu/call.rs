@@ -89,10 +89,10 @@ impl BagRows<'_> {
         range(&self.lookup.bags, self.offsets, bag)
     }
 
-    /// The length of bags that all have one, where all indices are rows of one table.
+    /// The length of bags that all have one, where all are of one feature.
     pub fn plain_bag_len(&self) -> Option<usize> {
         let Lookup { table, bags, .. } = self.lookup;
-        let is_plain = table.tables.len() == 1 && table.padding_idx.is_none();
+        let is_plain = table.tables.num_features() == 1 && table.padding_idx.is_none();
         bags.bag_len().filter(|&bag_len| is_plain && bag_len > 0)
     }
 
@@ -103,16 +103,16 @@ impl BagRows<'_> {
         table.padding_idx.is_none() || table.counts(self.indices.at(position))
     }
 
-    /// Reads some indices of table `table` as rows of the virtual table.
+    /// Reads some indices of a feature as rows of the virtual table.
     #[inline(always)]
-    pub fn read(&self, table: usize, positions: Range<usize>, rows: &mut [u64]) {
+    pub fn read(&self, feature: usize, positions: Range<usize>, rows: &mut [u64]) {
         #[inline(always)]
         fn widen(indices: &[impl Index], first_row: i64, rows: &mut [u64]) {
             for (row, index) in rows.iter_mut().zip(indices) {
                 *row = index.as_i64().wrapping_add(first_row) as u64;
             }
         }
-        let first_row = self.lookup.table.tables.first_row(table);
+        let first_row = self.lookup.table.tables.first_row(feature);
         with_slice!(self.indices, indices => widen(&indices[positions], first_row, rows));
     }
 

@@ -37,7 +37,7 @@ pub(super) struct Window<'a, H: Locate> {
     /// Which rows of the window are of which bag, in order; from `next_segment` on not yet taken.
     segments: Vec<Segment>,
     next_segment: usize,
-    /// The length of bags that all have one, lie one behind the other, look into one table and have no padding.
+    /// The length of bags that all have one, lie one behind the other, are of one feature and have no padding.
     plain_bag_len: Option<usize>,
     /// The bags that are left to read; of the first perhaps only some positions.
     unread: Range<usize>,
@@ -198,17 +198,17 @@ impl<'a, H: Locate> Window<'a, H> {
         }
     }
 
-    /// Reads some indices of table `table` as rows, but for padding, and notes their positions from number `first` on; returns how many.
+    /// Reads some indices of a feature as rows, but for padding, and notes their positions from number `first` on; returns how many.
     #[inline(always)]
     fn read(
         &mut self,
-        table: usize,
+        feature: usize,
         positions: Range<usize>,
         rows: &mut [u64],
         first: usize,
     ) -> usize {
         let read = positions.len();
-        self.source.read(table, positions.clone(), rows);
+        self.source.read(feature, positions.clone(), rows);
         let noted = &mut self.positions[first..first + read];
         if self.source.lookup.table.padding_idx.is_none() {
             if self.notes_positions {
@@ -266,7 +266,7 @@ impl<'a, H: Locate> Window<'a, H> {
             room -= end - positions.start;
             let first = n;
             n += self.read(
-                self.next.table,
+                self.next.feature,
                 positions.start..end,
                 &mut rows[first..],
                 first,

@@ -78,7 +78,7 @@ pub const BAG_PARAMS: StructLayout = StructLayout {
         ("first_row", 40),
         ("num_embeddings", 48),
         ("feature_stride", 56),
-        ("tables", 64),
+        ("features", 64),
         ("has_padding", 80),
         ("lanes", 84),
         ("bags_per_group", 88),

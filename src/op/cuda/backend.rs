@@ -20,10 +20,10 @@ pub struct Cuda;
 macro_rules! with_launch {
     ($pass:expr, $lookup:ident, $operands:ident, $launch:ident => $run:expr) => {{
         let pass = $pass;
-        lend::<Cuda, _>($lookup.table.first_rows.as_ref(), |first_rows| {
+        lend::<Cuda, _>($lookup.table.table_rows.as_ref(), |table_rows| {
             macro_rules! run {
                 ($t:ty) => {{
-                    let $launch = Launch::<$t>::new(pass, $lookup, $operands, first_rows)?;
+                    let $launch = Launch::<$t>::new(pass, $lookup, $operands, table_rows)?;
                     $run
                 }};
             }

@@ -60,7 +60,7 @@ pub struct BagKernel {
     pub width: usize,
     /// Neighbouring threads that share their hashes. Their columns must lie in one block: `width * share` divides the block.
     pub share: usize,
-    /// Compiled for plain bags: of equal length, at most [`LONG_BAG`](super::abi::LONG_BAG), in one table, without padding.
+    /// Compiled for plain bags: of equal length, at most [`LONG_BAG`](super::abi::LONG_BAG), of one feature, without padding.
     pub plain: bool,
 }
 

@@ -135,7 +135,7 @@ pub struct Launch<'a, T: Element> {
     pub per_sample_weights: Option<CudaView<'a, T>>,
     indices: IndexView<'a>,
     offsets: Option<IndexView<'a>>,
-    first_rows: Option<CudaView<'a, i64>>,
+    table_rows: Option<CudaView<'a, i64>>,
     plan: Plan,
     params: BagParams,
     embedding_dim: u32,
@@ -143,12 +143,12 @@ pub struct Launch<'a, T: Element> {
 }
 
 impl<'a, T: Element> Launch<'a, T> {
-    /// `first_rows` is [`Table::first_rows`](crate::op::Table::first_rows) of the lookup.
+    /// `table_rows` is [`Table::table_rows`](crate::op::Table::table_rows) of the lookup.
     pub fn new(
         pass: Pass,
         lookup: &'a Lookup,
         operands: &Operands<'a, CudaStorage>,
-        first_rows: Option<View<'a, CudaStorage>>,
+        table_rows: Option<View<'a, CudaStorage>>,
     ) -> Result<Self> {
         let Lookup { table, bags, .. } = lookup;
         if bags.nnz > MAX_INDICES {
@@ -177,7 +177,7 @@ impl<'a, T: Element> Launch<'a, T> {
             first_row: table.tables.first_row(0),
             num_embeddings: table.tables.num_embeddings(0) as i64,
             feature_stride: bags.feature_stride as i64,
-            tables: Divisor::new(bags.tables as u64),
+            features: Divisor::new(bags.features as u64),
             has_padding: table.padding_idx.is_some().into(),
             lanes: plan.lanes as u32,
             bags_per_group: plan.bags_per_group as u32,
@@ -193,7 +193,7 @@ impl<'a, T: Element> Launch<'a, T> {
             per_sample_weights: operands.per_sample_weights.map(view::<T>).transpose()?,
             indices,
             offsets,
-            first_rows: first_rows.map(view::<i64>).transpose()?,
+            table_rows: table_rows.map(view::<i64>).transpose()?,
             plan,
             params,
             embedding_dim: table.embedding_dim as u32,
@@ -232,7 +232,7 @@ impl<'a, T: Element> Launch<'a, T> {
                 args.arg(&NULL);
             }
         }
-        push_or_null(args, self.first_rows.as_ref()); // const int64_t *first_rows
+        push_or_null(args, self.table_rows.as_ref()); // const TableRows *table_rows
     }
 
     fn push_bags<'b>(&'b self, args: &mut LaunchArgs<'b>) {
@@ -332,7 +332,7 @@ impl<'a, T: Element> Launch<'a, T> {
         args.arg(&out_of_range); // uint32_t *out_of_range
         args.arg(&self.params); // BagParams bags
         let bags = &self.lookup.bags;
-        let threads = match self.first_rows {
+        let threads = match self.table_rows {
             // A thread per offset, and per four indices, which are loaded at once.
             None => bags.num_bags.max(bags.nnz.div_ceil(4)),
             // A warp per bag.
