@@ -259,7 +259,7 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
 #define BACKWARD_KERNEL(NAME, THREADS, POOLING, T, HASH, V, SHARE)                                                     \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       NAME(const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                     \
-           const TableRows *table_rows, const T *per_sample_weights, Acc<T> *grad_weight, uint8_t *touched,              \
+           const TableRows *table_rows, const T *per_sample_weights, Acc<T> *grad_weight, uint8_t *touched,            \
            BagParams bags, HASH slots, uint32_t embedding_dim, uint32_t mean, uint32_t grad_output_aligned) {          \
     using Sums = FloatSums<THREADS, V, Acc<T>, POOLING != MAX && (V > 1)>;                                             \
     __shared__ Sums::Lines lines;                                                                                      \

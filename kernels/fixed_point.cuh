@@ -18,7 +18,7 @@ template <int V, typename A>
 struct FixedPointSums {
   static constexpr int INTEGERS = sizeof(A) / 4;  // per slot
 
-  A *grad_weight;           // the sums of terms that are not finite
+  A *grad_weight;  // the sums of terms that are not finite
   Touched touched;
   int64_t *units;           // (INTEGERS, len): the sums of all other terms, in units
   uint64_t len;             // of grad_weight
@@ -108,7 +108,7 @@ __device__ __forceinline__ void largest_magnitude(const T *values, uint64_t n, A
 #define BACKWARD_FIXED_POINT_KERNEL(NAME, THREADS, POOLING, T, HASH, V, SHARE)                                         \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       NAME(const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                     \
-           const TableRows *table_rows, const T *per_sample_weights, Acc<T> *grad_weight, uint8_t *touched,              \
+           const TableRows *table_rows, const T *per_sample_weights, Acc<T> *grad_weight, uint8_t *touched,            \
            int64_t *units, uint64_t len, const Acc<T> *largest, uint32_t log2_terms, BagParams bags, HASH slots,       \
            uint32_t embedding_dim, uint32_t mean, uint32_t grad_output_aligned) {                                      \
     FixedPointSums<V, Acc<T>> sums(grad_weight, touched, units, len, largest, log2_terms);                             \
@@ -128,6 +128,5 @@ __device__ __forceinline__ void largest_magnitude(const T *values, uint64_t n, A
            uint32_t reset) {                                                                                           \
     FixedPointSums<1, A> sums(grad_weight, touched, units, len, largest, log2_terms);                                  \
     uint64_t threads = uint64_t(gridDim.x) * THREADS;                                                                  \
-    for (uint64_t i = uint64_t(blockIdx.x) * THREADS + threadIdx.x; i < len; i += threads)                             \
-      sums.finish(i, reset != 0);                                                                                      \
+    for (uint64_t i = uint64_t(blockIdx.x) * THREADS + threadIdx.x; i < len; i += threads) sums.finish(i, reset != 0); \
   }

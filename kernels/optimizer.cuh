@@ -18,15 +18,31 @@ struct Rounded {
   A x;
 };
 
-__device__ __forceinline__ Rounded<float> operator+(Rounded<float> a, Rounded<float> b) { return {__fadd_rn(a.x, b.x)}; }
-__device__ __forceinline__ Rounded<float> operator-(Rounded<float> a, Rounded<float> b) { return {__fsub_rn(a.x, b.x)}; }
-__device__ __forceinline__ Rounded<float> operator*(Rounded<float> a, Rounded<float> b) { return {__fmul_rn(a.x, b.x)}; }
-__device__ __forceinline__ Rounded<float> operator/(Rounded<float> a, Rounded<float> b) { return {__fdiv_rn(a.x, b.x)}; }
+__device__ __forceinline__ Rounded<float> operator+(Rounded<float> a, Rounded<float> b) {
+  return {__fadd_rn(a.x, b.x)};
+}
+__device__ __forceinline__ Rounded<float> operator-(Rounded<float> a, Rounded<float> b) {
+  return {__fsub_rn(a.x, b.x)};
+}
+__device__ __forceinline__ Rounded<float> operator*(Rounded<float> a, Rounded<float> b) {
+  return {__fmul_rn(a.x, b.x)};
+}
+__device__ __forceinline__ Rounded<float> operator/(Rounded<float> a, Rounded<float> b) {
+  return {__fdiv_rn(a.x, b.x)};
+}
 __device__ __forceinline__ Rounded<float> root(Rounded<float> a) { return {__fsqrt_rn(a.x)}; }
-__device__ __forceinline__ Rounded<double> operator+(Rounded<double> a, Rounded<double> b) { return {__dadd_rn(a.x, b.x)}; }
-__device__ __forceinline__ Rounded<double> operator-(Rounded<double> a, Rounded<double> b) { return {__dsub_rn(a.x, b.x)}; }
-__device__ __forceinline__ Rounded<double> operator*(Rounded<double> a, Rounded<double> b) { return {__dmul_rn(a.x, b.x)}; }
-__device__ __forceinline__ Rounded<double> operator/(Rounded<double> a, Rounded<double> b) { return {__ddiv_rn(a.x, b.x)}; }
+__device__ __forceinline__ Rounded<double> operator+(Rounded<double> a, Rounded<double> b) {
+  return {__dadd_rn(a.x, b.x)};
+}
+__device__ __forceinline__ Rounded<double> operator-(Rounded<double> a, Rounded<double> b) {
+  return {__dsub_rn(a.x, b.x)};
+}
+__device__ __forceinline__ Rounded<double> operator*(Rounded<double> a, Rounded<double> b) {
+  return {__dmul_rn(a.x, b.x)};
+}
+__device__ __forceinline__ Rounded<double> operator/(Rounded<double> a, Rounded<double> b) {
+  return {__ddiv_rn(a.x, b.x)};
+}
 __device__ __forceinline__ Rounded<double> root(Rounded<double> a) { return {__dsqrt_rn(a.x)}; }
 
 // Each rule updates a value and its STATE values of state; see src/optim/rules.rs for the fields.
@@ -147,8 +163,9 @@ __device__ __forceinline__ void step(T *params, const T *grads, Acc<T> *state0, 
   for (uint64_t i = vectors * V + thread; i < n; i += threads) update<1>(params, grads, state0, state1, rule, i);
 }
 
-// Updates N vectors of V values of a sparse gradient, `stride` values apart, and leaves zeros in it. Where a vector of it
-// is zero, nothing else is read or written, unless `eager`: then all is read at once, without waiting for the gradient.
+// Updates N vectors of V values of a sparse gradient, `stride` values apart, and leaves zeros in it. Where a vector of
+// it is zero, nothing else is read or written, unless `eager`: then all is read at once, without waiting for the
+// gradient.
 template <int N, int V, typename T, typename Rule>
 __device__ __forceinline__ void update_sparse(T *params, Acc<T> *grads, Acc<T> *state0, Acc<T> *state1,
                                               const Rule &rule, uint64_t at, uint32_t stride, bool eager) {
@@ -191,8 +208,8 @@ __device__ __forceinline__ void update_sparse(T *params, Acc<T> *grads, Acc<T> *
   }
 }
 
-// Updates the values of those chunks of n values that are marked, each by a warp, and takes the marks off. No marks stand
-// for all of them. `aligned` says that params starts at a multiple of 16 bytes, as everything else always does.
+// Updates the values of those chunks of n values that are marked, each by a warp, and takes the marks off. No marks
+// stand for all of them. `aligned` says that params starts at a multiple of 16 bytes, as everything else always does.
 template <typename T, typename Rule>
 __device__ __forceinline__ void sparse_step(T *params, Acc<T> *grads, uint8_t *touched, Acc<T> *state0, Acc<T> *state1,
                                             const Rule &rule, uint64_t n, bool aligned, bool eager) {
@@ -225,7 +242,7 @@ __device__ __forceinline__ void sparse_step(T *params, Acc<T> *grads, uint8_t *t
   }
 
 #define OPTIMIZER_STEP_KERNEL(NAME, THREADS, RULE, T)                                                                  \
-  extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
-      NAME(T *params, const T *grads, Acc<T> *state0, Acc<T> *state1, RULE<Acc<T>> rule, uint64_t n, uint32_t aligned) { \
+  extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                                          \
+      T *params, const T *grads, Acc<T> *state0, Acc<T> *state1, RULE<Acc<T>> rule, uint64_t n, uint32_t aligned) {    \
     step(params, grads, state0, state1, rule, n, aligned != 0);                                                        \
   }
