@@ -211,8 +211,8 @@ impl<T: Load> Gradient<'_, T> {
         );
         let values = self.num_terms.saturating_mul(self.block);
         let team = Team::new(values / MIN_VALUES_PER_THREAD);
-        // So few that the buffers hold at most a quarter as many values as are added.
-        let buffers = (values / (4 * len)).min(values / MIN_VALUES_PER_THREAD);
+        // So few that the buffers, which are zeroed and added up, hold a sixteenth as many values as are added.
+        let buffers = (values / (16 * len)).min(values / MIN_VALUES_PER_THREAD);
         let shares = (1 + buffers).min(MAX_SHARES);
         let bags_per_share = num_bags.div_ceil(shares).max(1);
         let shares = (0..num_bags).step_by(bags_per_share);
@@ -243,8 +243,8 @@ impl<T: Load> Gradient<'_, T> {
         let rounds = self.num_terms.div_ceil(TERMS_PER_THREAD * threads).max(1);
         let most_bags = (u32::MAX as usize / embedding_dim / threads).max(1);
         let bags_per_task = num_bags.div_ceil(rounds * threads).clamp(1, most_bags);
-        // The sums of all shares but the first.
-        let mut buffer = vec![T::Acc::ZERO; if shares.len() > 1 { len } else { 0 }];
+        // The sums of a share other than the first, by range; empty while there is none.
+        let mut buffers: Vec<Vec<T::Acc>> = vec![vec![]; ranges.count()];
         let tasks: Vec<_> = shares
             .enumerate()
             .flat_map(|(share, bags)| {
@@ -264,24 +264,16 @@ impl<T: Load> Gradient<'_, T> {
                 terms
             });
             let grads = &self.grad_output[first_grad..];
-            let mut buffers = (!buffer.is_empty()).then(|| ranges.divide(&mut buffer));
-            let targets = slots.reborrow().divide(ranges).enumerate();
-            let targets = targets.map(|(i, slots)| {
-                (
-                    i,
-                    slots,
-                    buffers
-                        .as_mut()
-                        .and_then(Iterator::next)
-                        .unwrap_or_default(),
-                )
-            });
-            team.for_each(targets, |(range, mut slots, buffer)| {
+            let targets = slots.reborrow().divide(ranges).zip(&mut buffers);
+            team.for_each(targets.enumerate(), |(range, (mut slots, buffer))| {
                 for (task, terms) in tasks.iter().zip(&terms) {
                     let (terms, _) = &terms.lists[range];
                     let slots_of_share = match task.is_first_share {
                         true => slots.reborrow(),
-                        false => slots.of(buffer),
+                        false => {
+                            buffer.resize(slots.values.len(), T::Acc::ZERO);
+                            slots.of(buffer)
+                        }
                     };
                     with_block!(self.block, T::CONSTANT_BLOCKS, BLOCK, lanes => lanes.run(Add::<BLOCK, T, S> {
                         terms,
@@ -292,7 +284,7 @@ impl<T: Load> Gradient<'_, T> {
                     }));
                     if task.ends_share && !task.is_first_share {
                         add_all(slots.values, buffer);
-                        buffer.fill(T::Acc::ZERO);
+                        buffer.clear();
                     }
                 }
             });
