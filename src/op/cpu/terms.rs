@@ -211,8 +211,8 @@ impl<T: Load> Gradient<'_, T> {
         );
         let values = self.num_terms.saturating_mul(self.block);
         let team = Team::new(values / MIN_VALUES_PER_THREAD);
-        // So few that the buffers, which are zeroed and added up, hold a sixteenth as many values as are added.
-        let buffers = (values / (16 * len)).min(values / MIN_VALUES_PER_THREAD);
+        // So few that the buffers hold at most a quarter as many values as are added.
+        let buffers = (values / (4 * len)).min(values / MIN_VALUES_PER_THREAD);
         let shares = (1 + buffers).min(MAX_SHARES);
         let bags_per_share = num_bags.div_ceil(shares).max(1);
         let shares = (0..num_bags).step_by(bags_per_share);
