@@ -55,6 +55,7 @@ mod fit;
 mod hash;
 pub mod import;
 mod layer;
+mod low_bit;
 mod op;
 pub mod optim;
 mod parallel;
@@ -69,6 +70,7 @@ pub use config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig, HashedWeightCo
 pub use hash::{Affine, Balanced, Hash, Mix, Overflow};
 pub use import::StateDict;
 pub use layer::{hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag};
+pub use low_bit::{Bits, LowBit};
 pub use op::{Gradient, Mode};
 
 /// Compiles and runs the Rust in the documents.
