@@ -11,9 +11,10 @@ use crate::config::{HashedEmbeddingBagConfig, HashedWeightConfig};
 use crate::error::bail;
 use crate::hash::Hash;
 use crate::layer::{create, HashedEmbeddingBag};
+use crate::low_bit::{Bits, LowBit};
 use crate::op::{check_weights_shape, contiguous_indices};
 use crate::tables::Tables;
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
 
@@ -116,6 +117,52 @@ impl HashedEmbeddingBagCollection {
         Ok(Self { bag })
     }
 
+    /// The same on packed bytes.
+    pub(crate) fn over_low_bit<N: Into<String>>(
+        packed: Tensor,
+        low_bit: LowBit,
+        tables: impl IntoIterator<Item = (N, usize)>,
+        embedding_dim: usize,
+        config: HashedEmbeddingBagConfig,
+    ) -> Result<Self> {
+        let tables = Arc::new(named(tables, &config)?);
+        let low_bit = Some(low_bit);
+        let bag = HashedEmbeddingBag::over_stored(packed, low_bit, tables, embedding_dim, config)?;
+        Ok(Self { bag })
+    }
+
+    /// The same collection in 8 or 4 bits, and the relative error of the rounding; see [`HashedEmbeddingBag::to_bits`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::to_bits`].
+    pub fn to_bits(&self, bits: Bits) -> Result<(Self, f64)> {
+        let (bag, error) = self.bag.to_bits(bits)?;
+        Ok((Self { bag }, error))
+    }
+
+    /// What the bytes of [`hashed_weight`](Self::hashed_weight) mean, if this collection was rounded by
+    /// [`to_bits`](Self::to_bits).
+    pub fn low_bit(&self) -> Option<&LowBit> {
+        self.bag.low_bit()
+    }
+
+    /// The values of `hashed_weight`; see [`HashedEmbeddingBag::hashed_weight_values`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::hashed_weight_values`].
+    pub fn hashed_weight_values(&self) -> Result<Tensor> {
+        self.bag.hashed_weight_values()
+    }
+
+    /// The same collection with outputs of another dtype; see [`HashedEmbeddingBag::with_output_dtype`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::with_output_dtype`].
+    pub fn with_output_dtype(self, dtype: DType) -> Result<Self> {
+        let bag = self.bag.with_output_dtype(dtype)?;
+        Ok(Self { bag })
+    }
+
     /// Pools jagged `indices` `(nnz,)` by `offsets` `(tables * batch,)`, or `(tables * batch + 1,)` with
     /// `include_last_offset`, to `(batch, tables, embedding_dim)`. `layout` is the order of the bags. Both are the `values` and
     /// `offsets` of TorchRec's `KeyedJaggedTensor`, in [`JaggedLayout::FeatureMajor`] and with `include_last_offset`.
@@ -210,10 +257,10 @@ impl HashedEmbeddingBagCollection {
                     first_row,
                     ..self.bag.config()
                 };
-                let hashed_weight = self.hashed_weight().clone();
-                return HashedEmbeddingBag::new(
-                    hashed_weight,
-                    num_embeddings,
+                return HashedEmbeddingBag::over_stored(
+                    self.hashed_weight().clone(),
+                    self.low_bit().cloned(),
+                    Arc::new(Tables::one(first_row, num_embeddings)?),
                     self.embedding_dim(),
                     config,
                 );
@@ -235,7 +282,7 @@ impl HashedEmbeddingBagCollection {
         self.bag.config()
     }
 
-    /// The parameter, `(len,)`.
+    /// The parameter, `(len,)`; of a collection in 8 or 4 bits, its bytes, see [`HashedEmbeddingBag::hashed_weight`].
     pub fn hashed_weight(&self) -> &Tensor {
         self.bag.hashed_weight()
     }

@@ -29,7 +29,7 @@ pub(crate) use lookup::{
     Offsets, Table, WEIGHT_DTYPES,
 };
 
-use crate::error::NAME;
+use crate::error::{bail, NAME};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor};
@@ -82,7 +82,7 @@ trait Backend {
     /// The storage as one of this backend.
     fn storage(storage: &Storage) -> Result<&Self::Storage>;
 
-    /// `(num_bags, embedding_dim)` in the dtype of `hashed_weight`; with [`BoundsCheck::Error`](crate::BoundsCheck::Error), an error for the first
+    /// `(num_bags, embedding_dim)` in the dtype of `hashed_weight`, or f32 if that is packed bytes; with [`BoundsCheck::Error`](crate::BoundsCheck::Error), an error for the first
     /// offset or row that breaks the contract.
     fn forward(lookup: &Lookup, operands: &Operands<Self::Storage>) -> Result<Self::Storage>;
 
@@ -115,6 +115,12 @@ impl Lookup {
         per_sample_weights: Option<&Tensor>,
         grad_output: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        if let Some(low_bit) = &self.table.low_bit {
+            bail!(
+                "a layer in {} bits does not train, and has no gradients: detach its inputs, or use the layer it was made of",
+                u32::from(low_bit.bits())
+            );
+        }
         let grad_output = grad_output.contiguous()?;
         let grad_weight = if hashed_weight.track_op() {
             let op = GradWeight {

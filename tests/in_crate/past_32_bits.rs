@@ -33,6 +33,7 @@ fn table(hash: Hash, len: usize, embedding_dim: usize) -> Result<Table> {
         embedding_dim,
         mode: Mode::Sum,
         padding_idx: None,
+        low_bit: None,
     })
 }
 

@@ -22,6 +22,7 @@ mod hash;
 mod import;
 mod inputs;
 mod lookup;
+mod low_bit;
 mod optim;
 mod padding;
 mod pooling;

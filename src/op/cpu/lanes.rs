@@ -1,5 +1,5 @@
 //! Instruction sets: resolved once per loop, and the few operations that the compiler does not turn into vectors by
-//! itself, sixteen or eight values that are negated where a bit is set.
+//! itself, values that are negated where a bit is set, and bytes that are looked up.
 //!
 //! Loops are plain Rust, compiled once per set of [`Lanes`] by [`widest`] or [`up_to_avx2`]. That reaches as far as functions
 //! are inlined, which is why everything inside a loop says `inline(always)`. Each set compiled costs every user build
@@ -43,6 +43,37 @@ pub(super) trait Lanes: Copy {
 
     /// f16 to f32.
     fn widen16(self, values: &[f16; 16]) -> [f32; 16];
+
+    /// `levels[i] ^ top` where bit `i` of `signs` is set.
+    #[inline(always)]
+    fn flip32(self, levels: &[u8; 32], signs: u32, top: u8) -> [u8; 32] {
+        let mut flipped = *levels;
+        for (i, level) in flipped.iter_mut().enumerate() {
+            *level ^= ((signs >> i) as u8 & 1).wrapping_neg() & top;
+        }
+        flipped
+    }
+
+    /// The low and the high half of each byte.
+    #[inline(always)]
+    fn nibbles32(self, bytes: &[u8; 16]) -> [u8; 32] {
+        let mut nibbles = [0; 32];
+        for (i, byte) in bytes.iter().enumerate() {
+            nibbles[2 * i] = byte & 15;
+            nibbles[2 * i + 1] = byte >> 4;
+        }
+        nibbles
+    }
+
+    /// `tables[i / 16][numbers[i]]` for numbers below 16.
+    #[inline(always)]
+    fn look_up32(self, numbers: &[u8; 32], tables: [&[u8; 16]; 2]) -> [u8; 32] {
+        let mut found = *numbers;
+        for (i, found) in found.iter_mut().enumerate() {
+            *found = tables[i / 16][usize::from(*found & 15)];
+        }
+        found
+    }
 }
 
 /// A loop to be compiled for several instruction sets; `run` must be `inline(always)`.
@@ -267,6 +298,25 @@ mod x86 {
         }
 
         #[inline(always)]
+        fn flip32(self, levels: &[u8; 32], signs: u32, top: u8) -> [u8; 32] {
+            let mut flipped = [0; 32];
+            // SAFETY: as for `add`; 32 bytes lie on either side.
+            unsafe {
+                let levels = _mm256_loadu_si256(levels.as_ptr().cast());
+                // The highest level is all ones, from which a subtraction is the exclusive or.
+                let top = _mm256_set1_epi8(top as i8);
+                let levels = _mm256_mask_sub_epi8(levels, signs, top, levels);
+                _mm256_storeu_si256(flipped.as_mut_ptr().cast(), levels);
+            }
+            flipped
+        }
+
+        #[inline(always)]
+        fn look_up32(self, numbers: &[u8; 32], tables: [&[u8; 16]; 2]) -> [u8; 32] {
+            self.0.look_up32(numbers, tables)
+        }
+
+        #[inline(always)]
         fn add8(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
             self.0.add8(sums, values, signs);
         }
@@ -354,6 +404,42 @@ mod x86 {
             }
             // SAFETY: an `Avx2` exists only where its features do.
             unsafe { run(self, work) }
+        }
+
+        #[inline(always)]
+        fn flip32(self, levels: &[u8; 32], signs: u32, top: u8) -> [u8; 32] {
+            let mut flipped = [0; 32];
+            // SAFETY: an `Avx2` exists only where its features do; 32 bytes lie on either side.
+            unsafe {
+                let levels = _mm256_loadu_si256(levels.as_ptr().cast());
+                // Lane i gets the byte of its sign, and keeps that bit alone.
+                let byte = _mm256_set_epi64x(
+                    0x0303_0303_0303_0303,
+                    0x0202_0202_0202_0202,
+                    0x0101_0101_0101_0101,
+                    0,
+                );
+                let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+                let signs = _mm256_shuffle_epi8(_mm256_set1_epi32(signs as i32), byte);
+                let signs = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bit), bit);
+                let top = _mm256_and_si256(signs, _mm256_set1_epi8(top as i8));
+                let levels = _mm256_xor_si256(levels, top);
+                _mm256_storeu_si256(flipped.as_mut_ptr().cast(), levels);
+            }
+            flipped
+        }
+
+        #[inline(always)]
+        fn look_up32(self, numbers: &[u8; 32], tables: [&[u8; 16]; 2]) -> [u8; 32] {
+            let mut found = [0; 32];
+            // SAFETY: an `Avx2` exists only where its features do; 16 bytes lie at each table, 32 on either side.
+            unsafe {
+                let [low, high] = tables.map(|table| _mm_loadu_si128(table.as_ptr().cast()));
+                let numbers = _mm256_loadu_si256(numbers.as_ptr().cast());
+                let levels = _mm256_shuffle_epi8(_mm256_set_m128i(high, low), numbers);
+                _mm256_storeu_si256(found.as_mut_ptr().cast(), levels);
+            }
+            found
         }
 
         #[inline(always)]
@@ -475,6 +561,18 @@ mod tests {
                 let halves =
                     std::array::from_fn(|i| f16::from_bits((round * 16) as u16 + i as u16));
                 bits.extend(lanes.widen16(&halves).map(bits_of));
+                let bytes: [u8; 16] =
+                    std::array::from_fn(|i| (i as u32 * 37 + round * 11 >> 2) as u8);
+                let nibbles = lanes.nibbles32(&bytes);
+                bits.extend(nibbles.map(u32::from));
+                bits.extend(
+                    lanes
+                        .look_up32(&nibbles, [&bytes, &[round as u8; 16]])
+                        .map(u32::from),
+                );
+                for top in [15, 255] {
+                    bits.extend(lanes.flip32(&nibbles, signs, top).map(u32::from));
+                }
             }
             bits
         }

@@ -135,6 +135,7 @@ mod tests {
                 embedding_dim,
                 mode,
                 padding_idx: None,
+                low_bit: None,
             },
             bags,
             bounds_check: BoundsCheck::Error,
