@@ -44,7 +44,7 @@ pub(super) trait Lanes: Copy {
     /// f16 to f32.
     fn widen16(self, values: &[f16; 16]) -> [f32; 16];
 
-    /// `levels[i] ^ top` where bit `i` of `signs` is set.
+    /// `levels[i] ^ top` where bit `i` of `signs` is set. `top` is 15 or 255, and no level is larger.
     #[inline(always)]
     fn flip32(self, levels: &[u8; 32], signs: u32, top: u8) -> [u8; 32] {
         let mut flipped = *levels;
@@ -52,6 +52,18 @@ pub(super) trait Lanes: Copy {
             *level ^= ((signs >> i) as u8 & 1).wrapping_neg() & top;
         }
         flipped
+    }
+
+    /// Adds each two neighbouring `levels`, as one number of 16 bits, to `pairs`, modulo 2^16, and the second of them to `uppers`.
+    ///
+    /// The sum of the first ones is what is left of `pairs` without the second. That is less work than to take all levels apart.
+    #[inline(always)]
+    fn add_pairs(self, pairs: &mut [u16; 16], uppers: &mut [u16; 16], levels: &[u8; 32]) {
+        for i in 0..16 {
+            let pair = u16::from_le_bytes([levels[2 * i], levels[2 * i + 1]]);
+            pairs[i] = pairs[i].wrapping_add(pair);
+            uppers[i] = uppers[i].wrapping_add(pair >> 8);
+        }
     }
 
     /// The low and the high half of each byte.
@@ -298,25 +310,6 @@ mod x86 {
         }
 
         #[inline(always)]
-        fn flip32(self, levels: &[u8; 32], signs: u32, top: u8) -> [u8; 32] {
-            let mut flipped = [0; 32];
-            // SAFETY: as for `add`; 32 bytes lie on either side.
-            unsafe {
-                let levels = _mm256_loadu_si256(levels.as_ptr().cast());
-                // The highest level is all ones, from which a subtraction is the exclusive or.
-                let top = _mm256_set1_epi8(top as i8);
-                let levels = _mm256_mask_sub_epi8(levels, signs, top, levels);
-                _mm256_storeu_si256(flipped.as_mut_ptr().cast(), levels);
-            }
-            flipped
-        }
-
-        #[inline(always)]
-        fn look_up32(self, numbers: &[u8; 32], tables: [&[u8; 16]; 2]) -> [u8; 32] {
-            self.0.look_up32(numbers, tables)
-        }
-
-        #[inline(always)]
         fn add8(self, sums: &mut [f32; 8], values: &[f32; 8], signs: u32) {
             self.0.add8(sums, values, signs);
         }
@@ -427,6 +420,35 @@ mod x86 {
                 _mm256_storeu_si256(flipped.as_mut_ptr().cast(), levels);
             }
             flipped
+        }
+
+        #[inline(always)]
+        fn add_pairs(self, pairs: &mut [u16; 16], uppers: &mut [u16; 16], levels: &[u8; 32]) {
+            // SAFETY: an `Avx2` exists only where its features do; the arrays hold the 32 bytes that are accessed.
+            unsafe {
+                let levels = _mm256_loadu_si256(levels.as_ptr().cast());
+                let upper = _mm256_srli_epi16::<8>(levels);
+                let sum = _mm256_loadu_si256(pairs.as_ptr().cast());
+                let sum = _mm256_add_epi16(sum, levels);
+                _mm256_storeu_si256(pairs.as_mut_ptr().cast(), sum);
+                let sum = _mm256_loadu_si256(uppers.as_ptr().cast());
+                let sum = _mm256_add_epi16(sum, upper);
+                _mm256_storeu_si256(uppers.as_mut_ptr().cast(), sum);
+            }
+        }
+
+        #[inline(always)]
+        fn nibbles32(self, bytes: &[u8; 16]) -> [u8; 32] {
+            let mut nibbles = [0; 32];
+            // SAFETY: an `Avx2` exists only where its features do; 16 bytes lie on one side, 32 on the other.
+            unsafe {
+                let bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes.as_ptr().cast()));
+                // The high half moves to the low half of the byte above.
+                let both = _mm256_or_si256(bytes, _mm256_slli_epi16::<4>(bytes));
+                let halves = _mm256_and_si256(both, _mm256_set1_epi8(15));
+                _mm256_storeu_si256(nibbles.as_mut_ptr().cast(), halves);
+            }
+            nibbles
         }
 
         #[inline(always)]
@@ -564,6 +586,9 @@ mod tests {
                 let bytes: [u8; 16] =
                     std::array::from_fn(|i| (i as u32 * 37 + round * 11 >> 2) as u8);
                 let nibbles = lanes.nibbles32(&bytes);
+                let (mut pairs, mut uppers) = ([round as u16 * 31; 16], [!0; 16]);
+                lanes.add_pairs(&mut pairs, &mut uppers, &nibbles);
+                bits.extend(pairs.into_iter().chain(uppers).map(u32::from));
                 bits.extend(nibbles.map(u32::from));
                 bits.extend(
                     lanes

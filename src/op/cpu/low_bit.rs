@@ -10,16 +10,16 @@
 //! Columns are pooled in groups of 32, which are one block, a part of one or several short ones. The levels of a group are added as
 //! 16-bit integers: those of 257 rows fit, and a window has at most 256. A bag that is longer than a window is summed in 64 bits.
 //!
-//! Only blocks that have no vector loop are pooled level by level, such as those of affine hashes, which may start anywhere.
+//! Blocks that have no vector loop, such as those of affine hashes, which may start anywhere, are pooled level by level.
 
-use super::call::{with_block, HashedRows};
+use super::call::HashedRows;
 use super::forward::pooled_rows;
-use super::lanes::{prefetch, Lanes, Loop};
+use super::lanes::{prefetch, Lanes, Loop, Portable, Wide};
 use super::slice;
 use super::window::{Blocks, Rows, READ_AHEAD};
 use crate::error::bail;
 use crate::hash::{AffineRows, Locate, Slots, MAX_ROWS};
-use crate::low_bit::{shift_of, Bits, LowBit};
+use crate::low_bit::{shift_of, Bits, LowBit, GROUP as SHIFT_GROUP};
 use crate::op::{Lookup, Mode, Operands, View};
 use candle_core::{CpuStorage, Result, WithDType};
 use std::mem::MaybeUninit;
@@ -73,15 +73,7 @@ fn run<S: Stored, H: Locate>(
         unit: low_bit.unit(),
         per_sample_weights: operands.per_sample_weights.map(slice).transpose()?,
     };
-    let block = match call.hashed.hash.block() {
-        block if block % 32 == 0 => 32,
-        block => block,
-    };
-    let pool = |first, output: &mut [_]| {
-        with_block!(block, Call::<S, H>::VECTOR_BLOCKS, BLOCK, lanes => {
-            lanes.run(Pool::<BLOCK, _, _> { call, first, output })
-        });
-    };
+    let pool = |first, output: &mut [_]| pool_bags(call, first, output);
     // SAFETY: a `Pool` writes all of its output.
     let output = unsafe { pooled_rows(&call.hashed, pool)? };
     Ok(f32::to_cpu_storage_owned(output))
@@ -219,19 +211,23 @@ impl Stored for Nibbles<'_> {
         }
         let nibbles = lanes.flip32(&lanes.nibbles32(&bytes), signs, 15);
         // Eight slots or more that start at a multiple of their number share a shift.
-        let table = |start: usize| &LEVELS[usize::from(shift_of(self.shifts, start))];
-        if PARTS <= 2 {
-            let tables = [table(starts[0]), table(starts[PARTS - 1])];
-            return lanes.look_up32(&nibbles, tables);
-        }
-        let mut levels = [0; GROUP];
-        let parts = levels.chunks_exact_mut(const { GROUP / PARTS });
-        for ((part, nibbles), start) in
-            (parts.zip(nibbles.chunks_exact(const { GROUP / PARTS }))).zip(starts)
-        {
-            let table = table(start);
-            for (level, &nibble) in part.iter_mut().zip(nibbles) {
-                *level = table[usize::from(nibble & 15)];
+        // SAFETY: there is a byte of shifts for each 128 slots, and the slots exist.
+        let shift = |start: usize| unsafe {
+            let group = start / SHIFT_GROUP;
+            self.shifts.get_unchecked(group / 4) >> (2 * (group % 4)) & 3
+        };
+        let table = |start: usize| &LEVELS[usize::from(shift(start))];
+        let look_up = |low: usize, high: usize| {
+            lanes.look_up32(&nibbles, [table(starts[low]), table(starts[high])])
+        };
+        let mut levels = look_up(0, PARTS / 2);
+        if PARTS == 4 {
+            // Each half of the nibbles is of two blocks.
+            let of_others = look_up(1, PARTS - 1);
+            for (i, (level, other)) in levels.iter_mut().zip(of_others).enumerate() {
+                if i / 8 % 2 == 1 {
+                    *level = other;
+                }
             }
         }
         levels
@@ -239,6 +235,36 @@ impl Stored for Nibbles<'_> {
 }
 
 /// Pools the bags from `first` on into the rows of `output`, and writes all of it.
+fn pool_bags<S: Stored, H: Locate>(
+    call: &Call<S, H>,
+    first: usize,
+    output: &mut [MaybeUninit<f32>],
+) {
+    macro_rules! pool {
+        ($lanes:ident, $block:literal) => {
+            $lanes.run(Pool::<$block, _, _> {
+                call,
+                first,
+                output,
+            })
+        };
+    }
+    // Constant, so that no vector loop is compiled for hashes whose blocks start anywhere. AVX-512 was measured to be 7 % faster at
+    // best, which is not worth as many loops again in every build.
+    if const { H::SIGNED } {
+        if let Some(lanes) = Wide::detect() {
+            match call.hashed.hash.block() {
+                8 => return pool!(lanes, 8),
+                16 => return pool!(lanes, 16),
+                block if block.is_multiple_of(32) => return pool!(lanes, 32),
+                _ => {}
+            }
+        }
+    }
+    pool!(Portable, 0)
+}
+
+/// The loop for blocks of `BLOCK` columns, or of a multiple if that is 32; 0 stands for all others.
 struct Pool<'a, const BLOCK: usize, S, H: Locate> {
     call: &'a Call<'a, S, H>,
     first: usize,
@@ -328,9 +354,16 @@ trait Pooling {
     /// Whether rows are pooled into what the window before left of the bag; if not, that is added to totals first.
     const CONTINUES: bool;
 
+    const IS_WEIGHTED: bool;
+
     /// With no row yet, or with those that are pooled already.
     fn start(pooled: Option<&[Self::Column; GROUP]>) -> Self::State;
-    fn row<S: Stored>(state: &mut Self::State, levels: &[u8; GROUP], weight: f32);
+    fn row<S: Stored, L: Lanes>(
+        lanes: L,
+        state: &mut Self::State,
+        levels: &[u8; GROUP],
+        weight: f32,
+    );
     fn end(state: &Self::State) -> [Self::Column; GROUP];
 
     /// [`row`](Self::row) for one column.
@@ -347,11 +380,11 @@ trait Pooling {
 struct Sum;
 
 impl Pooling for Sum {
-    /// Two neighbouring levels as one 16-bit number, summed modulo 2^16; and the sums of the upper ones. That is less work than to
-    /// take the two apart in every row.
+    /// See [`Lanes::add_pairs`].
     type State = ([u16; GROUP / 2], [u16; GROUP / 2]);
     type Column = u16;
     const CONTINUES: bool = false;
+    const IS_WEIGHTED: bool = false;
 
     #[inline(always)]
     fn start(_: Option<&[u16; GROUP]>) -> Self::State {
@@ -359,12 +392,13 @@ impl Pooling for Sum {
     }
 
     #[inline(always)]
-    fn row<S: Stored>((pairs, uppers): &mut Self::State, levels: &[u8; GROUP], _: f32) {
-        for i in 0..GROUP / 2 {
-            let pair = u16::from_le_bytes([levels[2 * i], levels[2 * i + 1]]);
-            pairs[i] = pairs[i].wrapping_add(pair);
-            uppers[i] = uppers[i].wrapping_add(pair >> 8);
-        }
+    fn row<S: Stored, L: Lanes>(
+        lanes: L,
+        (pairs, uppers): &mut Self::State,
+        levels: &[u8; GROUP],
+        _: f32,
+    ) {
+        lanes.add_pairs(pairs, uppers, levels);
     }
 
     #[inline(always)]
@@ -407,6 +441,7 @@ impl Pooling for Max {
     type State = [u8; GROUP];
     type Column = u8;
     const CONTINUES: bool = true;
+    const IS_WEIGHTED: bool = false;
 
     #[inline(always)]
     fn start(pooled: Option<&[u8; GROUP]>) -> Self::State {
@@ -414,7 +449,7 @@ impl Pooling for Max {
     }
 
     #[inline(always)]
-    fn row<S: Stored>(state: &mut Self::State, levels: &[u8; GROUP], _: f32) {
+    fn row<S: Stored, L: Lanes>(_: L, state: &mut Self::State, levels: &[u8; GROUP], _: f32) {
         for (most, &level) in state.iter_mut().zip(levels) {
             *most = level.max(*most);
         }
@@ -447,6 +482,7 @@ impl Pooling for Weighted {
     type State = [f32; GROUP];
     type Column = f32;
     const CONTINUES: bool = true;
+    const IS_WEIGHTED: bool = true;
 
     #[inline(always)]
     fn start(pooled: Option<&[f32; GROUP]>) -> Self::State {
@@ -454,7 +490,7 @@ impl Pooling for Weighted {
     }
 
     #[inline(always)]
-    fn row<S: Stored>(state: &mut Self::State, levels: &[u8; GROUP], weight: f32) {
+    fn row<S: Stored, L: Lanes>(_: L, state: &mut Self::State, levels: &[u8; GROUP], weight: f32) {
         for (sum, &level) in state.iter_mut().zip(levels) {
             *sum += weight * (S::FACTOR * i32::from(level) - S::OFFSET) as f32;
         }
@@ -490,30 +526,36 @@ fn pool_rows<const BLOCK: usize, P: Pooling, S: Stored, H: Locate, L: Lanes>(
     is_new: bool,
     pooled: &mut [P::Column],
 ) {
-    if BLOCK == 0 {
+    if const { BLOCK == 0 } {
         return pool_blocks::<P, _, _>(call, rows, is_new, pooled);
     }
     let groups = pooled.as_chunks_mut::<GROUP>().0;
     let mut first = 0;
-    while first < groups.len() {
-        // The sums of two groups stay in registers.
-        let n = if first + 2 <= groups.len() { 2 } else { 1 };
-        let pooled = &mut groups[first..first + n];
-        match (BLOCK, n) {
-            (8, 1) => pool_groups::<4, 1, P, _, _, _>(lanes, call, rows, first, is_new, pooled),
-            (8, _) => pool_groups::<4, 2, P, _, _, _>(lanes, call, rows, first, is_new, pooled),
-            (16, 1) => pool_groups::<2, 1, P, _, _, _>(lanes, call, rows, first, is_new, pooled),
-            (16, _) => pool_groups::<2, 2, P, _, _, _>(lanes, call, rows, first, is_new, pooled),
-            (_, 1) => pool_groups::<1, 1, P, _, _, _>(lanes, call, rows, first, is_new, pooled),
-            (_, _) => pool_groups::<1, 2, P, _, _, _>(lanes, call, rows, first, is_new, pooled),
+    // The sums of two groups stay in registers.
+    if const { !P::IS_WEIGHTED } {
+        while first + 2 <= groups.len() {
+            let pooled = &mut groups[first..first + 2];
+            pool_block_groups::<BLOCK, 2, P, _, _, _>(lanes, call, rows, first, is_new, pooled);
+            first += 2;
         }
-        first += n;
+    }
+    while first < groups.len() {
+        let pooled = &mut groups[first..first + 1];
+        pool_block_groups::<BLOCK, 1, P, _, _, _>(lanes, call, rows, first, is_new, pooled);
+        first += 1;
     }
 }
 
-/// Pools N groups of columns from group `first` on, each of `PARTS` blocks, or of a part of one.
+/// [`pool_groups`] with as many blocks per group as BLOCK asks for.
 #[inline(always)]
-fn pool_groups<const PARTS: usize, const N: usize, P: Pooling, S: Stored, H: Locate, L: Lanes>(
+fn pool_block_groups<
+    const BLOCK: usize,
+    const N: usize,
+    P: Pooling,
+    S: Stored,
+    H: Locate,
+    L: Lanes,
+>(
     lanes: L,
     call: &Call<S, H>,
     rows: &Rows<H::Place>,
@@ -521,16 +563,41 @@ fn pool_groups<const PARTS: usize, const N: usize, P: Pooling, S: Stored, H: Loc
     is_new: bool,
     pooled: &mut [[P::Column; GROUP]],
 ) {
-    let HashedRows {
-        hash,
-        column_blocks,
-        ..
-    } = &call.hashed;
-    let (block, part) = (hash.block(), GROUP / PARTS);
+    if const { BLOCK == 8 } {
+        pool_groups::<BLOCK, 4, N, P, _, _, _>(lanes, call, rows, first, is_new, pooled);
+    } else if const { BLOCK == 16 } {
+        pool_groups::<BLOCK, 2, N, P, _, _, _>(lanes, call, rows, first, is_new, pooled);
+    } else {
+        pool_groups::<BLOCK, 1, N, P, _, _, _>(lanes, call, rows, first, is_new, pooled);
+    }
+}
+
+/// Pools N groups of columns from group `first` on, each of `PARTS` blocks, or of a part of one.
+#[inline(always)]
+fn pool_groups<
+    const BLOCK: usize,
+    const PARTS: usize,
+    const N: usize,
+    P: Pooling,
+    S: Stored,
+    H: Locate,
+    L: Lanes,
+>(
+    lanes: L,
+    call: &Call<S, H>,
+    rows: &Rows<H::Place>,
+    first: usize,
+    is_new: bool,
+    pooled: &mut [[P::Column; GROUP]],
+) {
+    // Copies, which stay in registers.
+    let (stored, hash) = (call.stored, call.hashed.hash);
+    let (block, part) = (call.block::<BLOCK>(), GROUP / PARTS);
+    let last_block = call.hashed.column_blocks.len() - 1;
     // Of the last group some columns may not exist; another block of the row takes their place.
     let locate = |group: usize, part_of: usize| -> (Blocks<H::Place>, usize) {
         let column = (first + group) * GROUP + part_of * part;
-        let column_block = (column / block).min(column_blocks.len() - 1);
+        let column_block = (column / block).min(last_block);
         (rows.blocks(column_block), column % block)
     };
     let blocks: [[_; PARTS]; N] =
@@ -540,20 +607,24 @@ fn pool_groups<const PARTS: usize, const N: usize, P: Pooling, S: Stored, H: Loc
         P::start(pooled)
     });
     for i in 0..rows.len() {
-        let weight = call.sample_weight(rows, i);
+        let weight = if P::IS_WEIGHTED {
+            call.sample_weight(rows, i)
+        } else {
+            1.0
+        };
         for (state, blocks) in states.iter_mut().zip(&blocks) {
             let (mut starts, mut signs) = ([0; PARTS], 0);
             for (part_of, (blocks, within)) in blocks.iter().enumerate() {
-                let (slot, part_signs) = call.hashed.locate(blocks, i, block);
-                starts[part_of] = slot + within;
+                starts[part_of] = hash.slot(blocks.place(i), block) + within;
+                let part_signs = if H::SIGNED { blocks.signs(i) } else { 0 };
                 signs |= (part_signs & (u32::MAX >> (32 - part))) << (part_of * part);
                 let ahead = hash.slot(blocks.place(i + READ_AHEAD), block) + within;
-                prefetch(call.stored.address(ahead));
+                prefetch(stored.address(ahead));
             }
             // SAFETY: `Window::fill` found every place to be one of the hash of this call, whose blocks `HashedRows::new` found
             // to lie in `hashed_weight`. A part of a block of a multiple of its length starts at a multiple of that.
-            let levels = unsafe { call.stored.levels::<PARTS, _>(lanes, starts, signs) };
-            P::row::<S>(state, &levels, weight);
+            let levels = unsafe { stored.levels::<PARTS, _>(lanes, starts, signs) };
+            P::row::<S, _>(lanes, state, &levels, weight);
         }
     }
     for (pooled, state) in pooled.iter_mut().zip(&states) {
@@ -588,12 +659,14 @@ fn pool_blocks<P: Pooling, S: Stored, H: Locate>(
 }
 
 impl<S: Stored, H: Locate> Call<'_, S, H> {
-    /// Bit `i` is set where blocks of `i` columns have a vector loop; that of 32 serves all multiples of it.
-    const VECTOR_BLOCKS: u64 = if H::SIGNED {
-        1 << 8 | 1 << 16 | 1 << 32
-    } else {
-        0
-    };
+    /// The length of a block, a constant if it is 8 or 16.
+    #[inline(always)]
+    fn block<const BLOCK: usize>(&self) -> usize {
+        match BLOCK {
+            8 | 16 => BLOCK,
+            _ => self.hashed.hash.block(),
+        }
+    }
 
     /// The per-sample weight of row `i`; anything where there are none.
     #[inline(always)]
