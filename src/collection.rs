@@ -112,22 +112,20 @@ impl HashedEmbeddingBagCollection {
         embedding_dim: usize,
         config: HashedEmbeddingBagConfig,
     ) -> Result<Self> {
-        let tables = Arc::new(named(tables, &config)?);
-        let bag = HashedEmbeddingBag::over(hashed_weight, tables, embedding_dim, config)?;
-        Ok(Self { bag })
+        Self::over_stored(hashed_weight, None, tables, embedding_dim, config)
     }
 
-    /// The same on packed bytes.
-    pub(crate) fn over_low_bit<N: Into<String>>(
-        packed: Tensor,
-        low_bit: LowBit,
+    /// The same on values, or on packed bytes.
+    pub(crate) fn over_stored<N: Into<String>>(
+        hashed_weight: Tensor,
+        low_bit: Option<LowBit>,
         tables: impl IntoIterator<Item = (N, usize)>,
         embedding_dim: usize,
         config: HashedEmbeddingBagConfig,
     ) -> Result<Self> {
         let tables = Arc::new(named(tables, &config)?);
-        let low_bit = Some(low_bit);
-        let bag = HashedEmbeddingBag::over_stored(packed, low_bit, tables, embedding_dim, config)?;
+        let bag =
+            HashedEmbeddingBag::over_stored(hashed_weight, low_bit, tables, embedding_dim, config)?;
         Ok(Self { bag })
     }
 

@@ -22,6 +22,8 @@ use std::sync::Arc;
 
 /// Parameter name, here and in state dicts of the PyTorch package.
 pub(crate) const HASHED_WEIGHT: &str = "hashed_weight";
+/// The name of its shifts in a checkpoint in 4 bits.
+pub(crate) const HASHED_WEIGHT_SHIFT: &str = "hashed_weight_shift";
 
 /// An embedding bag whose table of `(num_embeddings, embedding_dim)` values is folded by a hash into one 1-D
 /// parameter, `hashed_weight`:

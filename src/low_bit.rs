@@ -15,7 +15,7 @@
 //! Packed, slot `s` is byte `s` in 8 bits; in 4 bits it is the low half of byte `s / 2` if `s` is even, the high half if it is odd.
 //! The shift of group `g` is bits `2 * (g % 4)` and up of byte `g / 4` of the shifts. docs/format.md specifies the same for files.
 
-use crate::error::bail;
+use crate::error::{bail, error};
 use crate::parallel::Team;
 use candle_core::{DType, Device, Result, Tensor};
 use serde::{Deserialize, Serialize};
@@ -110,17 +110,14 @@ impl LowBit {
     /// For a packed `hashed_weight`, whose outputs are f32.
     ///
     /// # Errors
-    /// A tensor that is not of bytes, not 1-D or not of the right length; a scale that is not a positive finite number, or too
-    /// small for its unit.
+    /// A tensor that is not of bytes, not 1-D or not of the right length, and those of [`check_scale`].
     pub(crate) fn new(
         bits: Bits,
         scale: f32,
         packed: &Tensor,
         shifts: Option<Tensor>,
     ) -> Result<Self> {
-        if !(scale.is_finite() && scale >= SMALLEST_SCALE) {
-            bail!("scale must be a finite number of at least {SMALLEST_SCALE:e}, got {scale:e}");
-        }
+        check_scale(scale).map_err(error)?;
         let len = bits.len(bytes("hashed_weight", packed)?);
         let got = shifts
             .as_ref()
@@ -197,6 +194,17 @@ impl LowBit {
         let shifts = self.shifts.as_ref().map(host).transpose()?;
         let values = unpack(&host(packed)?, &shifts.unwrap_or_default(), self);
         Tensor::new(values, packed.device())
+    }
+}
+
+/// The scale, or an error message if it is not a positive finite number, or too small for its unit.
+pub(crate) fn check_scale(scale: f32) -> std::result::Result<f32, String> {
+    if scale.is_finite() && scale >= SMALLEST_SCALE {
+        Ok(scale)
+    } else {
+        Err(format!(
+            "scale must be a finite number of at least {SMALLEST_SCALE:e}, got {scale:e}"
+        ))
     }
 }
 

@@ -4,12 +4,14 @@
 //! |---|---|
 //! | `round_trip.rs` | what is saved is what is opened |
 //! | `format.rs` | the description of the layers, byte for byte |
+//! | `low_bit.rs` | layers in 8 and 4 bits |
 //! | `saving.rs` | replacing a file, and what is not saved |
 //! | `opening.rs` | what opening refuses, and what it tells of a file without reading it |
 //!
 //! A save that is killed, or for which there is no room, is in tests/crash.rs.
 
 mod format;
+mod low_bit;
 mod opening;
 mod round_trip;
 mod saving;
