@@ -14,6 +14,7 @@
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
 //! | open what PyTorch saved | [`StateDict`] |
 //! | compress a table that was not hashed | [`HashedEmbeddingBag::fit`] |
+//! | serve a trained layer from 8 or 4 bits per value | [`HashedEmbeddingBag::to_bits`] |
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};

@@ -71,20 +71,16 @@ pub fn round_checkpoint(from: &Checkpoint, others: bool, bits: Bits, to: &Path) 
         parameters.push(parameter);
     }
     ensure!(!layers.is_empty(), "the checkpoint has no hashed layers");
+    let is_other = |name: &String| others && !parameters.contains(name);
     let mut tensors = vec![];
-    for name in from
-        .tensor_names()
-        .filter(|name| !parameters.contains(name))
-    {
+    for name in from.tensor_names().filter(is_other) {
         let info = from.tensor_info(&name)?;
-        if !others {
-            continue;
-        }
         if info.candle_dtype.is_none() {
             left_out(&name, &info.dtype, &mut report)?;
             continue;
         }
-        tensors.push((name.clone(), from.tensor(&name, device)?));
+        let tensor = from.tensor(&name, device)?;
+        tensors.push((name, tensor));
     }
     checkpoint::save(
         to,

@@ -584,7 +584,7 @@ mod tests {
                     std::array::from_fn(|i| f16::from_bits((round * 16) as u16 + i as u16));
                 bits.extend(lanes.widen16(&halves).map(bits_of));
                 let bytes: [u8; 16] =
-                    std::array::from_fn(|i| (i as u32 * 37 + round * 11 >> 2) as u8);
+                    std::array::from_fn(|i| ((i as u32 * 37 + round * 11) >> 2) as u8);
                 let nibbles = lanes.nibbles32(&bytes);
                 let (mut pairs, mut uppers) = ([round as u16 * 7; 16], [!0; 16]);
                 lanes.add_pairs(&mut pairs, &mut uppers, &nibbles);

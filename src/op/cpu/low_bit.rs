@@ -373,7 +373,6 @@ trait Pooling {
     fn add_to(totals: &mut Vec<i64>, pooled: &[Self::Column]);
 
     /// Writes the value of each column.
-
     fn write<S: Stored>(pooled: &[Self::Column], values: &Values, output: &mut [MaybeUninit<f32>]);
 }
 
