@@ -34,7 +34,8 @@ pub(crate) const HASHED_WEIGHT_SHIFT: &str = "hashed_weight_shift";
 /// [Compressing Neural Networks with the Hashing Trick](https://arxiv.org/abs/1504.04788), applied to embedding bags as
 /// in the PyTorch package HashedEmbeddingBag.
 ///
-/// * `hashed_weight`: `(len,)`; f32, f64, f16 or bf16. f16 and bf16 are summed in f32.
+/// * `hashed_weight`: `(len,)`; f32, f64, f16 or bf16. f16 and bf16 are summed in f32. For serving, in 8 or 4 bits:
+///   [`to_bits`](Self::to_bits).
 /// * `indices`: u32, i32 or i64 row numbers in `0..num_embeddings`, `(num_bags, bag_len)` or, with offsets, `(nnz,)`.
 /// * `offsets`: u32, i32 or i64, the start of each bag, `(num_bags,)`; `(num_bags + 1,)` with `include_last_offset`.
 /// * output: `(num_bags, embedding_dim)` in the dtype of `hashed_weight`. An empty bag, or one of padding only, is zeros.

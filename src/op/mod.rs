@@ -12,6 +12,8 @@
 //! | [`GradWeight`] | `CustomOp3` | grad_output, hashed_weight, indices | grad_weight |
 //! | [`GradPerSampleWeights`] | `CustomOp3` | grad_output, hashed_weight, indices | gradient of per_sample_weights |
 //!
+//! Where the table says so (`Table::low_bit`), `hashed_weight` is packed bytes in 8 or 4 bits: then there is a forward only.
+//!
 //! candle has no op with four arguments, so the tensors that are left over are fields of the op's struct. The backward pass keeps
 //! the arguments of the forward and nothing else; it hashes again.
 
