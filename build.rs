@@ -199,6 +199,7 @@ enum IndexType : uint32_t {{ {} }};
 
     fn module_source(module: Module, kernels: &[Kernel]) -> String {
         let header = match module {
+            Module::Bags(Pass::Forward, _, dtype) if dtype.is_low_bit() => "low_bit",
             Module::Bags(Pass::Forward, ..) => "forward",
             Module::Bags(Pass::Backward | Pass::BackwardPerSampleWeights, ..) => "backward",
             Module::Bags(Pass::BackwardFixedPoint, ..) | Module::FixedPoint => "fixed_point",
@@ -244,7 +245,6 @@ enum IndexType : uint32_t {{ {} }};
             plain,
             ..
         } = kernel;
-        let t = c_type(kernel.dtype);
         let hash = match kernel.family {
             Family::Affine => "AffineSlots",
             Family::Mix => "MixSlots",
@@ -255,6 +255,11 @@ enum IndexType : uint32_t {{ {} }};
             Pooling::Weighted => "WEIGHTED",
             Pooling::Max => "MAX",
         };
+        if kernel.dtype.is_low_bit() {
+            let bits = kernel.dtype.bits();
+            return format!("FORWARD_LOW_BIT_KERNEL({start}, {pooling}, {bits}, {hash}, {width}, {share}, {plain})\n");
+        }
+        let t = c_type(kernel.dtype);
         let blocks = kernel
             .blocks_per_multiprocessor()
             .map_or(String::new(), |blocks| format!("{blocks}, "));
@@ -290,6 +295,9 @@ enum IndexType : uint32_t {{ {} }};
             Dtype::Bf16 => "__nv_bfloat16",
             Dtype::F32 => "float",
             Dtype::F64 => "double",
+            Dtype::Bits8 | Dtype::Bits4 => {
+                unreachable!("kernels over low bits have macros of their own")
+            }
         }
     }
 }

@@ -9,8 +9,8 @@
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::optim::Adagrad;
 use candle_hashed_embedding_bag::{
-    Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout,
-    Mode,
+    Bits, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection, HashedEmbeddingBagConfig,
+    JaggedLayout, Mode,
 };
 use candle_nn::Optimizer;
 use criterion::{criterion_group, criterion_main, Criterion, SamplingMode, Throughput};
@@ -69,6 +69,20 @@ fn layer(hash: &str, mode: Mode, dtype: DType, embedding_dim: usize) -> Result<L
     })
 }
 
+/// A layer in 8 or 4 bits, otherwise like that of [`layer`] with 64 columns, and its name.
+fn low_bit_layer(block: usize, mode: Mode, bits: Bits) -> Result<(String, HashedEmbeddingBag)> {
+    let config = HashedEmbeddingBagConfig {
+        mode,
+        hash: Some(Hash::balanced(block)),
+        ..Default::default()
+    };
+    let weight = Tensor::randn(0f32, 1f32, NUM_EMBEDDINGS as usize, &Device::Cpu)?;
+    let bag = HashedEmbeddingBag::new(weight, NUM_EMBEDDINGS as usize, 64, config)?;
+    let (mode, bits_of_value) = (format!("{mode:?}").to_lowercase(), u32::from(bits));
+    let name = format!("block {block} {mode} {bits_of_value} bits 64");
+    Ok((name, bag.to_bits(bits)?.0))
+}
+
 fn large(c: &mut Criterion) {
     let indices = indices(NUM_BAGS, BAG_LEN).unwrap();
     let mut layers = vec![];
@@ -96,6 +110,16 @@ fn large(c: &mut Criterion) {
         group.bench_function(&layer.name, |b| {
             b.iter(|| frozen.forward(&indices).unwrap())
         });
+    }
+    for block in [16, 32] {
+        for bits in [Bits::Eight, Bits::Four] {
+            for mode in [Mode::Sum, Mode::Max] {
+                let (name, bag) = low_bit_layer(block, mode, bits).unwrap();
+                let values = indices.elem_count() * bag.embedding_dim();
+                group.throughput(Throughput::Elements(values as u64));
+                group.bench_function(name, |b| b.iter(|| bag.forward(&indices).unwrap()));
+            }
+        }
     }
     group.finish();
 

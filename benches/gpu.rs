@@ -13,7 +13,7 @@ use candle_core::cuda_backend::cudarc::driver::sys;
 use candle_core::{DType, Device, Module, Tensor, Var};
 use candle_hashed_embedding_bag::optim::Adagrad;
 use candle_hashed_embedding_bag::{
-    BoundsCheck, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection,
+    Bits, BoundsCheck, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection,
     HashedEmbeddingBagConfig, Mode,
 };
 use candle_nn::Optimizer;
@@ -133,6 +133,8 @@ struct Workload {
     len: usize,
     bounds_check: BoundsCheck,
     gradient: Gradient,
+    /// Rounds the layer, which then has a forward only.
+    bits: Option<Bits>,
 }
 
 fn workloads() -> Result<Vec<Workload>> {
@@ -147,8 +149,20 @@ fn workloads() -> Result<Vec<Workload>> {
             len: 1_280_000,
             bounds_check: BoundsCheck::Off,
             gradient: Gradient::Fastest,
+            bits: None,
         })
     };
+    let low_bit = |name, bits, rows, len, block| -> Result<Workload> {
+        Ok(Workload {
+            name,
+            rows,
+            len,
+            hash: Hash::balanced(block),
+            bits: Some(bits),
+            ..base()?
+        })
+    };
+    let (eight, four) = (Bits::Eight, Bits::Four);
     let checked = BoundsCheck::Error;
     Ok(vec![
         base()?,
@@ -189,6 +203,21 @@ fn workloads() -> Result<Vec<Workload>> {
             hash: Hash::balanced(32),
             ..base()?
         },
+        Workload {
+            name: "block 32",
+            hash: Hash::balanced(32),
+            ..base()?
+        },
+        low_bit("8 bits", eight, Rows::Uniform, 1_280_000, 16)?,
+        low_bit("8 bits block 32", eight, Rows::Uniform, 1_280_000, 32)?,
+        low_bit("8 bits zipf", eight, Rows::Zipf, 1_280_000, 32)?,
+        low_bit("8 bits ragged", eight, Rows::Ragged, 1_280_000, 32)?,
+        low_bit("8 bits 100M", eight, Rows::Uniform, 100_000_000, 32)?,
+        low_bit("4 bits", four, Rows::Uniform, 1_280_000, 16)?,
+        low_bit("4 bits block 32", four, Rows::Uniform, 1_280_000, 32)?,
+        low_bit("4 bits zipf", four, Rows::Zipf, 1_280_000, 32)?,
+        low_bit("4 bits ragged", four, Rows::Ragged, 1_280_000, 32)?,
+        low_bit("4 bits 100M", four, Rows::Uniform, 100_000_000, 32)?,
         Workload {
             name: "dim 16",
             embedding_dim: 16,
@@ -265,16 +294,17 @@ struct Measurement {
     rows: &'static str,
     gathered_values: usize,
     forward_ms: f64,
-    forward_backward_ms: f64,
+    /// Of a layer that trains, as the three below.
+    forward_backward_ms: Option<f64>,
     /// Forward, backward and Adagrad, with a sparse gradient.
-    step_ms: f64,
+    step_ms: Option<f64>,
     forward_gel_per_s: f64,
-    backward_gel_per_s: f64,
+    backward_gel_per_s: Option<f64>,
     /// Bytes of gathered values per second.
     forward_tb_per_s: f64,
     share_of_copy: f64,
     /// Peak device memory of a forward and backward, without indices, weight, output and the gradients of weight and output.
-    step_mib: f64,
+    step_mib: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -350,42 +380,55 @@ fn measure(w: &Workload, device: &Device, repeats: usize, copy: f64) -> Result<M
         None => layer.forward(&indices),
         Some(offsets) => layer.forward_with_offsets(&indices, offsets),
     };
-    let frozen = layer(&weight)?;
+    let frozen = match w.bits {
+        None => layer(&weight)?,
+        Some(bits) => layer(&weight)?.to_bits(bits)?.0,
+    };
     let forward_ms = median_ms(device, repeats, || forward(&frozen))?;
-    let var = Var::from_tensor(&weight)?;
-    let trained = layer(&var)?;
-    let forward_backward_ms = median_ms(device, repeats, || forward(&trained)?.backward())?;
+    let step = match w.bits {
+        None => {
+            let var = Var::from_tensor(&weight)?;
+            let trained = layer(&var)?;
+            let ms = median_ms(device, repeats, || forward(&trained)?.backward())?;
 
-    let sparse = trained.with_sparse(true)?;
-    let optimizer = RefCell::new(Adagrad::new_lr(vec![var.clone()], 0.01)?);
-    let step_ms = median_ms(device, repeats, || {
-        optimizer.borrow_mut().backward_step(&forward(&sparse)?)
-    })?;
-    drop((optimizer, sparse));
+            let sparse = trained.with_sparse(true)?;
+            let optimizer = RefCell::new(Adagrad::new_lr(vec![var.clone()], 0.01)?);
+            let step_ms = median_ms(device, repeats, || {
+                optimizer.borrow_mut().backward_step(&forward(&sparse)?)
+            })?;
+            drop((optimizer, sparse));
 
-    let memory = DeviceMemory::start(device)?;
-    let out = forward(&trained)?;
-    let grads = out.backward()?;
-    device.synchronize()?;
-    // The weight's gradient, the output and the gradient it starts from.
-    let kept = (w.len + 2 * out.elem_count()) * w.dtype.size_in_bytes();
-    let step_mib = (memory.peak()? as f64 - kept as f64) / f64::from(1 << 20);
-    drop(grads);
+            let memory = DeviceMemory::start(device)?;
+            let out = forward(&trained)?;
+            let grads = out.backward()?;
+            device.synchronize()?;
+            // The weight's gradient, the output and the gradient it starts from.
+            let kept = (w.len + 2 * out.elem_count()) * w.dtype.size_in_bytes();
+            let mib = (memory.peak()? as f64 - kept as f64) / f64::from(1 << 20);
+            drop(grads);
+            Some((ms, step_ms, mib))
+        }
+        Some(_) => None,
+    };
 
     let values = nnz * w.embedding_dim;
-    let tb_per_s = (values * w.dtype.size_in_bytes()) as f64 / forward_ms / 1e9;
+    let bits = match w.bits {
+        None => 8 * w.dtype.size_in_bytes(),
+        Some(bits) => u32::from(bits) as usize,
+    };
+    let tb_per_s = (values * bits) as f64 / 8.0 / forward_ms / 1e9;
     Ok(Measurement {
         name: w.name,
         rows: w.rows.name(),
         gathered_values: values,
         forward_ms,
-        forward_backward_ms,
-        step_ms,
+        forward_backward_ms: step.map(|(ms, ..)| ms),
+        step_ms: step.map(|(_, ms, _)| ms),
         forward_gel_per_s: values as f64 / forward_ms / 1e6,
-        backward_gel_per_s: values as f64 / (forward_backward_ms - forward_ms) / 1e6,
+        backward_gel_per_s: step.map(|(ms, ..)| values as f64 / (ms - forward_ms) / 1e6),
         forward_tb_per_s: tb_per_s,
         share_of_copy: tb_per_s / copy,
-        step_mib,
+        step_mib: step.map(|(.., mib)| mib),
     })
 }
 
@@ -542,16 +585,20 @@ fn main() -> Result<()> {
         .filter(|w| w.name.contains(&options.only))
     {
         let m = measure(w, &device, options.repeats, copy).context(w.name)?;
+        let shown = |value: Option<f64>, digits| match value {
+            Some(value) => format!("{value:.digits$}"),
+            None => "-".to_string(),
+        };
         table.add_row([
             m.name.to_string(),
             format!("{:.3}", m.forward_ms),
             format!("{:.0}", m.forward_gel_per_s),
             format!("{:.2}", m.forward_tb_per_s),
             format!("{:.0} %", m.share_of_copy * 1e2),
-            format!("{:.3}", m.forward_backward_ms),
-            format!("{:.0}", m.backward_gel_per_s),
-            format!("{:.3}", m.step_ms),
-            format!("{:.1}", m.step_mib),
+            shown(m.forward_backward_ms, 3),
+            shown(m.backward_gel_per_s, 0),
+            shown(m.step_ms, 3),
+            shown(m.step_mib, 1),
         ]);
         report.workloads.push(m);
     }

@@ -14,9 +14,10 @@ use crate::error::bail;
 use crate::hash::Hash;
 use crate::jagged::KeyedJaggedTensor;
 use crate::layer::{create, HashedEmbeddingBag};
+use crate::low_bit::{Bits, LowBit};
 use crate::op::{check_weights_shape, contiguous_indices};
 use crate::tables::Tables;
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::sync::Arc;
 
@@ -145,8 +146,52 @@ impl HashedEmbeddingBagCollection {
         embedding_dim: usize,
         config: HashedEmbeddingBagConfig,
     ) -> Result<Self> {
+        Self::over_stored(hashed_weight, None, tables, embedding_dim, config)
+    }
+
+    /// The same on values, or on packed bytes.
+    pub(crate) fn over_stored<N: Into<String>>(
+        hashed_weight: Tensor,
+        low_bit: Option<LowBit>,
+        tables: impl IntoIterator<Item = (N, usize)>,
+        embedding_dim: usize,
+        config: HashedEmbeddingBagConfig,
+    ) -> Result<Self> {
         let tables = Arc::new(named(tables, &config)?);
-        let bag = HashedEmbeddingBag::over(hashed_weight, tables, embedding_dim, config)?;
+        let bag =
+            HashedEmbeddingBag::over_stored(hashed_weight, low_bit, tables, embedding_dim, config)?;
+        Ok(Self { bag })
+    }
+
+    /// The same collection in 8 or 4 bits, and the relative error of the rounding; see [`HashedEmbeddingBag::to_bits`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::to_bits`].
+    pub fn to_bits(&self, bits: Bits) -> Result<(Self, f64)> {
+        let (bag, error) = self.bag.to_bits(bits)?;
+        Ok((Self { bag }, error))
+    }
+
+    /// What the bytes of [`hashed_weight`](Self::hashed_weight) mean, if this collection was rounded by
+    /// [`to_bits`](Self::to_bits).
+    pub fn low_bit(&self) -> Option<&LowBit> {
+        self.bag.low_bit()
+    }
+
+    /// The values of `hashed_weight`; see [`HashedEmbeddingBag::hashed_weight_values`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::hashed_weight_values`].
+    pub fn hashed_weight_values(&self) -> Result<Tensor> {
+        self.bag.hashed_weight_values()
+    }
+
+    /// The same collection with outputs of another dtype; see [`HashedEmbeddingBag::with_output_dtype`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::with_output_dtype`].
+    pub fn with_output_dtype(self, dtype: DType) -> Result<Self> {
+        let bag = self.bag.with_output_dtype(dtype)?;
         Ok(Self { bag })
     }
 
@@ -341,10 +386,10 @@ impl HashedEmbeddingBagCollection {
                     first_row,
                     ..self.bag.config()
                 };
-                let hashed_weight = self.hashed_weight().clone();
-                return HashedEmbeddingBag::new(
-                    hashed_weight,
-                    num_embeddings,
+                return HashedEmbeddingBag::over_stored(
+                    self.hashed_weight().clone(),
+                    self.low_bit().cloned(),
+                    Arc::new(Tables::one(first_row, num_embeddings)?),
                     self.embedding_dim(),
                     config,
                 );
@@ -371,7 +416,7 @@ impl HashedEmbeddingBagCollection {
         self.bag.config()
     }
 
-    /// The parameter, `(len,)`.
+    /// The parameter, `(len,)`; of a collection in 8 or 4 bits, its bytes, see [`HashedEmbeddingBag::hashed_weight`].
     pub fn hashed_weight(&self) -> &Tensor {
         self.bag.hashed_weight()
     }

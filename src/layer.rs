@@ -12,15 +12,18 @@ use crate::bounds::BoundsCheck;
 use crate::config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig, HashedWeightConfig};
 use crate::error::bail;
 use crate::hash::{Hash, Slots};
+use crate::low_bit::{quantize, Bits, LowBit};
 use crate::op::{self, check_dtype, Offsets, SparseGradient, Table, WEIGHT_DTYPES};
 use crate::tables::Tables;
-use candle_core::{Result, Tensor};
+use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
 use std::ops::{Bound, RangeBounds};
 use std::sync::Arc;
 
 /// Parameter name, here and in state dicts of the PyTorch package.
 pub(crate) const HASHED_WEIGHT: &str = "hashed_weight";
+/// The name of its shifts in a checkpoint in 4 bits.
+pub(crate) const HASHED_WEIGHT_SHIFT: &str = "hashed_weight_shift";
 
 /// An embedding bag whose table of `(num_embeddings, embedding_dim)` values is folded by a hash into one 1-D
 /// parameter, `hashed_weight`:
@@ -31,7 +34,8 @@ pub(crate) const HASHED_WEIGHT: &str = "hashed_weight";
 /// [Compressing Neural Networks with the Hashing Trick](https://arxiv.org/abs/1504.04788), applied to embedding bags as
 /// in the PyTorch package HashedEmbeddingBag.
 ///
-/// * `hashed_weight`: `(len,)`; f32, f64, f16 or bf16. f16 and bf16 are summed in f32.
+/// * `hashed_weight`: `(len,)`; f32, f64, f16 or bf16. f16 and bf16 are summed in f32. For serving, in 8 or 4 bits:
+///   [`to_bits`](Self::to_bits).
 /// * `indices`: u32, i32 or i64 row numbers in `0..num_embeddings`, `(num_bags, bag_len)` or, with offsets, `(nnz,)`.
 /// * `offsets`: u32, i32 or i64, the start of each bag, `(num_bags,)`; `(num_bags + 1,)` with `include_last_offset`.
 /// * output: `(num_bags, embedding_dim)` in the dtype of `hashed_weight`. An empty bag, or one of padding only, is zeros.
@@ -62,7 +66,9 @@ pub(crate) const HASHED_WEIGHT: &str = "hashed_weight";
 /// ```
 #[derive(Debug, Clone)]
 pub struct HashedEmbeddingBag {
+    /// Values, or packed bytes that `low_bit` explains.
     hashed_weight: Tensor,
+    low_bit: Option<LowBit>,
     embedding_dim: usize,
     /// Its `hash` is always set: to the hash in use.
     config: HashedEmbeddingBagConfig,
@@ -172,10 +178,25 @@ impl HashedEmbeddingBag {
         embedding_dim: usize,
         config: HashedEmbeddingBagConfig,
     ) -> Result<Self> {
+        Self::over_stored(hashed_weight, None, tables, embedding_dim, config)
+    }
+
+    /// The same on values, or on the packed bytes that `low_bit` was made for.
+    pub(crate) fn over_stored(
+        hashed_weight: Tensor,
+        low_bit: Option<LowBit>,
+        tables: Arc<Tables>,
+        embedding_dim: usize,
+        config: HashedEmbeddingBagConfig,
+    ) -> Result<Self> {
         check_embedding_dim(embedding_dim)?;
-        check_dtype(HASHED_WEIGHT, &hashed_weight, &WEIGHT_DTYPES)?;
+        let dtypes = match low_bit {
+            None => &WEIGHT_DTYPES[..],
+            Some(_) => &[DType::U8],
+        };
+        check_dtype(HASHED_WEIGHT, &hashed_weight, dtypes)?;
         let len = match hashed_weight.dims() {
-            &[len] => len,
+            &[len] => stored_len(len, low_bit.as_ref()),
             dims => bail!("hashed_weight must have rank 1, got {dims:?}"),
         };
         let hash = config.hash_for(embedding_dim);
@@ -199,6 +220,7 @@ impl HashedEmbeddingBag {
         };
         Ok(Self {
             hashed_weight,
+            low_bit,
             embedding_dim,
             config,
             slots,
@@ -206,6 +228,85 @@ impl HashedEmbeddingBag {
             table_rows,
             sparse_gradient,
         })
+    }
+
+    /// The same layer with `hashed_weight` rounded to 8 or 4 bits, for serving: it takes a quarter or an eighth of the bytes of
+    /// f32. Also returns the relative error of the rounding, `|hashed_weight - rounded| / |hashed_weight|` (Euclidean norms).
+    ///
+    /// It looks up what this layer looks up, in every mode and form of bags, and gives f32
+    /// ([`with_output_dtype`](Self::with_output_dtype): f16 or bf16). Per-sample weights have the dtype of the output.
+    ///
+    /// * Sum, mean and max are exact until one last rounding: the values of a bag are added as integers. So the output is the
+    ///   same, bit for bit, on CPU and CUDA, with any number of threads, and in any order of the rows of a bag. Only with
+    ///   per-sample weights are sums taken in f32.
+    /// * It does not train. An optimiser has no variable to change, and to ask for a gradient of per-sample weights is an error.
+    ///
+    /// A block of 32 is fastest, of 16 nearly as fast. What this costs in quality, and what was measured: docs/performance.md.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Module, Tensor};
+    /// use candle_hashed_embedding_bag::{hashed_embedding_bag, Bits};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// # fn main() -> candle_core::Result<()> {
+    /// # let vars = VarMap::new();
+    /// # let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let trained = hashed_embedding_bag(1000, 16, 0.1, Default::default(), vb)?;
+    /// let (served, error) = trained.to_bits(Bits::Eight)?;
+    /// assert!(error < 0.01);
+    /// assert_eq!(served.hashed_weight().dtype(), DType::U8);
+    ///
+    /// let indices = Tensor::new(&[[1u32, 2, 3], [500, 2, 999]], &Device::Cpu)?;
+    /// assert_eq!(served.forward(&indices)?.dims(), [2, 16]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// A layer that is rounded already, a value that is not finite in f32; in 4 bits a `hashed_weight` of odd length.
+    pub fn to_bits(&self, bits: Bits) -> Result<(Self, f64)> {
+        if let Some(low_bit) = &self.low_bit {
+            bail!(
+                "a layer is rounded once: this one has {} bits already",
+                u32::from(low_bit.bits())
+            );
+        }
+        let (packed, low_bit, error) = quantize(&self.hashed_weight, bits)?;
+        let layer = Self {
+            hashed_weight: packed,
+            low_bit: Some(low_bit),
+            ..self.clone()
+        };
+        Ok((layer, error))
+    }
+
+    /// What the bytes of [`hashed_weight`](Self::hashed_weight) mean, if this layer was rounded by [`to_bits`](Self::to_bits).
+    pub fn low_bit(&self) -> Option<&LowBit> {
+        self.low_bit.as_ref()
+    }
+
+    /// The values of `hashed_weight`, `(len,)`: the tensor itself, or, of a layer in 8 or 4 bits, its bytes as f32.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn hashed_weight_values(&self) -> Result<Tensor> {
+        match &self.low_bit {
+            None => Ok(self.hashed_weight.clone()),
+            Some(low_bit) => low_bit.unpack(&self.hashed_weight),
+        }
+    }
+
+    /// The same layer in 8 or 4 bits with outputs, and per-sample weights, of another dtype: f32, f16 or bf16. Sums are not
+    /// affected: they are rounded to it at the end.
+    ///
+    /// # Errors
+    /// Another dtype, or a layer of floats, whose outputs have the dtype of its `hashed_weight`.
+    pub fn with_output_dtype(mut self, dtype: DType) -> Result<Self> {
+        let Some(low_bit) = self.low_bit else {
+            bail!("the outputs of a layer of floats have the dtype of its hashed_weight; see with_hashed_weight");
+        };
+        self.low_bit = Some(low_bit.with_output_dtype(dtype)?);
+        Ok(self)
     }
 
     /// Pools `indices` by `offsets`: `(nnz,)` and `(num_bags,)`, or `(num_bags + 1,)` with `include_last_offset`, to
@@ -272,6 +373,7 @@ impl HashedEmbeddingBag {
             mode: config.mode,
             padding_idx: config.padding_idx,
             sparse_gradient: self.sparse_gradient.clone(),
+            low_bit: self.low_bit.clone(),
         };
         op::hashed_embedding_bag(
             &self.hashed_weight,
@@ -343,7 +445,8 @@ impl HashedEmbeddingBag {
         &self.tables
     }
 
-    /// The parameter, `(len,)`.
+    /// The parameter, `(len,)`. Of a layer in 8 or 4 bits, its bytes: u8, `(len,)` or `(len / 2,)`, see
+    /// [`low_bit`](Self::low_bit).
     pub fn hashed_weight(&self) -> &Tensor {
         &self.hashed_weight
     }
@@ -361,7 +464,8 @@ impl HashedEmbeddingBag {
     /// The actual compression: the length of `hashed_weight` over the size of the virtual table.
     pub fn compression(&self) -> f64 {
         let table = self.num_embeddings() as f64 * self.embedding_dim() as f64;
-        self.hashed_weight.elem_count() as f64 / table
+        let len = stored_len(self.hashed_weight.elem_count(), self.low_bit.as_ref());
+        len as f64 / table
     }
 
     /// The hash in use.
@@ -418,8 +522,10 @@ impl HashedEmbeddingBag {
     /// # }
     /// ```
     ///
+    /// Of a layer in 8 or 4 bits, the other weight is of bytes with the same meaning, such as its own on another device.
+    ///
     /// # Errors
-    /// Another shape, or a dtype that is not a float.
+    /// Another shape, or a dtype that is not a float; of a layer in 8 or 4 bits, a dtype other than u8.
     pub fn with_hashed_weight(&self, hashed_weight: Tensor) -> Result<Self> {
         if hashed_weight.dims() != self.hashed_weight.dims() {
             bail!(
@@ -428,13 +534,21 @@ impl HashedEmbeddingBag {
                 hashed_weight.dims()
             );
         }
-        Self::over(
-            hashed_weight,
+        let device = hashed_weight.device();
+        let low_bit = self.low_bit.as_ref().map(|low| low.to_device(device));
+        Self::over_stored(
+            hashed_weight.clone(),
+            low_bit.transpose()?,
             self.tables.clone(),
             self.embedding_dim,
             self.config,
         )
     }
+}
+
+/// How many slots a stored `hashed_weight` of `len` values or bytes has.
+fn stored_len(len: usize, low_bit: Option<&LowBit>) -> usize {
+    low_bit.map_or(len, |low_bit| low_bit.bits().len(len))
 }
 
 impl Module for HashedEmbeddingBag {
@@ -515,6 +629,24 @@ impl HashedEmbedding {
     /// Those of [`HashedEmbeddingBag::to_table`].
     pub fn to_table(&self, rows: impl RangeBounds<usize>) -> Result<Tensor> {
         self.bag.to_table(rows)
+    }
+
+    /// The same layer in 8 or 4 bits, and the relative error; see [`HashedEmbeddingBag::to_bits`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::to_bits`].
+    pub fn to_bits(&self, bits: Bits) -> Result<(Self, f64)> {
+        let (bag, error) = self.bag.to_bits(bits)?;
+        Ok((Self { bag }, error))
+    }
+
+    /// The same layer with outputs of another dtype; see [`HashedEmbeddingBag::with_output_dtype`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::with_output_dtype`].
+    pub fn with_output_dtype(self, dtype: DType) -> Result<Self> {
+        let bag = self.bag.with_output_dtype(dtype)?;
+        Ok(Self { bag })
     }
 
     /// The configuration of this layer, as [`HashedEmbedding::new`] takes it.

@@ -15,6 +15,7 @@
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
 //! | open what PyTorch saved | [`StateDict`] |
 //! | compress a table that was not hashed | [`HashedEmbeddingBag::fit`] |
+//! | serve a trained layer from 8 or 4 bits per value | [`HashedEmbeddingBag::to_bits`] |
 //!
 //! ```
 //! use candle_core::{DType, Device, Tensor};
@@ -60,6 +61,7 @@ mod hash;
 pub mod import;
 mod jagged;
 mod layer;
+mod low_bit;
 mod op;
 pub mod optim;
 mod parallel;
@@ -75,6 +77,7 @@ pub use hash::{Affine, Balanced, Hash, Mix, Overflow};
 pub use import::StateDict;
 pub use jagged::{JaggedTensor, KeyedJaggedTensor};
 pub use layer::{hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag};
+pub use low_bit::{Bits, LowBit};
 pub use op::{Gradient, Mode, SparseGradient};
 
 /// Compiles and runs the Rust in the documents.

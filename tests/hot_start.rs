@@ -5,8 +5,8 @@
 //! `cargo test --release --test hot_start -- --nocapture`
 #![cfg(target_os = "linux")]
 
-use candle_core::{DType, Device, Result};
-use candle_hashed_embedding_bag::{Checkpoint, StateDict};
+use candle_core::{DType, Device, Module, Result, Tensor};
+use candle_hashed_embedding_bag::{checkpoint, Bits, Checkpoint, HashedEmbeddingBag, StateDict};
 use serde_json::json;
 use std::fs::File;
 use std::io::Write;
@@ -96,6 +96,36 @@ fn opening_a_gigabyte_reads_none_of_it() -> Result<()> {
     assert!(
         (96 * MB..200 * MB).contains(&more),
         "96 MB took {more} bytes"
+    );
+    Ok(())
+}
+
+/// A layer in 4 bits is opened as its bytes, an eighth of what it would take in f32.
+#[test]
+fn a_layer_in_low_bits_is_not_expanded() -> Result<()> {
+    let _alone = MEASURING.lock();
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("model.safetensors");
+    let save = |len: usize| -> Result<()> {
+        let weight = Tensor::zeros(len, DType::F32, &Device::Cpu)?;
+        let layer = HashedEmbeddingBag::new(weight, 1 << 40, 16, Default::default())?;
+        checkpoint::save(&path, [], [("a", &layer.to_bits(Bits::Four)?.0)])
+    };
+    let look_up = || -> Result<usize> {
+        let checkpoint = Checkpoint::open(&path)?;
+        let layer = checkpoint.hashed_embedding_bag("a", DType::F32, &Device::Cpu)?;
+        layer.forward(&Tensor::new(&[[7i64, 1 << 39]], &Device::Cpu)?)?;
+        Ok(layer.hashed_weight().elem_count())
+    };
+    save(64)?;
+    look_up()?;
+    save(16 * MB)?;
+    let (bytes, _, more) = measured("a layer of 16 M values in 4 bits", look_up);
+    assert_eq!(bytes?, 8 * MB);
+    // Once in the file's pages and once in the tensor.
+    assert!(
+        (32 * MB..80 * MB).contains(&more),
+        "32 MB took {more} bytes"
     );
     Ok(())
 }

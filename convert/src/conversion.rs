@@ -1,34 +1,40 @@
-//! Writes the hashed layers of a state dict, and its other tensors, as a checkpoint.
+//! Writes the hashed layers of a state dict or a checkpoint, and its other tensors, as a checkpoint.
 
 use std::fmt::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use candle_core::{Device, Tensor};
+use anyhow::{ensure, Context, Result};
+use candle_core::{DType, Device, Tensor};
 use candle_hashed_embedding_bag::checkpoint::{self, Layer};
 use candle_hashed_embedding_bag::{
-    HashedEmbeddingBag, HashedEmbeddingBagCollection, HashedEmbeddingConfig, StateDict,
+    Bits, Checkpoint, HashedEmbeddingBag, HashedEmbeddingBagCollection, HashedEmbeddingConfig,
+    LowBit, StateDict,
 };
 
 use crate::arguments::{Kind, Request};
 
 /// Writes the layers that `requests` describe to `checkpoint`, and with `others` all other tensors of `state` that candle has
-/// a dtype for. Returns a report on layers that were fitted and tensors that were left out.
+/// a dtype for. With `bits`, the layers are rounded. Returns a report on layers that were fitted or rounded and tensors that were
+/// left out.
 pub fn convert<'a>(
     mut state: StateDict,
     requests: impl Iterator<Item = &'a Request>,
     others: bool,
+    bits: Option<Bits>,
     checkpoint: &Path,
 ) -> Result<String> {
     let (mut layers, mut report) = (vec![], String::new());
     for request in requests {
-        let layer = request.take(&mut state)?;
+        let mut layer = request.take(&mut state)?;
         if let Some(error) = layer.fit_error {
             let name = &layer.name;
             writeln!(
                 report,
                 "{name:?} is fitted with a relative error of {error:.4}"
             )?;
+        }
+        if let Some(bits) = bits {
+            layer.layer = round(&layer.name, &layer.layer, bits, &mut report)?;
         }
         layers.push(layer);
     }
@@ -42,6 +48,92 @@ pub fn convert<'a>(
     Ok(report)
 }
 
+/// Rounds the layers of a checkpoint to `bits` and writes them to `to`, and with `others` all other tensors that candle has a
+/// dtype for. Returns a report like that of [`convert`].
+pub fn round_checkpoint(from: &Checkpoint, others: bool, bits: Bits, to: &Path) -> Result<String> {
+    let (device, mut report) = (&Device::Cpu, String::new());
+    let dtype = |parameter: &str| -> Result<DType> {
+        let dtype = from.tensor_info(parameter)?.candle_dtype;
+        // That of outputs, for a layer that is rounded already; it is refused below.
+        Ok(dtype.filter(DType::is_float).unwrap_or(DType::F32))
+    };
+    let (mut layers, mut parameters) = (vec![], vec![]);
+    let names = from.layers().map(|(name, _)| (name, false));
+    for (name, is_collection) in names.chain(from.collections().map(|(name, _)| (name, true))) {
+        let parameter = join(name, "hashed_weight");
+        let dtype = dtype(&parameter)?;
+        let layer = if is_collection {
+            BagOrCollection::Collection(from.hashed_embedding_bag_collection(name, dtype, device)?)
+        } else {
+            BagOrCollection::Bag(from.hashed_embedding_bag(name, dtype, device)?)
+        };
+        layers.push((name, round(name, &layer, bits, &mut report)?));
+        parameters.push(parameter);
+    }
+    ensure!(!layers.is_empty(), "the checkpoint has no hashed layers");
+    let is_other = |name: &String| others && !parameters.contains(name);
+    let mut tensors = vec![];
+    for name in from.tensor_names().filter(is_other) {
+        let info = from.tensor_info(&name)?;
+        if info.candle_dtype.is_none() {
+            left_out(&name, &info.dtype, &mut report)?;
+            continue;
+        }
+        let tensor = from.tensor(&name, device)?;
+        tensors.push((name, tensor));
+    }
+    checkpoint::save(
+        to,
+        tensors,
+        layers.iter().map(|(name, layer)| (*name, layer)),
+    )?;
+    Ok(report)
+}
+
+/// Rounds a layer, and reports its sizes and the relative error.
+fn round(
+    name: &str,
+    layer: &BagOrCollection,
+    bits: Bits,
+    report: &mut String,
+) -> Result<BagOrCollection> {
+    let size = |layer: &BagOrCollection| {
+        let (weight, low_bit) = layer.parameter();
+        let shifts = low_bit.and_then(LowBit::shifts);
+        let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
+        bytes(weight) + shifts.map_or(0, bytes)
+    };
+    let (rounded, error) = match layer {
+        BagOrCollection::Bag(bag) => {
+            let (bag, error) = bag
+                .to_bits(bits)
+                .with_context(|| format!("layer {name:?}"))?;
+            (BagOrCollection::Bag(bag), error)
+        }
+        BagOrCollection::Collection(collection) => {
+            let rounded = collection.to_bits(bits);
+            let (collection, error) = rounded.with_context(|| format!("layer {name:?}"))?;
+            (BagOrCollection::Collection(collection), error)
+        }
+    };
+    writeln!(
+        report,
+        "{name:?} is rounded to {} bits with a relative error of {error:.4}: {} bytes instead of {}",
+        u32::from(bits),
+        size(&rounded),
+        size(layer)
+    )?;
+    Ok(rounded)
+}
+
+fn left_out(name: &str, dtype: &str, report: &mut String) -> Result<()> {
+    writeln!(
+        report,
+        "{name:?} is left out: candle has no dtype for {dtype}"
+    )?;
+    Ok(())
+}
+
 /// Takes everything that is left in a state dict, except tensors with dtypes that candle lacks, which the report names.
 fn rest(state: &mut StateDict, report: &mut String) -> Result<Vec<(String, Tensor)>> {
     let keys: Vec<_> = state.keys().map(str::to_string).collect();
@@ -49,11 +141,7 @@ fn rest(state: &mut StateDict, report: &mut String) -> Result<Vec<(String, Tenso
     for key in keys {
         let info = state.tensor_info(&key)?;
         if info.candle_dtype.is_none() {
-            writeln!(
-                report,
-                "{key:?} is left out: candle has no dtype for {}",
-                info.dtype
-            )?;
+            left_out(&key, &info.dtype, report)?;
             continue;
         }
         let tensor = state.take(&key, &Device::Cpu)?;
@@ -73,6 +161,15 @@ struct Converted {
 enum BagOrCollection {
     Bag(HashedEmbeddingBag),
     Collection(HashedEmbeddingBagCollection),
+}
+
+impl BagOrCollection {
+    fn parameter(&self) -> (&Tensor, Option<&LowBit>) {
+        match self {
+            Self::Bag(bag) => (bag.hashed_weight(), bag.low_bit()),
+            Self::Collection(collection) => (collection.hashed_weight(), collection.low_bit()),
+        }
+    }
 }
 
 impl<'a> From<&'a BagOrCollection> for Layer<'a> {

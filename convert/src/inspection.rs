@@ -5,8 +5,9 @@ use std::path::Path;
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
+use candle_hashed_embedding_bag::checkpoint::LowBitSpec;
 use candle_hashed_embedding_bag::{
-    Balanced, Checkpoint, Hash, Mix, Mode, Overflow, StateDict, TensorInfo,
+    Balanced, Bits, Checkpoint, Hash, Mix, Mode, Overflow, StateDict, TensorInfo,
 };
 use comfy_table::{presets, Table};
 
@@ -47,8 +48,21 @@ pub fn inspect(path: &Path) -> Result<String> {
     for layer in hashed_layers(&checkpoint) {
         let parameter = join(layer.name, "hashed_weight");
         let weight = checkpoint.tensor(&parameter, &Device::Cpu)?;
-        ensure_finite(&parameter, &weight)?;
-        layers.add_row(layer.row(&parameter, &weight));
+        if layer.low_bit.is_none() {
+            ensure_finite(&parameter, &weight)?;
+        }
+        let shifts = join(layer.name, "hashed_weight_shift");
+        let shifts_len = match layer.low_bit {
+            Some(LowBitSpec {
+                bits: Bits::Four, ..
+            }) => {
+                let info = checkpoint.tensor_info(&shifts)?;
+                parameters.push(shifts);
+                info.shape.iter().product()
+            }
+            _ => 0,
+        };
+        layers.add_row(layer.row(&parameter, &weight, shifts_len));
         parameters.push(parameter);
     }
     let mut report = format!("{layers}\n");
@@ -75,6 +89,7 @@ struct HashedLayer<'a> {
     mode: Mode,
     padding_idx: Option<i64>,
     hash: Hash,
+    low_bit: Option<LowBitSpec>,
 }
 
 fn hashed_layers(checkpoint: &Checkpoint) -> impl Iterator<Item = HashedLayer<'_>> {
@@ -85,6 +100,7 @@ fn hashed_layers(checkpoint: &Checkpoint) -> impl Iterator<Item = HashedLayer<'_
         mode: spec.mode,
         padding_idx: spec.padding_idx,
         hash: spec.hash,
+        low_bit: spec.low_bit,
     });
     let collections = checkpoint.collections().map(|(name, spec)| HashedLayer {
         name,
@@ -93,6 +109,7 @@ fn hashed_layers(checkpoint: &Checkpoint) -> impl Iterator<Item = HashedLayer<'_
         mode: spec.mode,
         padding_idx: spec.padding_idx,
         hash: spec.hash,
+        low_bit: spec.low_bit,
     });
     layers.chain(collections)
 }
@@ -111,10 +128,21 @@ impl HashedLayer<'_> {
         "bytes",
     ];
 
-    fn row(&self, parameter: &str, weight: &Tensor) -> [String; 10] {
+    /// `shifts_len`: the bytes that belong to `weight` in 4 bits.
+    fn row(&self, parameter: &str, weight: &Tensor, shifts_len: usize) -> [String; 10] {
         let rows: Vec<_> = self.rows.iter().map(usize::to_string).collect();
         let total: f64 = self.rows.iter().map(|&rows| rows as f64).sum();
-        let (values, dtype) = (weight.elem_count(), weight.dtype());
+        let bytes = weight.elem_count() * weight.dtype().size_in_bytes() + shifts_len;
+        let (values, dtype) = match self.low_bit.map(|low_bit| low_bit.bits) {
+            None => (weight.elem_count(), weight.dtype().as_str().to_string()),
+            Some(bits) => {
+                let bits = u32::from(bits);
+                (
+                    weight.elem_count() * 8 / bits as usize,
+                    format!("{bits} bits"),
+                )
+            }
+        };
         let compression = total * self.embedding_dim as f64 / values as f64;
         [
             parameter.to_string(),
@@ -124,10 +152,10 @@ impl HashedLayer<'_> {
             self.padding_idx
                 .map_or("-".to_string(), |row| row.to_string()),
             describe(self.hash),
-            dtype.as_str().to_string(),
+            dtype,
             values.to_string(),
             format!("1/{compression:.1}"),
-            (values * dtype.size_in_bytes()).to_string(),
+            bytes.to_string(),
         ]
     }
 }

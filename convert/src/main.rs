@@ -1,4 +1,5 @@
-//! Converts a PyTorch state dict to a self-describing checkpoint, and lists the contents of either.
+//! Converts a PyTorch state dict to a self-describing checkpoint, rounds its layers to fewer bits, and lists the contents of
+//! either.
 //!
 //! ```text
 //! cargo install --path convert      # once; then, for example,
@@ -19,7 +20,7 @@ mod inspection;
 use std::io::{self, ErrorKind, Write};
 
 use anyhow::{ensure, Context, Result};
-use candle_hashed_embedding_bag::{checkpoint, StateDict};
+use candle_hashed_embedding_bag::{checkpoint, Checkpoint, StateDict};
 use clap::Parser;
 
 use crate::arguments::Options;
@@ -47,6 +48,16 @@ fn run(options: Options) -> Result<String> {
         checkpoint::check_writable(checkpoint)
             .with_context(|| format!("cannot write {}", checkpoint.display()))?;
     }
+    if let (Some(bits), Some(to), None) = (options.bits, &options.checkpoint, &options.key) {
+        // A file that describes its layers needs nothing else to be said of them.
+        if options.requests().next().is_none() {
+            let from = Checkpoint::open(path).context(
+                "--bits without --bag, --embedding, --robe, --robe-dlrm or --fit rounds the layers of a checkpoint",
+            )?;
+            let report = conversion::round_checkpoint(&from, !options.layers_only, bits, to)?;
+            return Ok(report + &inspection::inspect(to)?);
+        }
+    }
     let state = match &options.key {
         None => StateDict::open(path)?,
         Some(key) => StateDict::open_nested(path, key)?,
@@ -60,6 +71,12 @@ fn run(options: Options) -> Result<String> {
          entries",
         path.display()
     );
-    let fits = conversion::convert(state, options.requests(), !options.layers_only, checkpoint)?;
-    Ok(fits + &inspection::inspect(checkpoint)?)
+    let report = conversion::convert(
+        state,
+        options.requests(),
+        !options.layers_only,
+        options.bits,
+        checkpoint,
+    )?;
+    Ok(report + &inspection::inspect(checkpoint)?)
 }

@@ -349,3 +349,50 @@ fn a_closed_standard_output_is_no_error() -> Result<()> {
     assert!(output.stderr.is_empty(), "{output:?}");
     Ok(())
 }
+
+/// From a state dict at once, and from the checkpoint that the same command without --bits writes.
+#[test]
+fn layers_are_rounded_to_fewer_bits() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let layers =
+        "tests/golden/original_embedding.pth {}/f32 --key state_dict --embedding words:3000x10";
+    convert(&folder, layers)?;
+    for (bits, size, error) in [(8, 900, "0.00"), (4, 450 + 8, "0.")] {
+        let of_checkpoint = convert(&folder, &format!("{{}}/f32 {{}}/a --bits {bits}"))?;
+        let at_once = layers.replace("{}/f32", "{}/b");
+        let at_once = convert(&folder, &format!("{at_once} --bits {bits}"))?;
+        for said in [of_checkpoint, at_once] {
+            assert_says(
+                &said,
+                &[
+                    &format!("\"words.hashed_embedding_bag\" is rounded to {bits} bits with a relative error of {error}"),
+                    &format!("{size} bytes instead of 3600"),
+                    &format!("words.hashed_embedding_bag.hashed_weight 3000 10 sum - HashedEmbeddingBag's {bits} bits 900 1/33.3 {size}"),
+                    "head.weight f32 [2, 10]",
+                ],
+            );
+            assert!(!said.contains("hashed_weight_shift"), "{said}");
+        }
+        let bytes = |name| std::fs::read(folder.path().join(name));
+        assert_eq!(bytes("a")?, bytes("b")?);
+        let opened = Checkpoint::open(folder.path().join("a"))?;
+        let layer = opened.hashed_embedding("words", DType::F32, &Device::Cpu)?;
+        let rows = Tensor::new(&[7u32, 2999], &Device::Cpu)?;
+        assert_eq!(layer.forward(&rows)?.dims(), [2, 10]);
+    }
+    for (arguments, said) in [
+        (
+            "{}/a {}/c --bits 8",
+            "a layer is rounded once: this one has 4 bits already",
+        ),
+        ("{}/f32 {}/c --bits 5", "bits must be 8 or 4, got 5"),
+        (
+            "tests/golden/robe.pth {}/c --bits 8",
+            "rounds the layers of a checkpoint",
+        ),
+    ] {
+        let got = refused(&folder, arguments)?;
+        assert!(got.contains(said), "{got}");
+    }
+    Ok(())
+}

@@ -147,6 +147,30 @@ fn layer(u: &mut Unstructured, collection: bool) -> Result<Value> {
     Ok(layer)
 }
 
+/// What a layer in low bits says of them, mostly right.
+fn low_bit(u: &mut Unstructured, bits: u64) -> Result<Value> {
+    let scale = f64::from(u.int_in_range(1..=1000)?) / 1000.0;
+    let mut low_bit = json!({
+        "bits": or_odd(u, json!(bits))?,
+        "scale": or_odd(u, json!(scale))?,
+    });
+    if bits == 4 {
+        low_bit["group"] = or_odd(u, json!(32))?;
+    }
+    or_odd(u, low_bit)
+}
+
+/// Describes a tensor of so many bytes, mostly, with its data at `start`, and returns where its data end.
+fn bytes(u: &mut Unstructured, start: u64, len: u64) -> Result<(Value, u64)> {
+    let end = start + len;
+    let tensor = json!({
+        "dtype": or_odd(u, json!("U8"))?,
+        "shape": or_odd(u, json!([len]))?,
+        "data_offsets": [or_odd(u, json!(start))?, or_odd(u, json!(end))?],
+    });
+    Ok((tensor, end))
+}
+
 /// Describes the tensor `name`, with its data at `start`, and returns where its data end.
 fn tensor(u: &mut Unstructured, start: u64, layer: bool) -> Result<(Value, u64)> {
     let (dtype, bits) = if layer && !u.ratio(1, 8)? {
@@ -175,16 +199,36 @@ fn tensor(u: &mut Unstructured, start: u64, layer: bool) -> Result<(Value, u64)>
 fn file(u: &mut Unstructured) -> Result<Vec<u8>> {
     let (mut header, mut end) = (Map::new(), 0);
     let (mut layers, mut collections) = (Map::new(), Map::new());
+    let mut version = 1;
     for _ in 0..u.int_in_range(1..=3)? {
         let name = *u.choose(&NAMES)?;
-        if u.ratio(1, 3)? {
-            collections.insert(name.to_string(), layer(u, true)?);
-        } else {
-            layers.insert(name.to_string(), layer(u, false)?);
+        let is_collection = u.ratio(1, 3)?;
+        let mut description = layer(u, is_collection)?;
+        let bits = *u.choose(&[0, 0, 8, 4])?;
+        if bits > 0 {
+            version = 2;
+            description["low_bit"] = low_bit(u, bits)?;
         }
+        let all = if is_collection {
+            &mut collections
+        } else {
+            &mut layers
+        };
+        all.insert(name.to_string(), description);
         let prefix = if name.is_empty() { "" } else { "." };
-        let (value, next) = tensor(u, end, true)?;
         let weight = format!("{name}{prefix}hashed_weight");
+        let len = u.int_in_range(1u64..=8)? * 32;
+        let (value, next) = match bits {
+            0 => tensor(u, end, true)?,
+            bits => bytes(u, end, len * bits / 8)?,
+        };
+        if bits == 4 && !header.contains_key(&weight) {
+            let (shifts, after) = bytes(u, next, len.div_ceil(128))?;
+            header.insert(format!("{weight}_shift"), shifts);
+            header.insert(weight, value);
+            end = after;
+            continue;
+        }
         if !header.contains_key(&weight) {
             header.insert(weight, value);
             end = next;
@@ -196,7 +240,7 @@ fn file(u: &mut Unstructured) -> Result<Vec<u8>> {
         end = next;
     }
     let description = json!({
-        "version": or_odd(u, json!(1))?,
+        "version": or_odd(u, json!(version))?,
         "layers": or_odd(u, Value::Object(layers))?,
         "collections": or_odd(u, Value::Object(collections))?,
     });

@@ -4,7 +4,9 @@
 
 use arbitrary::Arbitrary;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use candle_hashed_embedding_bag::{Balanced, BoundsCheck, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode};
+use candle_hashed_embedding_bag::{
+    Balanced, BoundsCheck, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode,
+};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Arbitrary, Debug)]
@@ -81,13 +83,21 @@ fn run(input: &Input) -> Result<()> {
             block,
             signed,
             balanced: false,
-        } => Some(Hash::from(Mix { seed, block: block.into(), signed })),
+        } => Some(Hash::from(Mix {
+            seed,
+            block: block.into(),
+            signed,
+        })),
         HashKind::Mix {
             seed,
             block,
             signed,
             balanced: true,
-        } => Some(Hash::from(Balanced { seed, block: block.into(), signed })),
+        } => Some(Hash::from(Balanced {
+            seed,
+            block: block.into(),
+            signed,
+        })),
         HashKind::Affine {
             a,
             b,

@@ -19,6 +19,9 @@
 //! The parameter of layer `user` is the tensor `user.hashed_weight` (of the layer with the empty name,
 //! `hashed_weight`). Any other reader of safetensors reads the file as it reads every other.
 //!
+//! Layers in 8 or 4 bits ([`HashedEmbeddingBag::to_bits`]) are saved as their bytes, and opened as such: nothing of the size of
+//! the values in f32 is allocated. docs/format.md specifies all of this.
+//!
 //! ```
 //! use candle_core::{DType, Device, Module, Tensor};
 //! use candle_hashed_embedding_bag::{checkpoint, hashed_embedding_bag, Checkpoint};
@@ -89,10 +92,13 @@
 pub(crate) mod file;
 mod spec;
 
-pub use spec::{CollectionSpec, FeatureSpec, LayerSpec, TableSpec};
+pub use spec::{CollectionSpec, FeatureSpec, LayerSpec, LowBitSpec, TableSpec};
 
 use crate::collection::HashedEmbeddingBagCollection;
-use crate::layer::{HashedEmbedding, HashedEmbeddingBag, HASHED_WEIGHT, INNER_BAG};
+use crate::layer::{
+    HashedEmbedding, HashedEmbeddingBag, HASHED_WEIGHT, HASHED_WEIGHT_SHIFT, INNER_BAG,
+};
+use crate::low_bit::{Bits, LowBit};
 use crate::op::WEIGHT_DTYPES;
 use candle_core::{bail, DType, Device, Error, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
@@ -131,6 +137,13 @@ impl Layer<'_> {
             Self::Collection(collection) => collection.hashed_weight(),
         }
     }
+
+    fn low_bit(&self) -> Option<&LowBit> {
+        match self {
+            Self::Bag(layer) => layer.low_bit(),
+            Self::Collection(collection) => collection.low_bit(),
+        }
+    }
 }
 
 /// The name of the parameter of layer `name`.
@@ -138,10 +151,15 @@ fn weight_name(name: &str) -> String {
     join(name, HASHED_WEIGHT)
 }
 
+/// The name of the shifts of layer `name`, if it is in 4 bits.
+fn shift_name(name: &str) -> String {
+    join(name, HASHED_WEIGHT_SHIFT)
+}
+
 /// Saves a model: its tensors, and its hashed layers and collections by name (the prefix of their variable).
 ///
 /// The parameter of layer `name` is written as `<name>.hashed_weight`; `tensors` may hold it too, as the variables of a
-/// `VarMap` do. A [`HashedEmbedding`] `emb` is saved as layer `emb.hashed_embedding_bag`: pass `emb.bag()`. Where there are
+/// `VarMap` do. (Those of a layer in 8 or 4 bits hold its values from before: leave them out.) A [`HashedEmbedding`] `emb` is saved as layer `emb.hashed_embedding_bag`: pass `emb.bag()`. Where there are
 /// both layers and collections, each goes [`into`](Into::into) a [`Layer`].
 ///
 /// The file appears whole or not at all: it is written beside `path`, synced, and renamed over it, and the folder is synced.
@@ -201,6 +219,9 @@ pub fn save_with_metadata<
     for (name, layer) in layers {
         let (name, layer) = (name.into(), layer.into());
         insert(weight_name(&name), layer.hashed_weight().clone())?;
+        if let Some(shifts) = layer.low_bit().and_then(LowBit::shifts) {
+            insert(shift_name(&name), shifts.clone())?;
+        }
         if description.layers.contains_key(&name) || description.collections.contains_key(&name) {
             bail!("checkpoint: two layers are named {name}");
         }
@@ -371,6 +392,8 @@ impl Checkpoint {
     /// The hashed layer `name`, its parameter cast to `dtype` on `device`; untracked, for inference. An optimiser does not
     /// change it: see [`trainable_hashed_embedding_bag`](Self::trainable_hashed_embedding_bag).
     ///
+    /// A layer in 8 or 4 bits keeps its bytes, and gives `dtype`: f32, f16 or bf16.
+    ///
     /// # Errors
     /// No such layer, or what the device says.
     pub fn hashed_embedding_bag(
@@ -380,11 +403,12 @@ impl Checkpoint {
         device: &Device,
     ) -> Result<HashedEmbeddingBag> {
         let spec = self.layer(name)?;
-        let hashed_weight = self.tensor(&weight_name(name), device)?;
-        spec.build(hashed_weight.to_dtype(dtype)?)
+        let (hashed_weight, low_bit) = self.stored(name, spec.low_bit, dtype, device)?;
+        spec.build(hashed_weight, low_bit)
     }
 
-    /// The collection `name`, its parameter cast to `dtype` on `device`; untracked, for inference.
+    /// The collection `name`, its parameter cast to `dtype` on `device`; untracked, for inference. In 8 or 4 bits as for
+    /// [`hashed_embedding_bag`](Self::hashed_embedding_bag).
     ///
     /// # Errors
     /// No such collection, or what the device says.
@@ -395,8 +419,28 @@ impl Checkpoint {
         device: &Device,
     ) -> Result<HashedEmbeddingBagCollection> {
         let spec = self.collection(name)?;
+        let (hashed_weight, low_bit) = self.stored(name, spec.low_bit, dtype, device)?;
+        spec.build(hashed_weight, low_bit)
+    }
+
+    /// The parameter of layer or collection `name`: its values, or its bytes and what they mean.
+    fn stored(
+        &self,
+        name: &str,
+        low_bit: Option<LowBitSpec>,
+        dtype: DType,
+        device: &Device,
+    ) -> Result<(Tensor, Option<LowBit>)> {
         let hashed_weight = self.tensor(&weight_name(name), device)?;
-        spec.build(hashed_weight.to_dtype(dtype)?)
+        let Some(LowBitSpec { bits, scale }) = low_bit else {
+            return Ok((hashed_weight.to_dtype(dtype)?, None));
+        };
+        let shifts = match bits {
+            Bits::Eight => None,
+            Bits::Four => Some(self.tensor(&shift_name(name), device)?),
+        };
+        let low_bit = LowBit::new(bits, scale, &hashed_weight, shifts)?;
+        Ok((hashed_weight, Some(low_bit.with_output_dtype(dtype)?)))
     }
 
     /// The [`HashedEmbedding`] `name`, saved as layer `<name>.hashed_embedding_bag`.
@@ -427,7 +471,7 @@ impl Checkpoint {
         vb: VarBuilder,
     ) -> Result<HashedEmbeddingBag> {
         let spec = self.layer(name)?;
-        spec.build(self.variable(name, vb)?)
+        spec.build(self.variable(name, spec.low_bit, vb)?, None)
     }
 
     /// The collection `name`, to be trained on; see
@@ -441,7 +485,7 @@ impl Checkpoint {
         vb: VarBuilder,
     ) -> Result<HashedEmbeddingBagCollection> {
         let spec = self.collection(name)?;
-        spec.build(self.variable(name, vb)?)
+        spec.build(self.variable(name, spec.low_bit, vb)?, None)
     }
 
     /// The [`HashedEmbedding`] `name`, saved as layer `<name>.hashed_embedding_bag`, to be trained on. Its variable is
@@ -459,8 +503,14 @@ impl Checkpoint {
     }
 
     /// A variable of the `VarBuilder` with the values of the parameter of layer or collection `name`.
-    fn variable(&self, name: &str, vb: VarBuilder) -> Result<Tensor> {
+    fn variable(&self, name: &str, low_bit: Option<LowBitSpec>, vb: VarBuilder) -> Result<Tensor> {
         let weight = weight_name(name);
+        if let Some(LowBitSpec { bits, .. }) = low_bit {
+            bail!(
+                "checkpoint: {weight} is in {} bits, which do not train",
+                u32::from(bits)
+            );
+        }
         if !WEIGHT_DTYPES.contains(&vb.dtype()) {
             bail!(
                 "checkpoint: {weight} must have a float dtype, got {:?}",
@@ -515,12 +565,16 @@ fn describe(file: &MappedFile) -> Result<Description> {
     };
     let description = Description::from_json(json)?;
     for (name, spec) in &description.layers {
-        check(file, "layer", name, |weight| spec.build(weight).map(drop))?;
+        check(file, name, spec.low_bit, |weight, low_bit| {
+            spec.build(weight, low_bit).map(drop)
+        })
+        .map_err(|e| Error::msg(format!("layer {name}: {e}")))?;
     }
     for (name, spec) in &description.collections {
-        check(file, "collection", name, |weight| {
-            spec.build(weight).map(drop)
-        })?;
+        check(file, name, spec.low_bit, |weight, low_bit| {
+            spec.build(weight, low_bit).map(drop)
+        })
+        .map_err(|e| Error::msg(format!("collection {name}: {e}")))?;
     }
     Ok(description)
 }
@@ -528,28 +582,45 @@ fn describe(file: &MappedFile) -> Result<Description> {
 /// Checks the parameter of a layer or collection, from which `build` makes it.
 fn check(
     file: &MappedFile,
-    kind: &str,
     name: &str,
-    build: impl Fn(Tensor) -> Result<()>,
+    low_bit: Option<LowBitSpec>,
+    build: impl Fn(Tensor, Option<LowBit>) -> Result<()>,
 ) -> Result<()> {
-    let weight = weight_name(name);
-    let Some(info) = file.metadata().info(&weight) else {
-        bail!("{kind} {name}: no tensor {weight}");
+    let Some(LowBitSpec { bits, scale }) = low_bit else {
+        let weight = stand_in(file, &weight_name(name), "a float dtype", |dtype| {
+            WEIGHT_DTYPES.contains(&dtype)
+        })?;
+        return build(weight, None);
     };
-    let dtype = DType::try_from(info.dtype).ok();
-    if !dtype.is_some_and(|dtype| WEIGHT_DTYPES.contains(&dtype)) {
-        bail!(
-            "{kind} {name}: {weight} must have a float dtype, got {:?}",
-            info.dtype
-        );
-    }
-    check_shape(&weight, &info.shape)?;
-    // The layer's own rules, on a stand-in of the right shape that holds no data.
-    let stand_in = Tensor::zeros((), DType::F32, &Device::Cpu)?;
-    stand_in
-        .broadcast_as(info.shape.as_slice())
-        .and_then(build)
-        .map_err(|e| Error::msg(format!("{kind} {name}: {e}")))
+    let bytes = |name: String| stand_in(file, &name, "dtype U8", |dtype| dtype == DType::U8);
+    let weight = bytes(weight_name(name))?;
+    let shifts = match bits {
+        Bits::Eight => None,
+        Bits::Four => Some(bytes(shift_name(name))?),
+    };
+    let low_bit = LowBit::new(bits, scale, &weight, shifts)?;
+    build(weight, Some(low_bit))
+}
+
+/// A tensor that holds no data, with the shape of tensor `name` and a dtype that stands for those that suit; a layer's own rules
+/// are checked on it.
+fn stand_in(
+    file: &MappedFile,
+    name: &str,
+    wanted: &str,
+    suits: impl Fn(DType) -> bool,
+) -> Result<Tensor> {
+    let Some(info) = file.metadata().info(name) else {
+        bail!("no tensor {name}");
+    };
+    let Some(dtype) = DType::try_from(info.dtype)
+        .ok()
+        .filter(|&dtype| suits(dtype))
+    else {
+        bail!("{name} must have {wanted}, got {:?}", info.dtype);
+    };
+    check_shape(name, &info.shape)?;
+    Tensor::zeros((), dtype, &Device::Cpu)?.broadcast_as(info.shape.as_slice())
 }
 
 /// An error that names the operation.

@@ -5,16 +5,20 @@ use crate::collection::HashedEmbeddingBagCollection;
 use crate::config::HashedEmbeddingBagConfig;
 use crate::hash::Hash;
 use crate::layer::HashedEmbeddingBag;
+use crate::low_bit::{check_scale, Bits, LowBit, GROUP};
 use crate::op::Mode;
+use crate::tables::Tables;
 use candle_core::{bail, Error, Result, Tensor};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
 
 /// The key of the description in `__metadata__`.
 pub(super) const METADATA_KEY: &str = "hashed_embedding_bag";
-/// The version of the description that is written, and the only one that is read.
+/// The version of a description without layers in low bits, and of one with. A reader of the first does not know the second.
 const VERSION: u64 = 1;
+const LOW_BIT_VERSION: u64 = 2;
 
 /// The description of one hashed layer: everything but its parameter.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,6 +40,67 @@ pub struct LayerSpec {
     pub first_row: usize,
     /// Where virtual elements find their slots.
     pub hash: Hash,
+    /// What the bytes of the parameter mean, if it is in 8 or 4 bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub low_bit: Option<LowBitSpec>,
+}
+
+/// What the bytes of a parameter in 8 or 4 bits mean.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "LowBitFields", into = "LowBitFields")]
+#[non_exhaustive]
+pub struct LowBitSpec {
+    /// The bits of a value.
+    pub bits: Bits,
+    /// The distance of two levels, in 4 bits that of groups whose shift is 0.
+    pub scale: f32,
+}
+
+// A scale is a number: that is checked wherever one is made.
+impl Eq for LowBitSpec {}
+
+/// The JSON form of a [`LowBitSpec`]. In f64, whose decimal form any reader takes for the same f32.
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LowBitFields {
+    bits: u32,
+    scale: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    group: Option<usize>,
+}
+
+impl From<LowBitSpec> for LowBitFields {
+    fn from(LowBitSpec { bits, scale }: LowBitSpec) -> Self {
+        Self {
+            bits: bits.into(),
+            scale: scale.into(),
+            group: (bits == Bits::Four).then_some(GROUP),
+        }
+    }
+}
+
+impl TryFrom<LowBitFields> for LowBitSpec {
+    type Error = String;
+
+    fn try_from(fields: LowBitFields) -> std::result::Result<Self, String> {
+        let bits = Bits::try_from(fields.bits)?;
+        let scale = check_scale(fields.scale as f32)?;
+        match (bits, fields.group) {
+            (Bits::Four, Some(GROUP)) | (Bits::Eight, None) => Ok(Self { bits, scale }),
+            (Bits::Four, Some(group)) => Err(format!("group must be {GROUP}, got {group}")),
+            (Bits::Four, None) => Err("group is missing".into()),
+            (Bits::Eight, Some(_)) => Err("group goes with 4 bits only".into()),
+        }
+    }
+}
+
+impl From<&LowBit> for LowBitSpec {
+    fn from(low_bit: &LowBit) -> Self {
+        Self {
+            bits: low_bit.bits(),
+            scale: low_bit.scale(),
+        }
+    }
 }
 
 fn is_zero(n: &usize) -> bool {
@@ -53,6 +118,7 @@ impl From<&HashedEmbeddingBag> for LayerSpec {
             include_last_offset: config.include_last_offset,
             first_row: config.first_row,
             hash: layer.hash(),
+            low_bit: layer.low_bit().map(LowBitSpec::from),
         }
     }
 }
@@ -67,8 +133,12 @@ impl LayerSpec {
         check_same(self, &Self::from(layer))
     }
 
-    /// Builds the layer on `hashed_weight`.
-    pub(super) fn build(&self, hashed_weight: Tensor) -> Result<HashedEmbeddingBag> {
+    /// Builds the layer on `hashed_weight`, values or packed bytes as `low_bit` says.
+    pub(super) fn build(
+        &self,
+        hashed_weight: Tensor,
+        low_bit: Option<LowBit>,
+    ) -> Result<HashedEmbeddingBag> {
         let config = HashedEmbeddingBagConfig {
             mode: self.mode,
             hash: Some(self.hash),
@@ -77,12 +147,9 @@ impl LayerSpec {
             first_row: self.first_row,
             ..Default::default()
         };
-        HashedEmbeddingBag::new(
-            hashed_weight,
-            self.num_embeddings,
-            self.embedding_dim,
-            config,
-        )
+        let tables = Arc::new(Tables::one(config.first_row, self.num_embeddings)?);
+        let embedding_dim = self.embedding_dim;
+        HashedEmbeddingBag::over_stored(hashed_weight, low_bit, tables, embedding_dim, config)
     }
 }
 
@@ -106,6 +173,9 @@ pub struct CollectionSpec {
     pub include_last_offset: bool,
     /// Where virtual elements find their slots.
     pub hash: Hash,
+    /// What the bytes of the parameter mean, if it is in 8 or 4 bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub low_bit: Option<LowBitSpec>,
 }
 
 /// One table of a [`CollectionSpec`].
@@ -156,6 +226,7 @@ impl From<&HashedEmbeddingBagCollection> for CollectionSpec {
             padding_idx: config.padding_idx,
             include_last_offset: config.include_last_offset,
             hash: collection.hash(),
+            low_bit: collection.low_bit().map(LowBitSpec::from),
         }
     }
 }
@@ -170,8 +241,12 @@ impl CollectionSpec {
         check_same(self, &Self::from(collection))
     }
 
-    /// Builds the collection on `hashed_weight`.
-    pub(super) fn build(&self, hashed_weight: Tensor) -> Result<HashedEmbeddingBagCollection> {
+    /// Builds the collection on `hashed_weight`, values or packed bytes as `low_bit` says.
+    pub(super) fn build(
+        &self,
+        hashed_weight: Tensor,
+        low_bit: Option<LowBit>,
+    ) -> Result<HashedEmbeddingBagCollection> {
         let config = HashedEmbeddingBagConfig {
             mode: self.mode,
             hash: Some(self.hash),
@@ -181,8 +256,13 @@ impl CollectionSpec {
         };
         let tables = self.tables.iter();
         let tables = tables.map(|table| (table.name.as_str(), table.num_embeddings));
-        let collection =
-            HashedEmbeddingBagCollection::new(hashed_weight, tables, self.embedding_dim, config)?;
+        let collection = HashedEmbeddingBagCollection::over_stored(
+            hashed_weight,
+            low_bit,
+            tables,
+            self.embedding_dim,
+            config,
+        )?;
         match &self.features {
             Some(features) => collection.with_features(
                 features
@@ -258,8 +338,24 @@ impl Description {
         names.map(String::as_str)
     }
 
+    /// The names of the layers and collections in low bits.
+    fn low_bit_names(&self) -> impl Iterator<Item = &str> {
+        let layers = self.layers.iter();
+        let layers = layers.filter_map(|(name, spec)| spec.low_bit.map(|_| name.as_str()));
+        let collections = self.collections.iter();
+        layers.chain(collections.filter_map(|(name, spec)| spec.low_bit.map(|_| name.as_str())))
+    }
+
     pub(super) fn to_json(&self) -> Result<String> {
-        serde_json::to_string(self).map_err(Error::wrap)
+        let version = match self.low_bit_names().next() {
+            None => VERSION,
+            Some(_) => LOW_BIT_VERSION,
+        };
+        let description = Self {
+            version,
+            ..self.clone()
+        };
+        serde_json::to_string(&description).map_err(Error::wrap)
     }
 
     /// Reads the JSON and checks each field on its own; whether the layers fit their tensors is the caller's to check.
@@ -272,8 +368,10 @@ impl Description {
             .map(|version| (version, version.as_u64()))
         {
             None => bail!("version is missing"),
-            Some((_, Some(VERSION))) => {}
-            Some((version, _)) => bail!("version must be {VERSION}, got {version}"),
+            Some((_, Some(VERSION | LOW_BIT_VERSION))) => {}
+            Some((version, _)) => {
+                bail!("version must be {VERSION} or {LOW_BIT_VERSION}, got {version}")
+            }
         }
         let description: Self = serde_path_to_error::deserialize(json).map_err(|e| {
             let path = match e.path().to_string().as_str() {
@@ -286,6 +384,10 @@ impl Description {
             (description.collections.keys()).find(|name| description.layers.contains_key(*name))
         {
             bail!("collection {name} has the name of a layer");
+        }
+        let low_bit = description.low_bit_names().next();
+        if let (VERSION, Some(name)) = (description.version, low_bit) {
+            bail!("{name}: low_bit goes with version {LOW_BIT_VERSION} only");
         }
         Ok(description)
     }

@@ -5,6 +5,7 @@ use crate::bags::{BagShape, JaggedLayout};
 use crate::bounds::BoundsCheck;
 use crate::error::bail;
 use crate::hash::Slots;
+use crate::low_bit::LowBit;
 use crate::tables::Tables;
 use candle_core::{DType, Result, Tensor};
 use std::sync::Arc;
@@ -23,6 +24,8 @@ pub(crate) struct Table {
     pub padding_idx: Option<i64>,
     /// What the gradient of `hashed_weight` is added to, if it is to be no tensor.
     pub sparse_gradient: Option<SparseGradient>,
+    /// What the values of `hashed_weight` mean, if they are packed bytes.
+    pub low_bit: Option<LowBit>,
 }
 
 impl Table {
@@ -54,13 +57,13 @@ pub(crate) struct Offsets<'a> {
 
 /// Looks up and pools bags of rows.
 ///
-/// * `hashed_weight`: `(len,)`, f16, bf16, f32 or f64, of the length `table` was bound to
+/// * `hashed_weight`: `(len,)`, f16, bf16, f32 or f64, of the length `table` was bound to; or the packed bytes of so many
 /// * `indices`: u32, i32 or i64, `(num_bags, bag_len)`, or `(nnz,)` with `offsets`
 /// * `offsets`: u32, i32 or i64, `(num_bags,)`, or `(num_bags + 1,)` with `include_last_offset`
-/// * `per_sample_weights`: the shape of `indices`, the dtype of `hashed_weight`, mode sum only
+/// * `per_sample_weights`: the shape of `indices`, the dtype of the output, mode sum only
 ///
 /// Returns `(num_bags, embedding_dim)` in the dtype of `hashed_weight`, differentiable in `hashed_weight` and
-/// `per_sample_weights`.
+/// `per_sample_weights`; for packed bytes in the dtype that the table asks for, without a gradient.
 pub(crate) fn hashed_embedding_bag(
     hashed_weight: &Tensor,
     indices: &Tensor,
@@ -98,12 +101,17 @@ pub(crate) fn hashed_embedding_bag(
         }
     };
     check_output(bags.num_bags, table.embedding_dim)?;
+    // The ops themselves sum packed bytes in f32 and give f32.
+    let (output_dtype, sum_dtype) = match &table.low_bit {
+        None => (hashed_weight.dtype(), hashed_weight.dtype()),
+        Some(low_bit) => (low_bit.output_dtype(), DType::F32),
+    };
     if let Some(weights) = per_sample_weights {
         if table.mode != Mode::Sum {
             bail!("per_sample_weights need mode sum, got {:?}", table.mode);
         }
         check_weights_shape(weights, indices)?;
-        check_dtype("per_sample_weights", weights, &[hashed_weight.dtype()])?;
+        check_dtype("per_sample_weights", weights, &[output_dtype])?;
         check_device("per_sample_weights", weights, hashed_weight)?;
     }
 
@@ -118,17 +126,18 @@ pub(crate) fn hashed_embedding_bag(
         bounds_check,
         gradient,
     };
-    match (offsets, per_sample_weights) {
+    let output = match (offsets, per_sample_weights) {
         (None, None) => hashed_weight.apply_op2(&indices, FixedBags(lookup)),
         (Some(offsets), None) => {
             hashed_weight.apply_op3(&indices, &offsets, Ternary(RaggedBags(lookup)))
         }
         (offsets, Some(weights)) => hashed_weight.apply_op3(
             &indices,
-            &weights.contiguous()?,
+            &weights.to_dtype(sum_dtype)?.contiguous()?,
             Ternary(WeightedBags { lookup, offsets }),
         ),
-    }
+    }?;
+    output.to_dtype(output_dtype)
 }
 
 /// Refuses an output that is too large to be addressed in f64, the largest dtype. The indices do not bound its size, since empty

@@ -13,6 +13,7 @@
 //! | [`GradPerSampleWeights`] | `CustomOp3` | grad_output, hashed_weight, indices | gradient of per_sample_weights |
 //!
 //! With a sparse gradient ([`SparseGradient`]), the backward pass adds to a buffer instead of returning grad_weight.
+//! Where the table says so (`Table::low_bit`), `hashed_weight` is packed bytes in 8 or 4 bits: then there is a forward only.
 //!
 //! candle has no op with four arguments, so the tensors that are left over are fields of the op's struct. The backward pass keeps
 //! the arguments of the forward and nothing else; it hashes again.
@@ -35,7 +36,7 @@ pub(crate) use lookup::{
 pub use sparse::SparseGradient;
 pub(crate) use sparse::Sums;
 
-use crate::error::NAME;
+use crate::error::{bail, NAME};
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor};
@@ -89,7 +90,7 @@ trait Backend {
     /// The storage as one of this backend.
     fn storage(storage: &Storage) -> Result<&Self::Storage>;
 
-    /// `(num_bags, embedding_dim)` in the dtype of `hashed_weight`; with [`BoundsCheck::Error`](crate::BoundsCheck::Error), an error for the first
+    /// `(num_bags, embedding_dim)` in the dtype of `hashed_weight`, or f32 if that is packed bytes; with [`BoundsCheck::Error`](crate::BoundsCheck::Error), an error for the first
     /// offset or row that breaks the contract.
     fn forward(lookup: &Lookup, operands: &Operands<Self::Storage>) -> Result<Self::Storage>;
 
@@ -133,6 +134,12 @@ impl Lookup {
         per_sample_weights: Option<&Tensor>,
         grad_output: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        if let Some(low_bit) = &self.table.low_bit {
+            bail!(
+                "a layer in {} bits does not train, and has no gradients: detach its inputs, or use the layer it was made of",
+                u32::from(low_bit.bits())
+            );
+        }
         let grad_output = grad_output.contiguous()?;
         let grad_weight = if let Some(sparse) = &self.table.sparse_gradient {
             let tensors = Tensors {

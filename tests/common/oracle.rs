@@ -216,6 +216,30 @@ impl Case {
         let floats = |values: &[f64]| floats(values, dtypes.weight, device);
         let hashed_weight = Var::from_tensor(&floats(&self.hashed_weight)?)?;
         let layer = self.layer(&hashed_weight, form)?;
+        let per_sample_weights = match &self.per_sample_weights {
+            None => None,
+            Some(weights) => Some(Var::from_tensor(&floats(weights)?)?),
+        };
+        let weights = per_sample_weights.as_deref();
+        let out = self.forward(&layer, weights, form, dtypes, device)?;
+        let grad_output = floats(&self.grad_output)?.reshape(out.shape())?;
+        let grads = (&out * grad_output)?.sum_all()?.backward()?;
+        Ok(Results {
+            grad_weight: grads.get(&hashed_weight).cloned(),
+            grad_per_sample_weights: per_sample_weights.and_then(|w| grads.get(&w).cloned()),
+            out,
+        })
+    }
+
+    /// What a layer on the table of the case makes of its bags. Per-sample weights are 1-D.
+    pub fn forward(
+        &self,
+        layer: &HashedEmbeddingBag,
+        per_sample_weights: Option<&Tensor>,
+        form: Form,
+        dtypes: Dtypes,
+        device: &Device,
+    ) -> Result<Tensor> {
         let mut indices = integers(&self.bags.concat(), dtypes.indices, device)?;
         if form == Form::Fixed {
             let num_bags = self.bags.len();
@@ -226,27 +250,17 @@ impl Case {
             None => None,
             Some(offsets) => Some(integers(&offsets, dtypes.offsets, device)?),
         };
-        let per_sample_weights = match &self.per_sample_weights {
-            None => None,
-            Some(weights) => Some(Var::from_tensor(
-                &floats(weights)?.reshape(indices.shape())?,
-            )?),
-        };
-        let out = match (&offsets, &per_sample_weights) {
-            (None, None) => layer.forward(&indices)?,
-            (Some(offsets), None) => layer.forward_with_offsets(&indices, offsets)?,
-            (None, Some(weights)) => layer.forward_weighted(&indices, weights)?,
+        let weights = per_sample_weights
+            .map(|weights| weights.reshape(indices.shape()))
+            .transpose()?;
+        match (&offsets, &weights) {
+            (None, None) => layer.forward(&indices),
+            (Some(offsets), None) => layer.forward_with_offsets(&indices, offsets),
+            (None, Some(weights)) => layer.forward_weighted(&indices, weights),
             (Some(offsets), Some(weights)) => {
-                layer.forward_weighted_with_offsets(&indices, offsets, weights)?
+                layer.forward_weighted_with_offsets(&indices, offsets, weights)
             }
-        };
-        let grad_output = floats(&self.grad_output)?.reshape(out.shape())?;
-        let grads = (&out * grad_output)?.sum_all()?.backward()?;
-        Ok(Results {
-            grad_weight: grads.get(&hashed_weight).cloned(),
-            grad_per_sample_weights: per_sample_weights.and_then(|w| grads.get(&w).cloned()),
-            out,
-        })
+        }
     }
 
     /// The same from candle's own operations in f64 on the CPU, with the gradients of its autograd.

@@ -6,7 +6,7 @@
 use super::{cuda, floats, integers, robe, Case, Draws, Form, Results, Table, DTYPES};
 use super::{INDEX_DTYPES, MODES};
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use candle_hashed_embedding_bag::{Gradient, Hash, Mode, Overflow};
+use candle_hashed_embedding_bag::{Bits, Gradient, Hash, HashedEmbeddingBag, Mode, Overflow};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{TestCaseError, TestRunner};
@@ -353,13 +353,9 @@ impl Lookup {
         Ok((memory, view))
     }
 
-    /// What the crate makes of it.
-    pub fn run(&self, device: &Device) -> Result<Results> {
+    /// The tensors to look up with.
+    pub fn inputs(&self, device: &Device) -> Result<Inputs> {
         let case = &self.case;
-        let (weight_memory, hashed_weight) =
-            self.variable(&case.hashed_weight, self.weight_spread, device)?;
-        let layer = case.layer(&hashed_weight, self.form)?;
-
         let (num_bags, rows) = (case.bags.len(), case.bags.concat());
         let bag_len = rows.len().checked_div(num_bags).unwrap_or(0);
         let shape = (self.form == Form::Fixed).then_some((num_bags, bag_len));
@@ -393,14 +389,37 @@ impl Lookup {
                 }
             }),
         };
-        let out = match (&offsets, &samples) {
-            (None, None) => layer.forward(&indices)?,
-            (Some(offsets), None) => layer.forward_with_offsets(&indices, offsets)?,
-            (None, Some((_, weights))) => layer.forward_weighted(&indices, weights)?,
-            (Some(offsets), Some((_, weights))) => {
-                layer.forward_weighted_with_offsets(&indices, offsets, weights)?
-            }
+        Ok(Inputs {
+            indices,
+            offsets,
+            samples,
+            shape,
+        })
+    }
+
+    /// A layer in this form on the table of the case, and the same layer in 8 or 4 bits, whose bytes are laid out as the
+    /// `hashed_weight` of the lookup is.
+    pub fn low_bit_layer(&self, bits: Bits, device: &Device) -> Result<HashedEmbeddingBag> {
+        let weight = floats(&self.case.hashed_weight, DType::F32, device)?;
+        let (layer, _) = self.case.layer(&weight, self.form)?.to_bits(bits)?;
+        let layer = match self.dtype {
+            DType::F64 => layer,
+            dtype => layer.with_output_dtype(dtype)?,
         };
+        let bytes = layer.hashed_weight().to_device(&Device::Cpu)?.to_vec1()?;
+        let memory = Tensor::new(self.weight_spread.memory(&bytes, 7u8), device)?;
+        layer.with_hashed_weight(self.weight_spread.view(&memory, bytes.len())?)
+    }
+
+    /// What the crate makes of it.
+    pub fn run(&self, device: &Device) -> Result<Results> {
+        let case = &self.case;
+        let (weight_memory, hashed_weight) =
+            self.variable(&case.hashed_weight, self.weight_spread, device)?;
+        let layer = case.layer(&hashed_weight, self.form)?;
+
+        let inputs = self.inputs(device)?;
+        let (out, num_bags) = (inputs.forward(&layer)?, case.bags.len());
         // Multiplied as it is stored, so that the gradient that comes back is stored in the same way.
         let embedding_dim = case.table.embedding_dim;
         let matrix = self.matrix(2, num_bags, embedding_dim);
@@ -418,13 +437,13 @@ impl Lookup {
             None => None,
             Some(grad) => Some(self.weight_spread.view(grad, n)?),
         };
-        let grad_per_sample_weights = match &samples {
+        let grad_per_sample_weights = match &inputs.samples {
             None => None,
             Some((memory, _)) => match grads.get(memory) {
                 None => None,
                 Some(grad) => {
-                    let grad = self.sample_spread.view(grad, rows.len())?;
-                    Some(match shape {
+                    let grad = self.sample_spread.view(grad, case.nnz())?;
+                    Some(match inputs.shape {
                         None => grad,
                         Some((rows, columns)) => self.matrix(1, rows, columns).view(&grad)?,
                     })
@@ -436,5 +455,29 @@ impl Lookup {
             grad_weight,
             grad_per_sample_weights,
         })
+    }
+}
+
+/// The tensors of a lookup in their layouts.
+pub struct Inputs {
+    indices: Tensor,
+    offsets: Option<Tensor>,
+    /// The whole memory of the per-sample weights, and the view that is used.
+    pub samples: Option<(Var, Tensor)>,
+    /// That of the indices, if they are a matrix.
+    shape: Option<(usize, usize)>,
+}
+
+impl Inputs {
+    pub fn forward(&self, layer: &HashedEmbeddingBag) -> Result<Tensor> {
+        let indices = &self.indices;
+        match (&self.offsets, &self.samples) {
+            (None, None) => layer.forward(indices),
+            (Some(offsets), None) => layer.forward_with_offsets(indices, offsets),
+            (None, Some((_, weights))) => layer.forward_weighted(indices, weights),
+            (Some(offsets), Some((_, weights))) => {
+                layer.forward_weighted_with_offsets(indices, offsets, weights)
+            }
+        }
     }
 }

@@ -34,6 +34,7 @@ fn table(hash: Hash, len: usize, embedding_dim: usize) -> Result<Table> {
         mode: Mode::Sum,
         padding_idx: None,
         sparse_gradient: None,
+        low_bit: None,
     })
 }
 

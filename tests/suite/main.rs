@@ -24,6 +24,7 @@ mod import;
 mod inputs;
 mod jagged;
 mod lookup;
+mod low_bit;
 mod optim;
 mod padding;
 mod pooling;

@@ -7,7 +7,7 @@
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
 use candle_hashed_embedding_bag::{
-    hashed_embedding_bag_collection, Checkpoint, Hash, HashedEmbeddingBagCollection,
+    hashed_embedding_bag_collection, Bits, Checkpoint, Hash, HashedEmbeddingBagCollection,
     HashedEmbeddingBagConfig, JaggedLayout, Mode,
 };
 use candle_nn::VarBuilder;
@@ -32,10 +32,12 @@ pub struct EmbeddingConfig {
 }
 
 /// The tables of a schema.
+#[derive(Clone)]
 pub struct Embeddings {
     collections: Vec<Collection>,
 }
 
+#[derive(Clone)]
 struct Collection {
     name: &'static str,
     /// The positions of its tables in the schema.
@@ -114,6 +116,24 @@ impl Embeddings {
         Ok(Self { collections })
     }
 
+    /// The same tables in 8 or 4 bits, for serving, with the relative error of each collection.
+    ///
+    /// # Errors
+    /// Tables that are rounded already, or values that are not finite.
+    pub fn to_bits(&self, bits: Bits) -> Result<(Self, Vec<(&'static str, f64)>)> {
+        let (mut collections, mut errors) = (Vec::new(), Vec::new());
+        for kind in &self.collections {
+            let (collection, error) = kind.collection.to_bits(bits)?;
+            collections.push(Collection {
+                name: kind.name,
+                tables: kind.tables.clone(),
+                collection,
+            });
+            errors.push((kind.name, error));
+        }
+        Ok((Self { collections }, errors))
+    }
+
     /// Pools `bags`, one list per table of the schema, into `(batch, tables, embedding_dim)`. The tables come in the order of
     /// the collections, not of the schema.
     pub fn forward(&self, bags: &[Bags], device: &Device) -> candle_core::Result<Tensor> {
@@ -149,7 +169,14 @@ impl Embeddings {
     /// How many values the tables store, and how many they would store without hashing.
     pub fn parameters(&self) -> (usize, usize) {
         let collections = || self.collections().map(|(_, collection)| collection);
-        let stored = collections().map(|c| c.hashed_weight().elem_count()).sum();
+        let values = |collection: &HashedEmbeddingBagCollection| {
+            let stored = collection.hashed_weight().elem_count();
+            match collection.low_bit() {
+                None => stored,
+                Some(low_bit) => stored * 8 / u32::from(low_bit.bits()) as usize,
+            }
+        };
+        let stored = collections().map(values).sum();
         let rows = collections().flat_map(|c| c.tables());
         let rows: usize = rows.map(|(_, rows)| rows).sum();
         (stored, rows * self.embedding_dim())

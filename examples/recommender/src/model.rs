@@ -14,7 +14,7 @@
 
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
-use candle_hashed_embedding_bag::Checkpoint;
+use candle_hashed_embedding_bag::{Bits, Checkpoint};
 use candle_nn::{linear, Linear, Module, VarBuilder};
 
 use crate::data::{Batch, Schema};
@@ -24,6 +24,7 @@ use crate::embeddings::{EmbeddingConfig, Embeddings};
 const HIDDEN: [usize; 2] = [64, 32];
 
 /// Scores examples.
+#[derive(Clone)]
 pub struct Dlrm {
     embeddings: Embeddings,
     /// How many numbers an example has, and the MLP that turns them into a vector.
@@ -35,6 +36,7 @@ pub struct Dlrm {
 }
 
 /// Linear layers with ReLU between them. (`candle_nn::Sequential` cannot be shared between threads.)
+#[derive(Clone)]
 struct Mlp(Vec<Linear>);
 
 impl Dlrm {
@@ -52,6 +54,19 @@ impl Dlrm {
             schema,
             checkpoint.var_builder(DType::F32, device),
         )
+    }
+
+    /// The same model with its tables in 8 or 4 bits, for serving, and the relative error of each collection.
+    ///
+    /// # Errors
+    /// Those of [`Embeddings::to_bits`].
+    pub fn to_bits(&self, bits: Bits) -> Result<(Self, Vec<(&'static str, f64)>)> {
+        let (embeddings, errors) = self.embeddings.to_bits(bits)?;
+        let model = Self {
+            embeddings,
+            ..self.clone()
+        };
+        Ok((model, errors))
     }
 
     fn over(embeddings: Embeddings, schema: &Schema, vb: VarBuilder) -> Result<Self> {

@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
-use candle_hashed_embedding_bag::Hash;
+use candle_hashed_embedding_bag::{Bits, Hash};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::data::{Clicks, Data, Part, Source};
@@ -74,6 +74,9 @@ pub struct Train {
     compression: f64,
     #[arg(long, default_value = "default", help = HASH_HELP)]
     hash: HashChoice,
+    /// Round the embedding tables to so many bits per value in the checkpoint, 8 or 4; the test part is also scored with them.
+    #[arg(long, value_name = "8|4", value_parser = parse_bits)]
+    pub bits: Option<Bits>,
     /// Decides the initial values, the order of the examples and the generated ratings.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
@@ -348,6 +351,11 @@ impl fmt::Display for HashChoice {
             Self::Original => write!(f, "original"),
         }
     }
+}
+
+fn parse_bits(text: &str) -> Result<Bits> {
+    let bits: u32 = text.parse().context("no number")?;
+    Bits::try_from(bits).map_err(anyhow::Error::msg)
 }
 
 fn parse_compression(text: &str) -> Result<f64> {

@@ -2,7 +2,7 @@
 //!
 //! | tensor | dtype | |
 //! |---|---|---|
-//! | `plain.hashed_weight`, `hashed.hashed_weight` | f32 | the embedding tables; the crate's metadata says how to read them |
+//! | `plain.hashed_weight`, `hashed.hashed_weight` | f32; u8 in 8 or 4 bits | the embedding tables; the crate's metadata says how to read them |
 //! | `top.<i>.weight`, `top.<i>.bias` | f32 | the MLP |
 //!
 //! A model of ratings, a [`Recommender`], brings its catalog:
@@ -52,9 +52,13 @@ pub struct ClickModel {
     counts: [i64; 2],
 }
 
-/// Writes the model, whose variables are `vars` and which was trained on `data`.
+/// Writes the model, whose variables are `vars` and which was trained on `data`. Its tables may have been rounded since.
 pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data) -> Result<()> {
-    let mut tensors = checkpoint::variables(vars);
+    // The tables come from the model, which may hold others than the variables.
+    let mut tensors: Vec<_> = checkpoint::variables(vars)
+        .into_iter()
+        .filter(|(name, _)| !name.ends_with(".hashed_weight"))
+        .collect();
     match data {
         Data::Ratings(Ratings {
             source, catalog, ..
@@ -302,6 +306,7 @@ mod tests {
     use crate::options::{Command, Options};
     use crate::train::Settings;
     use crate::{init, train};
+    use candle_hashed_embedding_bag::Bits;
     use clap::Parser;
 
     #[test]
@@ -327,6 +332,35 @@ mod tests {
             logits(&model, &ratings.catalog, &pairs)?
         );
         assert!(ClickModel::open(&path, &Device::Cpu).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn a_rounded_model_comes_back_as_it_was() -> Result<()> {
+        let data = Data::Ratings(Source::Generated { seed: 3 }.load()?);
+        let (model, vars) = trained(&data)?;
+        let exact = evaluate(&model, data.examples(), Part::Test)?;
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("model.safetensors");
+        save(&path, &model, &vars, &data)?;
+        let mut len = path.metadata()?.len();
+        for bits in [Bits::Eight, Bits::Four] {
+            let (rounded, errors) = model.to_bits(bits)?;
+            assert!(errors.iter().all(|(_, error)| *error < 0.15), "{errors:?}");
+            save(&path, &rounded, &vars, &data)?;
+            let opened = Recommender::open(&path, &Device::Cpu)?;
+            let metrics = evaluate(&opened.model, data.examples(), Part::Test)?;
+            assert_eq!(metrics, evaluate(&rounded, data.examples(), Part::Test)?);
+            let (auc, was) = (metrics.auc.context("no AUC")?, exact.auc.context("no AUC")?);
+            assert!((auc - was).abs() < 0.01, "{bits:?}: {auc}, {was} before");
+            assert_eq!(
+                opened.model.embeddings().parameters(),
+                model.embeddings().parameters()
+            );
+            let less = path.metadata()?.len();
+            assert!(less < len, "{less} bytes, {len} with more bits");
+            len = less;
+        }
         Ok(())
     }
 

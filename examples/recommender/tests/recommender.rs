@@ -121,6 +121,24 @@ fn a_standard_output_that_fails_is_reported_at_the_end() {
 }
 
 #[test]
+fn tables_are_rounded_in_the_checkpoint() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    folder.succeeds(TRAIN);
+    let exact = fs::metadata(folder.path("m")).unwrap().len();
+    for bits in [8, 4] {
+        let said = folder.succeeds(&format!("{TRAIN} --bits {bits}"));
+        assert!(said.contains(&format!("test, {bits} bits")), "{said}");
+        assert!(said.contains("relative error of rounding"), "{said}");
+        assert!(fs::metadata(folder.path("m")).unwrap().len() < exact);
+        folder.succeeds("recommend --user 1 --data ml --checkpoint m");
+        folder.succeeds("evaluate --data ml --checkpoint m");
+    }
+    let (_, said) = folder.fails(&format!("{TRAIN} --bits 5"));
+    assert!(said.contains("bits must be 8 or 4, got 5"), "{said}");
+}
+
+#[test]
 fn a_divergence_is_an_error_that_replaces_no_model() {
     let folder = Folder::new();
     folder.plain_movielens();

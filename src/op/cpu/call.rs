@@ -12,7 +12,7 @@ use crate::op::{Lookup, Mode, Operands, View};
 use crate::parallel::Team;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Error, Result};
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 /// So that a thread which comes late, or has heavier bags, leaves its share to others.
 const TASKS_PER_THREAD: usize = 8;
@@ -133,32 +133,26 @@ impl BagRows<'_> {
     }
 }
 
-/// Inputs of one lookup as CPU slices, with what is computed once per call.
-pub(super) struct Call<'a, T, H: Locate> {
+/// The rows of a lookup and their hash: its inputs but for the weights.
+pub(super) struct HashedRows<'a, H: Locate> {
     pub rows: BagRows<'a>,
     pub hash: H,
     /// What the hash knows of each block of columns.
     pub column_blocks: Vec<H::ColumnBlock>,
-    pub hashed_weight: &'a [T],
-    per_sample_weights: Option<&'a [T]>,
 }
 
-impl<'a, T: Load, H: Locate> Call<'a, T, H> {
-    /// Bit `i` is set where blocks of `i` columns have loops of their own; see [`with_block`]. Blocks of affine hashes are seldom
-    /// longer than 1.
-    pub const CONSTANT_BLOCKS: u64 = if H::SIGNED {
-        T::CONSTANT_BLOCKS
-    } else {
-        T::CONSTANT_BLOCKS & 1 << 1
-    };
-
-    pub fn new(lookup: &'a Lookup, hash: H, operands: &Operands<'a, CpuStorage>) -> Result<Self> {
+impl<'a, H: Locate> HashedRows<'a, H> {
+    /// For a `hashed_weight` of `len` values.
+    pub fn new(
+        lookup: &'a Lookup,
+        hash: H,
+        operands: &Operands<'a, CpuStorage>,
+        len: usize,
+    ) -> Result<Self> {
         let column_blocks = lookup.table.embedding_dim.div_ceil(hash.block());
-        let hashed_weight: &[T] = slice(operands.hashed_weight)?;
         // The loops rely on this; see `Window::fill`.
         let end = hash.slot(hash.last_place(), hash.block()) + hash.block();
-        if end > hashed_weight.len() {
-            let len = hashed_weight.len();
+        if end > len {
             bail!("hashed_weight must hold {end} values, got {len}");
         }
         Ok(Self {
@@ -171,8 +165,6 @@ impl<'a, T: Load, H: Locate> Call<'a, T, H> {
                 .map(|i| hash.column_block(i))
                 .collect(),
             hash,
-            hashed_weight,
-            per_sample_weights: operands.per_sample_weights.map(slice).transpose()?,
         })
     }
 
@@ -210,23 +202,7 @@ impl<'a, T: Load, H: Locate> Call<'a, T, H> {
         self.num_bags().div_ceil(tasks).max(1)
     }
 
-    pub fn is_weighted(&self) -> bool {
-        self.per_sample_weights.is_some()
-    }
-
-    /// The per-sample weight of row `i`.
-    #[inline(always)]
-    pub fn sample_weight(&self, rows: &Rows<H::Place>, i: usize) -> Option<T::Acc> {
-        let weights = self.per_sample_weights?;
-        Some(weights[rows.position(i)].widen())
-    }
-
-    /// The rows of some bags, hashed; with their positions where there are per-sample weights.
-    pub fn window(&self, bags: Range<usize>) -> Window<'_, H> {
-        self.window_noting(bags, self.is_weighted())
-    }
-
-    /// The same, with the positions of rows if `positions`.
+    /// The rows of some bags, hashed; with the positions of rows if `positions`.
     pub fn window_noting(&self, bags: Range<usize>, positions: bool) -> Window<'_, H> {
         Window::new(self.rows, self.hash, &self.column_blocks, bags, positions)
     }
@@ -247,6 +223,57 @@ impl<'a, T: Load, H: Locate> Call<'a, T, H> {
     pub fn locate(&self, blocks: &Blocks<H::Place>, i: usize, block: usize) -> (usize, u32) {
         let signs = if H::SIGNED { blocks.signs(i) } else { 0 };
         (self.hash.slot(blocks.place(i), block), signs)
+    }
+}
+
+/// Inputs of one lookup as CPU slices, with what is computed once per call.
+pub(super) struct Call<'a, T, H: Locate> {
+    hashed: HashedRows<'a, H>,
+    pub hashed_weight: &'a [T],
+    per_sample_weights: Option<&'a [T]>,
+}
+
+impl<'a, T, H: Locate> Deref for Call<'a, T, H> {
+    type Target = HashedRows<'a, H>;
+
+    #[inline(always)]
+    fn deref(&self) -> &Self::Target {
+        &self.hashed
+    }
+}
+
+impl<'a, T: Load, H: Locate> Call<'a, T, H> {
+    /// Bit `i` is set where blocks of `i` columns have loops of their own; see [`with_block`]. Blocks of affine hashes are seldom
+    /// longer than 1.
+    pub const CONSTANT_BLOCKS: u64 = if H::SIGNED {
+        T::CONSTANT_BLOCKS
+    } else {
+        T::CONSTANT_BLOCKS & 1 << 1
+    };
+
+    pub fn new(lookup: &'a Lookup, hash: H, operands: &Operands<'a, CpuStorage>) -> Result<Self> {
+        let hashed_weight: &[T] = slice(operands.hashed_weight)?;
+        Ok(Self {
+            hashed: HashedRows::new(lookup, hash, operands, hashed_weight.len())?,
+            hashed_weight,
+            per_sample_weights: operands.per_sample_weights.map(slice).transpose()?,
+        })
+    }
+
+    pub fn is_weighted(&self) -> bool {
+        self.per_sample_weights.is_some()
+    }
+
+    /// The per-sample weight of row `i`.
+    #[inline(always)]
+    pub fn sample_weight(&self, rows: &Rows<H::Place>, i: usize) -> Option<T::Acc> {
+        let weights = self.per_sample_weights?;
+        Some(weights[rows.position(i)].widen())
+    }
+
+    /// The rows of some bags, hashed; with their positions where there are per-sample weights.
+    pub fn window(&self, bags: Range<usize>) -> Window<'_, H> {
+        self.window_noting(bags, self.is_weighted())
     }
 
     /// The values of row `i`, as they are kept, and their signs.

@@ -4,7 +4,7 @@
 //! each bag is pooled by one thread, in the order of its indices. The sums of four column groups stay in registers while
 //! the rows of a bag go by.
 
-use super::call::{with_block, Call};
+use super::call::{with_block, Call, HashedRows};
 use super::combine::{combine, Combine, Load, Max, Sum};
 use super::lanes::{prefetch, Lanes, Loop};
 use super::scalar::Accumulator;
@@ -22,28 +22,45 @@ impl Pass for Forward {
     type Output = CpuStorage;
 
     fn run<T: Load, H: Locate>(self, call: &Call<T, H>) -> Result<CpuStorage> {
-        let team = call.team();
-        let (embedding_dim, task) = (call.embedding_dim(), call.bags_per_task(&team));
-        let len = call.num_bags() * embedding_dim;
-        let mut output = Vec::with_capacity(len);
-        let values = &mut output.spare_capacity_mut()[..len];
-        let tasks = values.chunks_mut(task * embedding_dim).enumerate();
-        let bad_rows = team.map(tasks, |(i, output)| {
-            let first = i * task;
-            let bags = first..first + output.len() / embedding_dim;
-            let bad_row = call.rows.first_bad_row(bags);
-            if bad_row.is_none() {
-                with_block!(call.hash.block(), Call::<T, H>::CONSTANT_BLOCKS, BLOCK, lanes => lanes.run(Pool::<BLOCK, _, _> { call, first, output }));
-            }
-            bad_row
-        });
-        if let Some(bad_row) = bad_rows.into_iter().flatten().min() {
-            return Err(call.rows.error(&bad_row));
-        }
-        // SAFETY: no row being bad, each bag wrote its row, and the rows are all `len` values.
-        unsafe { output.set_len(len) };
+        let pool = |first, output: &mut [_]| {
+            with_block!(call.hash.block(), Call::<T, H>::CONSTANT_BLOCKS, BLOCK, lanes => lanes.run(Pool::<BLOCK, _, _> { call, first, output }));
+        };
+        // SAFETY: a `Pool` writes all of its output.
+        let output = unsafe { pooled_rows(call, pool)? };
         Ok(T::to_cpu_storage_owned(output))
     }
+}
+
+/// The pooled rows of all bags, `(num_bags, embedding_dim)`. `pool(first, output)` is called for each task, with its first bag and
+/// the rows of its bags, after its indices were found to be in range.
+///
+/// # Safety
+/// `pool` writes all of `output`.
+pub(super) unsafe fn pooled_rows<T: Send, H: Locate>(
+    call: &HashedRows<H>,
+    pool: impl Fn(usize, &mut [MaybeUninit<T>]) + Sync,
+) -> Result<Vec<T>> {
+    let team = call.team();
+    let (embedding_dim, task) = (call.embedding_dim(), call.bags_per_task(&team));
+    let len = call.num_bags() * embedding_dim;
+    let mut output = Vec::with_capacity(len);
+    let values = &mut output.spare_capacity_mut()[..len];
+    let tasks = values.chunks_mut(task * embedding_dim).enumerate();
+    let bad_rows = team.map(tasks, |(i, output)| {
+        let first = i * task;
+        let bags = first..first + output.len() / embedding_dim;
+        let bad_row = call.rows.first_bad_row(bags);
+        if bad_row.is_none() {
+            pool(first, output);
+        }
+        bad_row
+    });
+    if let Some(bad_row) = bad_rows.into_iter().flatten().min() {
+        return Err(call.rows.error(&bad_row));
+    }
+    // SAFETY: no row being bad, the rows of every bag are written, and they are all `len` values.
+    unsafe { output.set_len(len) };
+    Ok(output)
 }
 
 /// Pools the bags from `first` on into the rows of `output`, and writes all of it.

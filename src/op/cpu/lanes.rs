@@ -1,5 +1,5 @@
 //! Instruction sets: resolved once per loop, and the few operations that the compiler does not turn into vectors by
-//! itself, sixteen or eight values that are negated where a bit is set.
+//! itself, values that are negated where a bit is set, and bytes that are looked up.
 //!
 //! Loops are plain Rust, compiled once per set of [`Lanes`] by [`widest`] or [`up_to_avx2`]. That reaches as far as functions
 //! are inlined, which is why everything inside a loop says `inline(always)`. Each set compiled costs every user build
@@ -43,6 +43,49 @@ pub(super) trait Lanes: Copy {
 
     /// f16 to f32.
     fn widen16(self, values: &[f16; 16]) -> [f32; 16];
+
+    /// `levels[i] ^ top` where bit `i` of `signs` is set. `top` is 15 or 255, and no level is larger.
+    #[inline(always)]
+    fn flip32(self, levels: &[u8; 32], signs: u32, top: u8) -> [u8; 32] {
+        let mut flipped = *levels;
+        for (i, level) in flipped.iter_mut().enumerate() {
+            *level ^= ((signs >> i) as u8 & 1).wrapping_neg() & top;
+        }
+        flipped
+    }
+
+    /// Adds each two neighbouring `levels`, as one number of 16 bits, to `pairs`, modulo 2^16, and the second of them to `uppers`.
+    ///
+    /// The sum of the first ones is what is left of `pairs` without the second. That is less work than to take all levels apart.
+    #[inline(always)]
+    fn add_pairs(self, pairs: &mut [u16; 16], uppers: &mut [u16; 16], levels: &[u8; 32]) {
+        for i in 0..16 {
+            let pair = u16::from_le_bytes([levels[2 * i], levels[2 * i + 1]]);
+            pairs[i] = pairs[i].wrapping_add(pair);
+            uppers[i] = uppers[i].wrapping_add(pair >> 8);
+        }
+    }
+
+    /// The low and the high half of each byte.
+    #[inline(always)]
+    fn nibbles32(self, bytes: &[u8; 16]) -> [u8; 32] {
+        let mut nibbles = [0; 32];
+        for (i, byte) in bytes.iter().enumerate() {
+            nibbles[2 * i] = byte & 15;
+            nibbles[2 * i + 1] = byte >> 4;
+        }
+        nibbles
+    }
+
+    /// `tables[i / 16][numbers[i]]` for numbers below 16.
+    #[inline(always)]
+    fn look_up32(self, numbers: &[u8; 32], tables: [&[u8; 16]; 2]) -> [u8; 32] {
+        let mut found = *numbers;
+        for (i, found) in found.iter_mut().enumerate() {
+            *found = tables[i / 16][usize::from(*found & 15)];
+        }
+        found
+    }
 }
 
 /// A loop to be compiled for several instruction sets; `run` must be `inline(always)`.
@@ -357,6 +400,71 @@ mod x86 {
         }
 
         #[inline(always)]
+        fn flip32(self, levels: &[u8; 32], signs: u32, top: u8) -> [u8; 32] {
+            let mut flipped = [0; 32];
+            // SAFETY: an `Avx2` exists only where its features do; 32 bytes lie on either side.
+            unsafe {
+                let levels = _mm256_loadu_si256(levels.as_ptr().cast());
+                // Lane i gets the byte of its sign, and keeps that bit alone.
+                let byte = _mm256_set_epi64x(
+                    0x0303_0303_0303_0303,
+                    0x0202_0202_0202_0202,
+                    0x0101_0101_0101_0101,
+                    0,
+                );
+                let bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+                let signs = _mm256_shuffle_epi8(_mm256_set1_epi32(signs as i32), byte);
+                let signs = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bit), bit);
+                let top = _mm256_and_si256(signs, _mm256_set1_epi8(top as i8));
+                let levels = _mm256_xor_si256(levels, top);
+                _mm256_storeu_si256(flipped.as_mut_ptr().cast(), levels);
+            }
+            flipped
+        }
+
+        #[inline(always)]
+        fn add_pairs(self, pairs: &mut [u16; 16], uppers: &mut [u16; 16], levels: &[u8; 32]) {
+            // SAFETY: an `Avx2` exists only where its features do; the arrays hold the 32 bytes that are accessed.
+            unsafe {
+                let levels = _mm256_loadu_si256(levels.as_ptr().cast());
+                let upper = _mm256_srli_epi16::<8>(levels);
+                let sum = _mm256_loadu_si256(pairs.as_ptr().cast());
+                let sum = _mm256_add_epi16(sum, levels);
+                _mm256_storeu_si256(pairs.as_mut_ptr().cast(), sum);
+                let sum = _mm256_loadu_si256(uppers.as_ptr().cast());
+                let sum = _mm256_add_epi16(sum, upper);
+                _mm256_storeu_si256(uppers.as_mut_ptr().cast(), sum);
+            }
+        }
+
+        #[inline(always)]
+        fn nibbles32(self, bytes: &[u8; 16]) -> [u8; 32] {
+            let mut nibbles = [0; 32];
+            // SAFETY: an `Avx2` exists only where its features do; 16 bytes lie on one side, 32 on the other.
+            unsafe {
+                let bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(bytes.as_ptr().cast()));
+                // The high half moves to the low half of the byte above.
+                let both = _mm256_or_si256(bytes, _mm256_slli_epi16::<4>(bytes));
+                let halves = _mm256_and_si256(both, _mm256_set1_epi8(15));
+                _mm256_storeu_si256(nibbles.as_mut_ptr().cast(), halves);
+            }
+            nibbles
+        }
+
+        #[inline(always)]
+        fn look_up32(self, numbers: &[u8; 32], tables: [&[u8; 16]; 2]) -> [u8; 32] {
+            let mut found = [0; 32];
+            // SAFETY: an `Avx2` exists only where its features do; 16 bytes lie at each table, 32 on either side.
+            unsafe {
+                let [low, high] = tables.map(|table| _mm_loadu_si128(table.as_ptr().cast()));
+                let numbers = _mm256_loadu_si256(numbers.as_ptr().cast());
+                let levels = _mm256_shuffle_epi8(_mm256_set_m128i(high, low), numbers);
+                _mm256_storeu_si256(found.as_mut_ptr().cast(), levels);
+            }
+            found
+        }
+
+        #[inline(always)]
         fn add16(self, sums: &mut [f32; 16], values: &[f32; 16], signs: u32) {
             let (sums, values) = (sums.as_chunks_mut().0, values.as_chunks().0);
             self.add_eight::<0>(&mut sums[0], &values[0], signs);
@@ -475,6 +583,21 @@ mod tests {
                 let halves =
                     std::array::from_fn(|i| f16::from_bits((round * 16) as u16 + i as u16));
                 bits.extend(lanes.widen16(&halves).map(bits_of));
+                let bytes: [u8; 16] =
+                    std::array::from_fn(|i| ((i as u32 * 37 + round * 11) >> 2) as u8);
+                let nibbles = lanes.nibbles32(&bytes);
+                let (mut pairs, mut uppers) = ([round as u16 * 7; 16], [!0; 16]);
+                lanes.add_pairs(&mut pairs, &mut uppers, &nibbles);
+                bits.extend(pairs.into_iter().chain(uppers).map(u32::from));
+                bits.extend(nibbles.map(u32::from));
+                bits.extend(
+                    lanes
+                        .look_up32(&nibbles, [&bytes, &[round as u8; 16]])
+                        .map(u32::from),
+                );
+                for top in [15, 255] {
+                    bits.extend(lanes.flip32(&nibbles, signs, top).map(u32::from));
+                }
             }
             bits
         }

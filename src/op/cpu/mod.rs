@@ -3,6 +3,7 @@
 //! | | |
 //! |---|---|
 //! | `forward.rs` | the pooled rows, bags divided among threads |
+//! | `low_bit.rs` | the same over a hashed_weight in 8 or 4 bits, exact |
 //! | `backward.rs`, `winners.rs` | the gradient of hashed_weight: its terms |
 //! | `terms.rs`, `sparse.rs` | how they are added, with the same result for any number of threads |
 //! | `per_sample_weights.rs` | the gradient of per_sample_weights |
@@ -16,6 +17,7 @@ mod call;
 mod combine;
 mod forward;
 mod lanes;
+mod low_bit;
 mod per_sample_weights;
 mod scalar;
 mod sparse;
@@ -23,7 +25,7 @@ mod terms;
 mod window;
 mod winners;
 
-use super::{Backend, Lookup, Operands, View};
+use super::{lend, Backend, Lookup, Operands, View};
 #[cfg(feature = "cuda")]
 use crate::bounds::BadRow;
 use crate::bounds::{check_offsets, BoundsCheck};
@@ -60,7 +62,12 @@ impl Backend for Cpu {
         if lookup.bounds_check == BoundsCheck::Error {
             check_division(lookup, operands.offsets)?;
         }
-        run(forward::Forward, lookup, operands)
+        match &lookup.table.low_bit {
+            None => run(forward::Forward, lookup, operands),
+            Some(low_bit) => lend::<Self, _>(low_bit.shifts(), |shifts| {
+                low_bit::forward(lookup, low_bit, shifts, operands)
+            }),
+        }
     }
 
     fn grad_weight(

@@ -2,11 +2,12 @@
 
 use super::bounds::{check_on_host, Flag};
 use super::fixed_point::{zero_units, FixedPoint};
-use super::instances::Pass;
+use super::instances::{Dtype, Pass};
 use super::launch::{self, Element, Launch};
 use super::sparse::SparseSums;
 use crate::bounds::BoundsCheck;
 use crate::error::bail;
+use crate::low_bit::Bits;
 use crate::op::{lend, Backend, Gradient, Lookup, Operands, View};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
@@ -23,7 +24,8 @@ macro_rules! with_launch {
         lend::<Cuda, _>($lookup.table.table_rows.as_ref(), |table_rows| {
             macro_rules! run {
                 ($t:ty) => {{
-                    let $launch = Launch::<$t>::new(pass, $lookup, $operands, table_rows)?;
+                    let $launch =
+                        Launch::<$t>::new(pass, <$t>::DTYPE, $lookup, $operands, table_rows)?;
                     $run
                 }};
             }
@@ -50,7 +52,25 @@ impl Backend for Cuda {
     }
 
     fn forward(lookup: &Lookup, operands: &Operands<CudaStorage>) -> Result<CudaStorage> {
-        with_launch!(Pass::Forward, lookup, operands, launch => forward(&launch, operands))
+        let Some(low_bit) = &lookup.table.low_bit else {
+            return with_launch!(Pass::Forward, lookup, operands, launch => {
+                forward(&launch, operands, |out| launch.forward(out))
+            });
+        };
+        let dtype = match low_bit.bits() {
+            Bits::Eight => Dtype::Bits8,
+            Bits::Four => Dtype::Bits4,
+        };
+        lend::<Cuda, _>(lookup.table.table_rows.as_ref(), |table_rows| {
+            lend::<Cuda, _>(low_bit.shifts(), |shifts| {
+                let shifts = shifts.map(launch::view::<u8>).transpose()?;
+                let pass = Pass::Forward;
+                let launch = Launch::<f32, u8>::new(pass, dtype, lookup, operands, table_rows)?;
+                forward(&launch, operands, |out| {
+                    launch.forward(low_bit, &shifts, out)
+                })
+            })
+        })
     }
 
     fn grad_weight(
@@ -84,9 +104,11 @@ impl Backend for Cuda {
     }
 }
 
-fn forward<T: Element>(
-    launch: &Launch<T>,
+/// `run` queues the kernel, which writes all of the output.
+fn forward<T: Element, W: CudaDType>(
+    launch: &Launch<T, W>,
     operands: &Operands<CudaStorage>,
+    run: impl FnOnce(&mut CudaSlice<T>) -> Result<()>,
 ) -> Result<CudaStorage> {
     let Launch { lookup, device, .. } = launch;
     let is_checked = lookup.bounds_check == BoundsCheck::Error;
@@ -109,7 +131,7 @@ fn forward<T: Element>(
         }
         false => None,
     };
-    let launched = launch.forward(&mut out);
+    let launched = run(&mut out);
     if let Some(flag) = flag {
         if flag.wait()? {
             check_on_host(lookup, operands)?;

@@ -26,6 +26,9 @@ pub enum Dtype {
     Bf16,
     F32,
     F64,
+    /// Packed bytes in 8 or 4 bits, which give f32 and have no gradient.
+    Bits8,
+    Bits4,
 }
 
 /// What a kernel computes for every bag.
@@ -114,7 +117,8 @@ impl Family {
 }
 
 impl Dtype {
-    pub const ALL: [Self; 4] = [Self::F16, Self::Bf16, Self::F32, Self::F64];
+    pub const FLOATS: [Self; 4] = [Self::F16, Self::Bf16, Self::F32, Self::F64];
+    pub const LOW_BITS: [Self; 2] = [Self::Bits8, Self::Bits4];
 
     fn name(self) -> &'static str {
         match self {
@@ -122,22 +126,35 @@ impl Dtype {
             Self::Bf16 => "bf16",
             Self::F32 => "f32",
             Self::F64 => "f64",
+            Self::Bits8 => "bits8",
+            Self::Bits4 => "bits4",
         }
     }
 
-    /// Bytes of a value.
-    pub fn size(self) -> usize {
+    /// Bits of a value.
+    pub fn bits(self) -> usize {
         match self {
-            Self::F16 | Self::Bf16 => 2,
-            Self::F32 => 4,
-            Self::F64 => 8,
+            Self::Bits4 => 4,
+            Self::Bits8 => 8,
+            Self::F16 | Self::Bf16 => 16,
+            Self::F32 => 32,
+            Self::F64 => 64,
         }
+    }
+
+    /// How many values the widest access takes.
+    pub fn widest(self) -> usize {
+        8 * WIDEST_ACCESS / self.bits()
+    }
+
+    pub fn is_low_bit(self) -> bool {
+        Self::LOW_BITS.contains(&self)
     }
 
     /// The dtype in which values of this one are summed.
     pub fn accumulator(self) -> Self {
         match self {
-            Self::F16 | Self::Bf16 | Self::F32 => Self::F32,
+            Self::F16 | Self::Bf16 | Self::F32 | Self::Bits8 | Self::Bits4 => Self::F32,
             Self::F64 => Self::F64,
         }
     }
@@ -204,10 +221,13 @@ impl Rule {
 impl BagKernel {
     /// The kernels for one pass, family and dtype.
     pub fn candidates(pass: Pass, family: Family, dtype: Dtype) -> Vec<Self> {
+        if dtype.is_low_bit() && pass != Pass::Forward {
+            return vec![];
+        }
         // Gradients are added in the accumulator's dtype.
         let widest = match pass {
-            Pass::Backward | Pass::BackwardFixedPoint => WIDEST_ACCESS / dtype.accumulator().size(),
-            Pass::Forward | Pass::BackwardPerSampleWeights => WIDEST_ACCESS / dtype.size(),
+            Pass::Backward | Pass::BackwardFixedPoint => dtype.accumulator().widest(),
+            Pass::Forward | Pass::BackwardPerSampleWeights => dtype.widest(),
         };
         let mut candidates = vec![];
         for &pooling in pass.poolings() {
@@ -222,6 +242,10 @@ impl BagKernel {
                 (_, Pass::BackwardFixedPoint, Pooling::Sum | Pooling::Weighted) => {
                     &[(1, 1), (1, 4)]
                 }
+                // So many columns are one or two blocks, or half of one. Sums in floats take a register per column.
+                _ if dtype == Dtype::Bits8 => &[(1, 1), (widest, 1), (widest, 2)],
+                (.., Pooling::Weighted) if dtype == Dtype::Bits4 => &[(1, 1), (16, 1)],
+                _ if dtype == Dtype::Bits4 => &[(1, 1), (16, 1), (widest, 1)],
                 _ => &[(1, 1), (widest, 1), (widest, 2), (widest, 4)],
             };
             for &(width, share) in shapes {
@@ -262,7 +286,7 @@ impl BagKernel {
     }
 
     /// Thread blocks that must fit on a multiprocessor at once. This limits the registers per thread, so that many loads are in
-    /// flight. 16-bit values are loaded eight at a time and need more registers.
+    /// flight. 16-bit values are loaded eight at a time and need more registers; low bits need more still.
     pub fn blocks_per_multiprocessor(self) -> Option<usize> {
         match (self.pass, self.dtype) {
             (Pass::Forward, Dtype::F16 | Dtype::Bf16) => Some(7),
@@ -345,14 +369,14 @@ impl Module {
 /// Every kernel of this crate.
 pub fn all() -> Vec<Kernel> {
     let mut kernels = vec![Kernel::CheckBounds, Kernel::CopyI32];
-    kernels.extend(Dtype::ALL.map(Kernel::LargestMagnitude));
+    kernels.extend(Dtype::FLOATS.map(Kernel::LargestMagnitude));
     kernels.extend([Dtype::F32, Dtype::F64].map(Kernel::FromFixedPoint));
-    for dtype in Dtype::ALL {
+    for dtype in Dtype::FLOATS {
         kernels.extend(Rule::ALL.map(|rule| Kernel::OptimizerStep(rule, dtype)));
         kernels.extend(Rule::SPARSE.map(|rule| Kernel::SparseOptimizerStep(rule, dtype)));
     }
     for family in Family::ALL {
-        for dtype in Dtype::ALL {
+        for dtype in Dtype::FLOATS.into_iter().chain(Dtype::LOW_BITS) {
             for pass in Pass::ALL {
                 let candidates = BagKernel::candidates(pass, family, dtype);
                 kernels.extend(candidates.into_iter().map(Kernel::Bags));

@@ -13,6 +13,7 @@ use super::plan::{strided_blocks, Plan};
 use crate::bags::Division;
 use crate::error::{bail, NAME};
 use crate::hash::{AffineSlots, BlockSlots, Divisor, Slots};
+use crate::low_bit::LowBit;
 use crate::op::{Lookup, Mode, Operands, View};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
@@ -126,12 +127,13 @@ fn strided(kernel: Kernel, n: usize) -> LaunchConfig {
     }
 }
 
-/// Everything that the launch of one pass needs, for one dtype of `hashed_weight`.
-pub struct Launch<'a, T: Element> {
+/// Everything that the launch of one pass needs, for per-sample weights, sums and outputs of one dtype and a `hashed_weight` of
+/// the same, or of packed bytes.
+pub struct Launch<'a, T: Element, W = T> {
     pub lookup: &'a Lookup,
     pub device: &'a CudaDevice,
     pub stream: Arc<CudaStream>,
-    pub hashed_weight: CudaView<'a, T>,
+    pub hashed_weight: CudaView<'a, W>,
     pub per_sample_weights: Option<CudaView<'a, T>>,
     indices: IndexView<'a>,
     offsets: Option<IndexView<'a>>,
@@ -142,10 +144,11 @@ pub struct Launch<'a, T: Element> {
     mean: u32,
 }
 
-impl<'a, T: Element> Launch<'a, T> {
-    /// `table_rows` is [`Table::table_rows`](crate::op::Table::table_rows) of the lookup.
+impl<'a, T: Element, W: CudaDType> Launch<'a, T, W> {
+    /// `dtype` is that of `hashed_weight`, `table_rows` is [`Table::table_rows`](crate::op::Table::table_rows) of the lookup.
     pub fn new(
         pass: Pass,
+        dtype: Dtype,
         lookup: &'a Lookup,
         operands: &Operands<'a, CudaStorage>,
         table_rows: Option<View<'a, CudaStorage>>,
@@ -156,8 +159,8 @@ impl<'a, T: Element> Launch<'a, T> {
             bail!("at most {MAX_INDICES} indices on CUDA, got {nnz}");
         }
         let weighted = operands.per_sample_weights.is_some();
-        let aligned = is_aligned::<T>(operands.hashed_weight);
-        let plan = Plan::new(pass, T::DTYPE, lookup, weighted, aligned);
+        let aligned = is_aligned::<W>(operands.hashed_weight);
+        let plan = Plan::new(pass, dtype, lookup, weighted, aligned);
         let indices = IndexView::new(operands.indices)?;
         let offsets = operands.offsets.map(IndexView::new).transpose()?;
         let (num_offsets, bag_len) = match bags.division {
@@ -244,6 +247,58 @@ impl<'a, T: Element> Launch<'a, T> {
         args.arg(&self.embedding_dim); // uint32_t embedding_dim
     }
 
+    /// Raises the flag where an index or an offset is out of range.
+    pub fn check_bounds(&self, flag: &mut Flag) -> Result<()> {
+        let kernel = Kernel::CheckBounds;
+        let function = load(kernel, &self.stream)?;
+        let out_of_range = flag.device_pointer()?;
+        let mut args = self.stream.launch_builder(&function);
+        self.push_inputs(&mut args);
+        args.arg(&out_of_range); // uint32_t *out_of_range
+        args.arg(&self.params); // BagParams bags
+        let bags = &self.lookup.bags;
+        let threads = match self.table_rows {
+            // A thread per offset, and per four indices, which are loaded at once.
+            None => bags.num_bags.max(bags.nnz.div_ceil(4)),
+            // A warp per bag.
+            Some(_) => bags.num_bags * WARP,
+        };
+
+        // SAFETY: the arguments are those of CHECK_BOUNDS_KERNEL in kernels/bounds.cuh, which reads within them. The flag
+        // outlives the kernel, because its owner waits for the kernel.
+        unsafe { args.launch(strided(kernel, threads)) }.w()?;
+        flag.record(&self.stream)
+    }
+}
+
+impl Launch<'_, f32, u8> {
+    /// Writes every column of every bag, from packed bytes that `low_bit` explains. `out`: `(num_bags, embedding_dim)`.
+    pub fn forward(
+        &self,
+        low_bit: &LowBit,
+        shifts: &Option<CudaView<u8>>,
+        out: &mut CudaSlice<f32>,
+    ) -> Result<()> {
+        debug_assert!(self.plan.kernel.dtype.is_low_bit());
+        let (function, unit) = (self.function()?, low_bit.unit());
+        let mut args = self.stream.launch_builder(&function);
+        args.arg(&self.hashed_weight); // const uint8_t *packed
+        push_or_null(&mut args, shifts.as_ref()); // const uint8_t *shifts
+        self.push_inputs(&mut args);
+        push_or_null(&mut args, self.per_sample_weights.as_ref()); // const float *per_sample_weights
+        args.arg(out); // float *out
+        self.push_bags(&mut args);
+        args.arg(&self.mean); // uint32_t mean
+        args.arg(&unit); // float unit
+
+        // SAFETY: the arguments are those of FORWARD_LOW_BIT_KERNEL in kernels/low_bit.cuh, which reads and writes within them:
+        // `LowBit` has a shift for each group of slots.
+        unsafe { args.launch(self.config()) }.w()?;
+        Ok(())
+    }
+}
+
+impl<T: Element> Launch<'_, T> {
     /// Writes every column of every bag. `out`: `(num_bags, embedding_dim)`.
     pub fn forward(&self, out: &mut CudaSlice<T>) -> Result<()> {
         debug_assert_eq!(self.plan.kernel.pass, Pass::Forward);
@@ -320,29 +375,6 @@ impl<'a, T: Element> Launch<'a, T> {
         // writes within them: grad_weights has the length of indices.
         unsafe { args.launch(self.config()) }.w()?;
         Ok(())
-    }
-
-    /// Raises the flag where an index or an offset is out of range.
-    pub fn check_bounds(&self, flag: &mut Flag) -> Result<()> {
-        let kernel = Kernel::CheckBounds;
-        let function = load(kernel, &self.stream)?;
-        let out_of_range = flag.device_pointer()?;
-        let mut args = self.stream.launch_builder(&function);
-        self.push_inputs(&mut args);
-        args.arg(&out_of_range); // uint32_t *out_of_range
-        args.arg(&self.params); // BagParams bags
-        let bags = &self.lookup.bags;
-        let threads = match self.table_rows {
-            // A thread per offset, and per four indices, which are loaded at once.
-            None => bags.num_bags.max(bags.nnz.div_ceil(4)),
-            // A warp per bag.
-            Some(_) => bags.num_bags * WARP,
-        };
-
-        // SAFETY: the arguments are those of CHECK_BOUNDS_KERNEL in kernels/bounds.cuh, which reads within them. The flag
-        // outlives the kernel, because its owner waits for the kernel.
-        unsafe { args.launch(strided(kernel, threads)) }.w()?;
-        flag.record(&self.stream)
     }
 }
 

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `round_trip.rs` | what is saved is what is opened |
 //! | `format.rs` | the description of the layers, byte for byte |
+//! | `low_bit.rs` | layers in 8 and 4 bits |
 //! | `saving.rs` | replacing a file, and what is not saved |
 //! | `resume.rs` | training on, and refusing another layer |
 //! | `opening.rs` | what opening refuses, and what it tells of a file without reading it |
@@ -11,6 +12,7 @@
 //! A save that is killed, or for which there is no room, is in tests/crash.rs.
 
 mod format;
+mod low_bit;
 mod opening;
 mod resume;
 mod round_trip;

@@ -91,13 +91,13 @@ fn opening_refuses_by_layer_and_field() {
     for (from, to, said) in [
         (
             r#""version":1"#,
-            r#""version":2"#,
-            "version must be 1, got 2",
+            r#""version":3"#,
+            "version must be 1 or 2, got 3",
         ),
         (
             r#""version":1"#,
             r#""version":"1""#,
-            r#"version must be 1, got "1""#,
+            r#"version must be 1 or 2, got "1""#,
         ),
         (r#""version":1,"#, "", "version is missing"),
         (

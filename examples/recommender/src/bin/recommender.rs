@@ -57,11 +57,25 @@ fn train_and_save(options: &options::Train) -> Result<()> {
 
     let best = train::train(&model, &vars, examples, options.settings(&data))?;
     let test = evaluate(&model, examples, Part::Test)?;
-    saved::save(&path, &model, &vars, &data)?;
-    Summary::default()
+    let mut summary = Summary::default()
         .fact("best epoch", best.epoch.to_string())
         .metrics("valid", best.valid)
-        .metrics("test", test)
+        .metrics("test", test);
+    if let Some(bits) = options.bits {
+        let (rounded, errors) = model.to_bits(bits)?;
+        let rounded_test = evaluate(&rounded, examples, Part::Test)?;
+        saved::save(&path, &rounded, &vars, &data)?;
+        let errors: Vec<_> = errors
+            .iter()
+            .map(|(name, error)| format!("{name} {error:.4}"))
+            .collect();
+        summary = summary
+            .metrics(&format!("test, {} bits", u32::from(bits)), rounded_test)
+            .fact("relative error of rounding", errors.join(", "));
+    } else {
+        saved::save(&path, &model, &vars, &data)?;
+    }
+    summary
         .best_reachable(data.truth())
         .parameters(&model)
         .checkpoint(&path)?
