@@ -37,6 +37,7 @@ fn main() -> Result<()> {
         Command::Recommend(options) => print_recommendations(&options),
         Command::Sweep(options) => sweep(&options),
         Command::Generate(options) => generate(&options),
+        Command::Prepare(options) => prepare(&options),
     }?;
     output::finish()
 }
@@ -50,9 +51,10 @@ fn train_and_save(options: &options::Train) -> Result<()> {
     let vars = VarMap::new();
     let model = Dlrm::new(
         &examples.schema(),
-        options.embedding_config()?,
+        &options.model_config(),
         init::seeded(&vars, options.seed, &device),
     )?;
+    let model = model.with_precision(options.precision())?;
     report::introduction(&data, &model);
 
     let best = train::train(&model, &vars, examples, options.settings(&data))?;
@@ -108,6 +110,28 @@ fn print_recommendations(options: &options::Recommend) -> Result<()> {
     let movies = recommend(&recommender, user, 10)?;
     let titles = recommender.source(options.common.data.clone())?.titles()?;
     report::recommendations(&recommender.catalog, user, &titles, &movies);
+    Ok(())
+}
+
+fn prepare(options: &options::Prepare) -> Result<()> {
+    output::ensure_replaceable(&options.out)?;
+    let start = Instant::now();
+    let clicks = options.open()?;
+    let read = start.elapsed().as_secs_f64();
+    clicks.prepare(&options.out)?;
+    let counts = clicks.counts();
+    Summary::default()
+        .fact("written", options.out.display().to_string())
+        .fact("examples", counts.examples.to_string())
+        .fact("malformed lines", counts.malformed.to_string())
+        .fact(
+            "seconds",
+            format!(
+                "{read:.1} to read, {:.1} in all",
+                start.elapsed().as_secs_f64()
+            ),
+        )
+        .print();
     Ok(())
 }
 

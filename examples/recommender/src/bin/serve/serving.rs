@@ -15,6 +15,7 @@ use recommender::data::Catalog;
 use recommender::embeddings::{list, Embeddings};
 use recommender::options::Common;
 use recommender::saved::Recommender;
+use recommender::step;
 
 pub struct Model {
     recommender: Recommender,
@@ -116,7 +117,8 @@ impl Model {
         match work {
             Work::Pairs(pairs) => {
                 let batch = self.catalog().batch(pairs);
-                Ok(self.recommender.model.forward(&batch)?.to_vec1()?)
+                let model = &self.recommender.model;
+                Ok(step::logits(model, &model.inputs(&batch)?)?)
             }
             Work::Bags {
                 table,

@@ -2,6 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 use std::io::Read;
+use std::sync::LazyLock;
 
 use anyhow::{anyhow, Context, Error, Result};
 use csv::{ByteRecord, ReaderBuilder};
@@ -35,6 +36,7 @@ pub struct Reader<R> {
     lines: csv::Reader<R>,
     record: ByteRecord,
     name: String,
+    lines_before: u64,
     rows_per_field: u32,
     skip_malformed: bool,
     skipped: u64,
@@ -48,8 +50,14 @@ enum Malformed {
 }
 
 impl<R: Read> Reader<R> {
-    /// `name` is what errors call `input`.
-    pub fn new(input: R, name: String, rows_per_field: u32, skip_malformed: bool) -> Self {
+    /// `name` is what errors call the file, of which `input` begins after `lines_before` lines.
+    pub fn new(
+        input: R,
+        name: String,
+        lines_before: u64,
+        rows_per_field: u32,
+        skip_malformed: bool,
+    ) -> Self {
         let lines = ReaderBuilder::new()
             .delimiter(b'\t')
             .has_headers(false)
@@ -62,6 +70,7 @@ impl<R: Read> Reader<R> {
             lines,
             record: ByteRecord::new(),
             name,
+            lines_before,
             rows_per_field,
             skip_malformed,
             skipped: 0,
@@ -83,7 +92,11 @@ impl<R: Read> Reader<R> {
             match Click::parse(&self.record, self.rows_per_field) {
                 Ok(click) => return Ok(Some(click)),
                 Err(_) if self.skip_malformed => self.skipped += 1,
-                Err(malformed) => return Err(malformed.error(&self.name, &self.record)),
+                Err(malformed) => {
+                    let line = self.record.position().map_or(0, csv::Position::line);
+                    let line = self.lines_before + line;
+                    return Err(malformed.error(&self.name, line, &self.record));
+                }
             }
         }
     }
@@ -143,7 +156,15 @@ fn log_of(integer: &[u8]) -> Option<f32> {
         [] => 0,
         _ => str::from_utf8(integer).ok()?.parse::<i64>().ok()?,
     };
-    Some((value.max(0) as f64).ln_1p() as f32)
+    Some(log(value))
+}
+
+fn log(value: i64) -> f32 {
+    /// Most are small counts.
+    static SMALL: LazyLock<[f32; 1024]> =
+        LazyLock::new(|| std::array::from_fn(|x| (x as f64).ln_1p() as f32));
+    let small = SMALL.get(value.max(0) as usize).copied();
+    small.unwrap_or_else(|| (value as f64).ln_1p() as f32)
 }
 
 /// The row of a category, uniform in `0..rows`. Saved models depend on it: it must not change.
@@ -153,8 +174,7 @@ fn row_of(category: &[u8], rows: u32) -> u32 {
 }
 
 impl Malformed {
-    fn error(&self, name: &str, record: &ByteRecord) -> Error {
-        let line = record.position().map_or(0, csv::Position::line);
+    fn error(&self, name: &str, line: u64, record: &ByteRecord) -> Error {
         match *self {
             Self::FieldCount => {
                 anyhow!(
@@ -193,7 +213,7 @@ mod tests {
     }
 
     fn read(input: &[u8]) -> Result<Vec<Click>> {
-        Reader::new(input, "log".to_owned(), 1000, false).collect()
+        Reader::new(input, "log".to_owned(), 0, 1000, false).collect()
     }
 
     fn error(input: &[u8]) -> String {
@@ -266,7 +286,7 @@ mod tests {
             line(1, "8"),
         ]
         .concat();
-        let mut reader = Reader::new(text.as_bytes(), "log".to_owned(), 1000, true);
+        let mut reader = Reader::new(text.as_bytes(), "log".to_owned(), 0, 1000, true);
         let clicks = reader.by_ref().collect::<Result<Vec<_>>>()?;
         assert_eq!((clicks.len(), reader.skipped()), (2, 2));
         Ok(())
@@ -319,11 +339,11 @@ mod tests {
                 let piece = pieces.choose(&mut rng).expect("there are pieces");
                 bytes.splice(at..end, piece.iter().copied());
             }
-            let errors = Reader::new(&bytes[..], "log".to_owned(), u32::MAX, false)
+            let errors = Reader::new(&bytes[..], "log".to_owned(), 0, u32::MAX, false)
                 .filter(Result::is_err)
                 .count();
             assert!(errors <= 1);
-            let mut reader = Reader::new(&bytes[..], "log".to_owned(), u32::MAX, true);
+            let mut reader = Reader::new(&bytes[..], "log".to_owned(), 0, u32::MAX, true);
             assert!(reader.by_ref().all(|click| click.is_ok()));
             assert_eq!(reader.skipped() > 0, errors > 0);
         }
