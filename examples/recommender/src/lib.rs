@@ -22,10 +22,12 @@
 //! | [`recommend`] | the best unseen movies |
 //! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
 //! | [`report`] | what is printed |
+//! | [`allocator`] | the memory of both programs |
 //! | [`output`] | standard output that may be closed, files that may not be writable |
 
 #![warn(missing_docs)]
 
+pub mod allocator;
 pub mod data;
 pub mod embeddings;
 pub mod evaluate;

@@ -292,11 +292,22 @@ impl Dlrm {
         }
     }
 
-    /// The most values that an example has between two operations.
+    /// The most values that an example has in any tensor between its rows and its logit.
     pub fn widest(&self) -> usize {
-        let mlps = self.bottom.iter().chain([&self.top]);
-        let outputs = mlps.flat_map(Mlp::layers).map(Layer::outputs);
-        outputs.fold(self.interaction.width(), usize::max)
+        let sizes = self.interaction;
+        let vectors = sizes.vectors() * sizes.dim;
+        let outputs = self.layers().map(Layer::outputs);
+        outputs.fold(vectors.max(sizes.width()), usize::max)
+    }
+
+    /// The number of values of the largest parameter of the MLPs.
+    pub fn largest(&self) -> usize {
+        let weights = self.layers().map(|layer| layer.weight.elem_count());
+        weights.max().unwrap_or(0)
+    }
+
+    fn layers(&self) -> impl Iterator<Item = &Layer> {
+        self.bottom.iter().chain([&self.top]).flat_map(Mlp::layers)
     }
 
     /// The device of its parameters, to which its inputs belong.

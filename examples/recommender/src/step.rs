@@ -4,10 +4,16 @@
 //! and each on one: the tensors of a shard stay in the cache of its core, and no operation is so small that dividing it costs more
 //! than it saves. How a batch is divided depends on its size and on the model alone, and gradients are added in one order, so the
 //! number of cores does not change a result. A GPU takes the batch as a whole.
+//!
+//! Shards run on the threads of candle's pool, which also do the lookups: between two pieces of work those threads keep looking
+//! for the next, and another pool would compete with them. That pool serves one caller at a time, so an operation within a shard
+//! must not be one that candle divides among it. If a layer is so large that its gradient would be, shards run on rayon's threads.
 
 use std::ops::Range;
+use std::sync::Mutex;
 
 use candle_core::backprop::GradStore;
+use candle_core::utils::barrier_pool;
 use candle_core::{Error, Result, Tensor, Var};
 use candle_nn::VarMap;
 use rayon::prelude::*;
@@ -15,8 +21,7 @@ use rayon::prelude::*;
 use crate::model::{Dlrm, Inputs};
 use crate::ops::backward;
 
-/// candle gives operations on more values than this to all cores. Those of a shard are kept below it, as the cores are busy with
-/// shards.
+/// candle divides operations on at least so many values among its pool.
 const DIVIDED_BY_CANDLE: usize = 64 * 1024;
 
 /// The most examples of a shard.
@@ -77,9 +82,10 @@ impl<'a> Stepper<'a> {
         }
         let shards = shards(self.model, batch);
         let per_sum = shards.len().div_ceil(SUMS);
-        let sums = shards.par_chunks(per_sum).map(|shards| {
+        let groups: Vec<_> = shards.chunks(per_sum.max(1)).collect();
+        let sums = side_by_side(self.model, &groups, |shards| {
             let mut sum: Option<Shard> = None;
-            for shard in shards {
+            for shard in *shards {
                 let shard = self.shard(inputs, &vectors, labels, shard.clone())?;
                 sum = Some(match sum {
                     Some(sum) => sum.add(shard)?,
@@ -87,8 +93,7 @@ impl<'a> Stepper<'a> {
                 });
             }
             Ok(sum)
-        });
-        let sums = sums.collect::<Result<Vec<_>>>()?;
+        })?;
         let mut sums = sums.into_iter().flatten();
         let Some(first) = sums.next() else {
             candle_core::bail!("a batch without examples has no loss")
@@ -138,14 +143,42 @@ pub fn logits(model: &Dlrm, inputs: &Inputs) -> Result<Vec<f32>> {
     if !model.device().is_cpu() {
         return model.logits(inputs.numbers.as_ref(), &vectors)?.to_vec1();
     }
-    let shards = shards(model, vectors.dim(0)?).into_par_iter().map(|shard| {
+    let shards = shards(model, vectors.dim(0)?);
+    let logits = side_by_side(model, &shards, |shard| {
         let part = |tensor: &Tensor| tensor.narrow(0, shard.start, shard.len());
         let numbers = inputs.numbers.as_ref().map(part).transpose()?;
         model
             .logits(numbers.as_ref(), &part(&vectors)?)?
             .to_vec1::<f32>()
+    })?;
+    Ok(logits.concat())
+}
+
+/// Applies `work` to all items on all cores, and returns the results in order.
+fn side_by_side<I: Sync, R: Send>(
+    model: &Dlrm,
+    items: &[I],
+    work: impl Fn(&I) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    if let [item] = items {
+        return Ok(vec![work(item)?]);
+    }
+    if model.largest() >= DIVIDED_BY_CANDLE {
+        return items.par_iter().map(&work).collect();
+    }
+    let results: Vec<_> = items.iter().map(|_| Mutex::new(None)).collect();
+    barrier_pool().execute_chunked(items.len(), |range| {
+        for i in range {
+            if let Ok(mut result) = results[i].lock() {
+                *result = Some(work(&items[i]));
+            }
+        }
     });
-    Ok(shards.collect::<Result<Vec<_>>>()?.concat())
+    let results = results.into_iter().map(|result| match result.into_inner() {
+        Ok(Some(result)) => result,
+        _ => Err(Error::msg("a thread of the pool panicked")),
+    });
+    results.collect()
 }
 
 /// The shards of a batch on the CPU.

@@ -15,6 +15,7 @@ use anyhow::{Context, Result};
 use candle_nn::VarMap;
 use clap::Parser;
 
+use recommender::allocator::{keep_memory, Allocator};
 use recommender::data::{write_generated, Data, Part};
 use recommender::evaluate::evaluate;
 use recommender::model::Dlrm;
@@ -26,11 +27,11 @@ use recommender::saved::{self, ClickModel, Recommender};
 use recommender::sweep::sweep;
 use recommender::{init, train};
 
-/// Keeps memory between batches, which glibc's allocator returns to the kernel, and starts large tensors at a cache line.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator = Allocator {};
 
 fn main() -> Result<()> {
+    keep_memory();
     match Options::parse().command() {
         Command::Train(options) => train_and_save(&options),
         Command::Evaluate(options) => evaluate_saved(&options),

@@ -41,6 +41,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use recommender::allocator::Allocator;
 use recommender::{output, say};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
@@ -54,9 +55,8 @@ use crate::options::Options;
 use crate::serving::Serving;
 use crate::signals::HangUps;
 
-/// Keeps memory between requests, which glibc's allocator returns to the kernel, and starts large tensors at a cache line.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator = Allocator {};
 
 #[tokio::main]
 async fn main() -> Result<()> {
