@@ -203,6 +203,14 @@ impl Embeddings {
         collections.map(|kind| (kind.name, &kind.collection))
     }
 
+    /// The positions in the schema of the tables, in the order of [`forward`](Self::forward).
+    pub fn order(&self) -> impl Iterator<Item = usize> + '_ {
+        self.collections
+            .iter()
+            .flat_map(|kind| &kind.tables)
+            .copied()
+    }
+
     /// The number of tables.
     pub fn num_tables(&self) -> usize {
         self.collections.iter().map(|kind| kind.tables.len()).sum()

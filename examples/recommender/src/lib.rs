@@ -19,6 +19,7 @@
 //! | [`resident`] | the train part kept on a GPU |
 //! | [`evaluate`] | AUC and logloss |
 //! | [`saved`] | one checkpoint file with everything that a trained model needs |
+//! | [`candidates`] | all movies, ready to be scored for any user |
 //! | [`recommend`] | the best unseen movies |
 //! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
 //! | [`report`] | what is printed |
@@ -28,6 +29,7 @@
 #![warn(missing_docs)]
 
 pub mod allocator;
+pub mod candidates;
 pub mod data;
 pub mod embeddings;
 pub mod evaluate;

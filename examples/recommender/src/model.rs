@@ -242,7 +242,57 @@ impl Dlrm {
             }
             _ => None,
         };
-        let hidden = self.first_of_top(&vectors, bottom)?;
+        let hidden = self.first_of_top(&vectors, bottom, !self.top.rest.is_empty())?;
+        self.rest_of_top(hidden)
+    }
+
+    /// The outputs of the first layer of the top MLP before its activation, `(batch, outputs)`, for examples without numbers.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn first_outputs(&self, vectors: &Tensor) -> candle_core::Result<Tensor> {
+        self.first_of_top(vectors, None, false)
+    }
+
+    /// The bias of that layer, `(outputs,)`.
+    pub fn first_bias(&self) -> &Tensor {
+        &self.top.first.bias
+    }
+
+    /// One logit per example, given the [`first_outputs`](Self::first_outputs).
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn after_first(&self, outputs: Tensor) -> candle_core::Result<Tensor> {
+        self.rest_of_top(if self.top.rest.is_empty() {
+            outputs
+        } else {
+            outputs.relu()?
+        })
+    }
+
+    /// The weights that the first layer of the top MLP gives to the dots of vector `a` with vector `b`, for each `a` and, within it,
+    /// each output a row with a weight for each `b`: `(a.len() * outputs, b.len())`. No vector may be in both.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn weights_of_dots(&self, a: &[usize], b: &[usize]) -> candle_core::Result<Tensor> {
+        let weight = self.top.first.weight.detach();
+        let weight = weight.to_device(&Device::Cpu)?.to_vec2::<f32>()?;
+        // The pairs of vector i with the vectors before it follow those of the vectors before i.
+        let column = |a: usize, b: usize| {
+            let (i, j) = (a.max(b), a.min(b));
+            self.interaction.kept() + i * i.saturating_sub(1) / 2 + j
+        };
+        let rows = a
+            .iter()
+            .flat_map(|&a| weight.iter().map(move |row| (a, row)));
+        let weights = rows.flat_map(|(a, row)| b.iter().map(move |&b| row[column(a, b)]));
+        let shape = (a.len() * weight.len(), b.len());
+        Tensor::from_vec(weights.collect(), shape, &self.device)
+    }
+
+    fn rest_of_top(&self, hidden: Tensor) -> candle_core::Result<Tensor> {
         let logits = self.top.forward_rest(hidden)?;
         logits.squeeze(1)?.to_dtype(DType::F32)
     }
@@ -255,8 +305,9 @@ impl Dlrm {
         &self,
         vectors: &Tensor,
         bottom: Option<Tensor>,
+        relu: bool,
     ) -> candle_core::Result<Tensor> {
-        let (first, relu) = (&self.top.first, !self.top.rest.is_empty());
+        let first = &self.top.first;
         let Some(places) = &self.places else {
             let bottom = match bottom {
                 Some(bottom) => bottom,

@@ -229,7 +229,7 @@ enum PrecisionKind {
     Bf16,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum DeviceKind {
     Cpu,
     Cuda,
@@ -353,6 +353,10 @@ impl Common {
 
     pub fn device(&self) -> Result<Device> {
         self.device.open()
+    }
+
+    pub fn is_on_cpu(&self) -> bool {
+        self.device == DeviceKind::Cpu
     }
 }
 

@@ -154,8 +154,8 @@ pub fn logits(model: &Dlrm, inputs: &Inputs) -> Result<Vec<f32>> {
     Ok(logits.concat())
 }
 
-/// Applies `work` to all items on all cores, and returns the results in order.
-fn side_by_side<I: Sync, R: Send>(
+/// Applies `work` to all items, such as [`shards`], on all cores, and returns the results in order.
+pub fn side_by_side<I: Sync, R: Send>(
     model: &Dlrm,
     items: &[I],
     work: impl Fn(&I) -> Result<R> + Sync,
@@ -182,7 +182,7 @@ fn side_by_side<I: Sync, R: Send>(
 }
 
 /// The shards of a batch on the CPU.
-fn shards(model: &Dlrm, batch: usize) -> Vec<Range<usize>> {
+pub fn shards(model: &Dlrm, batch: usize) -> Vec<Range<usize>> {
     let most = (DIVIDED_BY_CANDLE - 1) / model.widest().max(1);
     // As equal as can be: the last to be done keeps all others waiting.
     let count = batch.div_ceil(most.clamp(1, SHARD));

@@ -252,8 +252,10 @@ mod tests {
     #[test]
     fn shapes_that_do_not_fit_are_errors() -> Result<()> {
         let bias = Var::new(&[0f32; 3], &Device::Cpu)?;
-        assert!(linear(&var((7, 4), 1.0)?, &var((3, 5), 1.0)?, &bias, true).is_err());
-        assert!(linear(&var((7, 5), 1.0)?, &var((2, 5), 1.0)?, &bias, true).is_err());
+        for (x, weight) in [((7, 4), (3, 5)), ((7, 5), (2, 5))] {
+            let (x, weight) = (var(x, 1.0)?, var(weight, 1.0)?);
+            assert!(linear(&x, &weight, &bias, true).is_err());
+        }
         Ok(())
     }
 }
