@@ -130,7 +130,10 @@ impl CustomOp2 for Forward {
         let grad = vectors.apply_op3_no_bwd(bottom, &grad.contiguous()?, &Backward(sizes))?;
         Ok((
             tracked(vectors, || grad.narrow(1, 0, sizes.tables))?,
-            tracked(bottom, || grad.narrow(1, sizes.tables, 1)?.squeeze(1))?,
+            match sizes.bottom {
+                true => tracked(bottom, || grad.narrow(1, sizes.tables, 1)?.squeeze(1))?,
+                false => None,
+            },
         ))
     }
 }

@@ -19,9 +19,20 @@
 
 mod generated;
 mod gzip;
+#[cfg(feature = "parquet")]
+mod parquet;
 mod prepared;
 mod reader;
 mod stream;
+
+#[cfg(not(feature = "parquet"))]
+mod parquet {
+    use super::stream::{Format, Parsed, Position};
+
+    pub fn read(_: &Format, _: Position, _: impl FnMut(Parsed) -> bool) -> anyhow::Result<()> {
+        anyhow::bail!("it is Parquet: build with --features parquet")
+    }
+}
 
 use std::fs;
 use std::hash::{Hash, Hasher};
@@ -124,6 +135,7 @@ impl Clicks {
         }
         let format = Format {
             path: path.to_owned(),
+            is_parquet: stream::is_parquet(path).with_context(name)?,
             rows_per_field: rows_per_field.unwrap_or(ROWS_PER_FIELD),
             skip_malformed,
         };

@@ -17,7 +17,8 @@ pub const CATEGORIES: [&str; 26] = [
     "C16", "C17", "C18", "C19", "C20", "C21", "C22", "C23", "C24", "C25", "C26",
 ];
 
-const FIELDS: usize = 1 + NUMBERS + CATEGORIES.len();
+/// The number of fields.
+pub const FIELDS: usize = 1 + NUMBERS + CATEGORIES.len();
 
 /// How much of a wrong value an error shows.
 const SHOWN: usize = 40;
@@ -44,7 +45,8 @@ pub struct Reader<R> {
 }
 
 /// Why a line is no click.
-enum Malformed {
+#[derive(Debug)]
+pub enum Malformed {
     FieldCount,
     Field(usize, &'static str),
 }
@@ -140,11 +142,8 @@ impl Click {
                 log_of(&record[field]).ok_or(Malformed::Field(field, "is not a 64-bit integer"))?;
         }
         for (field, row) in (1 + NUMBERS..).zip(&mut click.rows) {
-            let category = &record[field];
-            if !category.iter().all(u8::is_ascii_hexdigit) {
-                return Err(Malformed::Field(field, "is not hexadecimal"));
-            }
-            *row = row_of(category, rows_per_field);
+            *row = category(&record[field], rows_per_field)
+                .ok_or(Malformed::Field(field, "is not hexadecimal"))?;
         }
         Ok(click)
     }
@@ -159,12 +158,19 @@ fn log_of(integer: &[u8]) -> Option<f32> {
     Some(log(value))
 }
 
-fn log(value: i64) -> f32 {
+/// `ln(1 + value)`, or 0 of a negative value.
+pub fn log(value: i64) -> f32 {
     /// Most are small counts.
     static SMALL: LazyLock<[f32; 1024]> =
         LazyLock::new(|| std::array::from_fn(|x| (x as f64).ln_1p() as f32));
     let small = SMALL.get(value.max(0) as usize).copied();
     small.unwrap_or_else(|| (value as f64).ln_1p() as f32)
+}
+
+/// The row of a category of hexadecimal digits.
+pub fn category(text: &[u8], rows: u32) -> Option<u32> {
+    let is_hexadecimal = text.iter().all(u8::is_ascii_hexdigit);
+    is_hexadecimal.then(|| row_of(text, rows))
 }
 
 /// The row of a category, uniform in `0..rows`. Saved models depend on it: it must not change.
@@ -174,6 +180,15 @@ fn row_of(category: &[u8], rows: u32) -> u32 {
 }
 
 impl Malformed {
+    /// What a field is called.
+    pub fn name(field: usize) -> String {
+        match field {
+            0 => "label".to_owned(),
+            1..=NUMBERS => format!("I{field}"),
+            _ => CATEGORIES[field - 1 - NUMBERS].to_owned(),
+        }
+    }
+
     fn error(&self, name: &str, line: u64, record: &ByteRecord) -> Error {
         match *self {
             Self::FieldCount => {
@@ -186,11 +201,7 @@ impl Malformed {
                 let value = &record[field];
                 let shown = value[..value.len().min(SHOWN)].escape_ascii();
                 let more = if value.len() > SHOWN { "…" } else { "" };
-                let field = match field {
-                    0 => "label".to_owned(),
-                    1..=NUMBERS => format!("I{field}"),
-                    _ => CATEGORIES[field - 1 - NUMBERS].to_owned(),
-                };
+                let field = Self::name(field);
                 anyhow!("{name}:{line}: field {field}: `{shown}{more}` {complaint}")
             }
         }

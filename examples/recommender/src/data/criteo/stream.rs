@@ -1,4 +1,4 @@
-//! A log of text in blocks of whole lines, parsed by all cores in the order of the file.
+//! A log of text in blocks of whole lines, parsed by all cores in the order of the file. Parquet comes in blocks of rows.
 //!
 //! ```text
 //!               ┌──> worker ──┐
@@ -19,6 +19,7 @@ use std::thread;
 use anyhow::{Context, Result};
 
 use super::gzip::{is_gzip, Members};
+use super::parquet;
 use super::reader::{Click, Reader};
 
 /// The bytes of a block, to the end of the line.
@@ -28,6 +29,7 @@ const BLOCK: usize = 1 << 20;
 #[derive(Clone, Debug)]
 pub struct Format {
     pub path: PathBuf,
+    pub is_parquet: bool,
     pub rows_per_field: u32,
     pub skip_malformed: bool,
 }
@@ -35,9 +37,10 @@ pub struct Format {
 /// Where a block is, in the file as it is after decompression.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Position {
-    byte: u64,
-    /// Lines before the block.
-    line: u64,
+    /// Of Parquet, the row group.
+    pub byte: u64,
+    /// Lines, or rows, before the block.
+    pub line: u64,
 }
 
 /// The clicks of a block.
@@ -65,6 +68,9 @@ struct Job {
 impl Format {
     /// The clicks of the file, from the block at `from` on.
     pub fn stream(&self, from: Position) -> Stream {
+        if self.is_parquet {
+            return self.parquet(from);
+        }
         let workers = thread::available_parallelism().map_or(1, NonZeroUsize::get);
         let (blocks, ordered) = sync_channel(2 * workers);
         let (jobs, queue) = sync_channel(workers);
@@ -80,6 +86,27 @@ impl Format {
                 // Whoever no longer reads needs no error.
                 let _ = reply.send(Err(error));
                 let _ = blocks.send(failed);
+            }
+        });
+        Stream {
+            blocks: ordered,
+            ended: false,
+        }
+    }
+
+    /// [`stream`](Self::stream) of Parquet, which one thread decodes.
+    fn parquet(&self, from: Position) -> Stream {
+        let (blocks, ordered) = sync_channel(4);
+        let send = move |parsed: Result<Parsed>| {
+            let (reply, block) = sync_channel(1);
+            let _ = reply.send(parsed);
+            blocks.send(block).is_ok()
+        };
+        let format = self.clone();
+        thread::spawn(move || {
+            let read = parquet::read(&format, from, |parsed| send(Ok(parsed)));
+            if let Err(error) = read.with_context(|| format.path.display().to_string()) {
+                send(Err(error));
             }
         });
         Stream {
@@ -144,6 +171,13 @@ impl Format {
             malformed: reader.skipped(),
         })
     }
+}
+
+/// Whether the file begins as Parquet does.
+pub fn is_parquet(path: &Path) -> io::Result<bool> {
+    let mut start = Vec::new();
+    File::open(path)?.take(4).read_to_end(&mut start)?;
+    Ok(start == b"PAR1")
 }
 
 impl Position {
