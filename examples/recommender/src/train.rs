@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt::Write;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, ensure, Result};
 use candle_core::{backprop::GradStore, Tensor};
@@ -52,6 +52,8 @@ pub struct Best {
     pub valid: Metrics,
     /// The duration of the whole training.
     pub seconds: f64,
+    /// Examples trained on in a second, from the file to the updated model, without the evaluations.
+    pub rate: f64,
     /// The epoch in which the loss was no longer finite, which ended the training.
     pub diverged: Option<usize>,
 }
@@ -102,6 +104,7 @@ pub fn train(
     let resident = resident.transpose()?;
     let mut best: Option<(Best, HashMap<String, Tensor>)> = None;
     let mut diverged = None;
+    let (mut trained, mut training) = (0, Duration::ZERO);
 
     'epochs: for epoch in 1..=settings.epochs {
         let progress = progress_bar(len)?;
@@ -135,6 +138,8 @@ pub fn train(
             }
         }
         let train_loss = losses.read()?;
+        trained += losses.examples;
+        training += epoch_start.elapsed();
         progress.finish_and_clear();
 
         let valid = evaluate(model, examples, Part::Valid)?;
@@ -162,6 +167,7 @@ pub fn train(
                 epoch,
                 valid,
                 seconds: 0.0,
+                rate: 0.0,
                 diverged: None,
             };
             best = Some((reached, snapshot(vars)?));
@@ -173,6 +179,7 @@ pub fn train(
     vars.clone().set(values.into_iter())?;
     Ok(Best {
         seconds: start.elapsed().as_secs_f64(),
+        rate: trained as f64 / training.as_secs_f64(),
         diverged,
         ..best
     })

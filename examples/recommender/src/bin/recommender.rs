@@ -76,6 +76,7 @@ fn train_and_save(options: &options::Train) -> Result<()> {
                 start.elapsed().as_secs_f64()
             ),
         )
+        .fact("speed", report::rate(best.rate))
         .print();
     best.ensure_converged()
 }
