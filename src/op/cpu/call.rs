@@ -301,23 +301,23 @@ impl<'a, T: Load, H: Locate> Call<'a, T, H> {
     }
 }
 
-/// Evaluates `$body` with `$block` as a constant and `$lanes` as chosen by [`Blocked::of`] the block of the hash of `$call`, a
-/// `Call<T, H>`. The constant is 0 for a block that has no loop of its own.
+/// Evaluates `$body` with `$block` as a constant and `$lanes` as chosen by [`Blocked::of`] a length and what lengths are
+/// constants. The constant is 0 for a block that has no loop of its own.
 macro_rules! with_block {
-    ($call:expr, <$T:ident, $H:ident>, $block:ident, $lanes:ident => $body:expr) => {{
+    ($len:expr, $constants:expr, $block:ident, $lanes:ident => $body:expr) => {{
         use $crate::op::cpu::lanes::Blocked;
         macro_rules! case {
             ($value:literal, $chosen:ident) => {{
                 const $block: usize = $value;
                 // Constant, so that what is not asked for is not compiled.
-                if $block > 0 && Call::<$T, $H>::CONSTANT_BLOCKS >> $block & 1 == 0 {
+                if $block > 0 && $constants >> $block & 1 == 0 {
                     unreachable!("Blocked::of chooses constant blocks")
                 }
                 let $lanes = $chosen;
                 $body
             }};
         }
-        match Blocked::of($call.hash.block(), Call::<$T, $H>::CONSTANT_BLOCKS) {
+        match Blocked::of($len, $constants) {
             Blocked::One(lanes) => case!(1, lanes),
             Blocked::Four(lanes) => case!(4, lanes),
             Blocked::Eight(lanes) => case!(8, lanes),

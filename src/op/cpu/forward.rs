@@ -31,7 +31,7 @@ impl Pass for Forward {
             let bags = first..first + output.len() / embedding_dim;
             let bad_row = call.rows.first_bad_row(bags);
             if bad_row.is_none() {
-                with_block!(call, <T, H>, BLOCK, lanes => lanes.run(Pool::<BLOCK, _, _> { call, first, output }));
+                with_block!(call.hash.block(), Call::<T, H>::CONSTANT_BLOCKS, BLOCK, lanes => lanes.run(Pool::<BLOCK, _, _> { call, first, output }));
             }
             bad_row
         });

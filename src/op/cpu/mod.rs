@@ -3,7 +3,8 @@
 //! | | |
 //! |---|---|
 //! | `forward.rs` | the pooled rows, bags divided among threads |
-//! | `backward.rs`, `winners.rs` | the gradient of hashed_weight, the same for any number of threads |
+//! | `backward.rs`, `winners.rs` | the gradient of hashed_weight: its terms |
+//! | `terms.rs` | how they are added, with the same result for any number of threads |
 //! | `per_sample_weights.rs` | the gradient of per_sample_weights |
 //! | `call.rs`, `window.rs` | the inputs as slices; their rows, hashed a window at a time |
 //! | `combine.rs` | how values enter a pooled row |
@@ -17,6 +18,7 @@ mod forward;
 mod lanes;
 mod per_sample_weights;
 mod scalar;
+mod terms;
 mod window;
 mod winners;
 

@@ -171,6 +171,11 @@ impl<'a, H: Locate> Window<'a, H> {
         Some((*bag, self.rows(rows)))
     }
 
+    /// The most rows of a window.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
     /// Whether all rows of the window have been taken.
     #[inline(always)]
     pub fn is_taken(&self) -> bool {

@@ -3,47 +3,49 @@
 use super::call::Call;
 use super::combine::{Load, Vector};
 use super::lanes::{prefetch, raise_noting, up_to_avx2, widest, Lanes, Loop};
-use super::scalar::{Accumulator, Scalar};
+use super::scalar::Accumulator;
+use super::terms::{Gradient, Slots, Terms};
 use super::window::Blocks;
-use super::MIN_VALUES_PER_THREAD;
-use crate::hash::{Locate, MAX_ROWS};
-use crate::parallel::Team;
+use crate::hash::Locate;
+use std::ops::Range;
 
-/// grad_weight `(len,)`. Each thread owns a slice of it, goes over all winners in order, and adds those of its slice.
-pub(super) fn grad_weight<T: Load, H: Locate>(call: &Call<T, H>, grad_output: &[T]) -> Vec<T::Acc> {
-    let winners = find(call);
-    let team = Team::new(winners.len() / MIN_VALUES_PER_THREAD);
-    let mut grad_weight = vec![T::Acc::ZERO; call.hashed_weight.len()];
-    let slice = grad_weight.len().div_ceil(team.threads());
-    team.for_each(grad_weight.chunks_mut(slice).enumerate(), |(i, slots)| {
-        add_to_slice(&winners, grad_output, i * slice, slots);
-    });
-    grad_weight
+/// Adds what the winners get to `slots`: a term for each column of each bag.
+pub(super) fn add<T: Load, H: Locate>(call: &Call<T, H>, grad_output: &[T], slots: Slots<T::Acc>) {
+    let gradient = Gradient {
+        grad_output,
+        embedding_dim: call.embedding_dim(),
+        num_terms: grad_output.len(),
+        block: 1,
+    };
+    let add = |bags: Range<usize>, slots: Slots<T::Acc>| {
+        find(call, bags, &mut |first, winners| {
+            let grads = &grad_output[first..];
+            for (winner, grad) in winners.iter().zip(grads) {
+                slots.values[winner.slot()] += grad.widen().flip(winner.signs(), 0);
+            }
+        });
+    };
+    let write = |bags: Range<usize>, terms: &mut Terms<()>| {
+        find(call, bags, &mut |first, winners| {
+            terms.reserve(winners.len());
+            for (grad, winner) in (first..).zip(winners) {
+                terms.push(winner.slot(), 1, winner.signs(), grad, ());
+            }
+        });
+    };
+    gradient.sum(slots, &add, &write);
 }
 
-/// The winners of each column of each bag, `(num_bags, embedding_dim)`.
-fn find<T: Load, H: Locate>(call: &Call<T, H>) -> Vec<Winner> {
-    let team = call.team();
-    let (embedding_dim, task) = (call.embedding_dim(), call.bags_per_task(&team));
-    let mut winners = vec![Winner::NONE; call.num_bags() * embedding_dim];
-    let tasks = winners.chunks_mut(task * embedding_dim).enumerate();
-    team.for_each(tasks, |(i, winners)| {
-        let first = i * task;
-        if call.hash.block() == 1 && Call::<T, H>::CONSTANT_BLOCKS >> 1 & 1 == 1 {
-            widest(Contests::<1, _, _> {
-                call,
-                first,
-                winners,
-            });
-        } else {
-            up_to_avx2(Contests::<0, _, _> {
-                call,
-                first,
-                winners,
-            });
-        }
-    });
-    winners
+/// What is done with the winners of a bag, `(embedding_dim,)`, and the position of its first column in grad_output.
+type Award<'a> = &'a mut dyn FnMut(usize, &[Winner]);
+
+/// Finds the winners of some bags. A bag without rows has none.
+fn find<T: Load, H: Locate>(call: &Call<T, H>, bags: Range<usize>, award: Award) {
+    if call.hash.block() == 1 && Call::<T, H>::CONSTANT_BLOCKS >> 1 & 1 == 1 {
+        widest(Contests::<1, _, _> { call, bags, award });
+    } else {
+        up_to_avx2(Contests::<0, _, _> { call, bags, award });
+    }
 }
 
 /// The slot that won a column of a bag, and its sign.
@@ -59,7 +61,6 @@ impl Winner {
         Self((slot as u64) << 1 | u64::from(negative))
     }
 
-    /// The slot; past all slots if there is none.
     #[inline(always)]
     fn slot(self) -> usize {
         (self.0 >> 1) as usize
@@ -72,11 +73,11 @@ impl Winner {
     }
 }
 
-/// Finds the winners of the bags from `first` on. BLOCK is 1, or 0 for any other block.
+/// Finds the winners of some bags. BLOCK is 1, or 0 for any other block.
 struct Contests<'a, const BLOCK: usize, T, H: Locate> {
     call: &'a Call<'a, T, H>,
-    first: usize,
-    winners: &'a mut [Winner],
+    bags: Range<usize>,
+    award: Award<'a>,
 }
 
 impl<const BLOCK: usize, T: Load, H: Locate> Loop for Contests<'_, BLOCK, T, H> {
@@ -86,11 +87,10 @@ impl<const BLOCK: usize, T: Load, H: Locate> Loop for Contests<'_, BLOCK, T, H> 
     fn run<L: Lanes>(self, lanes: L) {
         let (call, embedding_dim) = (self.call, self.call.embedding_dim());
         let block = call.block::<BLOCK>();
-        let last = self.first + self.winners.len() / embedding_dim;
-        let mut window = call.window(self.first..last);
+        let mut window = call.window(self.bags.clone());
         let mut best = vec![T::Acc::ZERO; embedding_dim];
-        let winners_of_bags = self.winners.chunks_exact_mut(embedding_dim);
-        for (bag, winners) in (self.first..last).zip(winners_of_bags) {
+        let mut winners = vec![Winner::NONE; embedding_dim];
+        for bag in self.bags {
             let mut is_first = true;
             while let Some(rows) = window.take(bag) {
                 let columns = best.chunks_mut(block).zip(winners.chunks_mut(block));
@@ -119,6 +119,9 @@ impl<const BLOCK: usize, T: Load, H: Locate> Loop for Contests<'_, BLOCK, T, H> 
                     }
                 }
                 is_first = false;
+            }
+            if !is_first {
+                (self.award)(bag * embedding_dim, &winners);
             }
         }
     }
@@ -178,35 +181,6 @@ impl<const BLOCK: usize, T: Load, H: Locate> Contest<'_, BLOCK, T, H> {
                 let (slot, signs) = self.call.locate(&self.blocks, row, block);
                 *winner = Winner::new(slot + i, signs, i);
             }
-        }
-    }
-}
-
-/// Adds the gradients of the winners whose slots lie in `slots`, which begin at `first_slot`.
-fn add_to_slice<T: Scalar>(
-    winners: &[Winner],
-    grads: &[T],
-    first_slot: usize,
-    slots: &mut [T::Acc],
-) {
-    let slot = |winner: &Winner| winner.slot().wrapping_sub(first_slot);
-    let mut found = [0u8; MAX_ROWS];
-    let some = winners.chunks(MAX_ROWS);
-    for (winners, grads) in some.zip(grads.chunks(MAX_ROWS)) {
-        // Without a branch, which no processor could foretell.
-        let mut n = 0;
-        for (i, winner) in winners.iter().enumerate() {
-            found[n % MAX_ROWS] = i as u8;
-            n += usize::from(slot(winner) < slots.len());
-        }
-        let found = &found[..n];
-        for &i in found {
-            prefetch(slots.as_ptr().wrapping_add(slot(&winners[usize::from(i)])));
-        }
-        for &i in found {
-            let winner = winners[usize::from(i)];
-            let grad = grads[usize::from(i)].widen().flip(winner.signs(), 0);
-            slots[slot(&winner)] += grad;
         }
     }
 }
