@@ -9,6 +9,7 @@ use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{timeout_at, Instant};
 
@@ -213,11 +214,15 @@ async fn gather(
     let deadline = first.accepted + limits.deadline;
     let mut rows = first.work.rows();
     let mut batch = vec![first];
-    // Past the deadline this still takes requests that are already queued.
     while rows < limits.batch_rows {
-        let Ok(Some(job)) = timeout_at(deadline, jobs.recv()).await else {
-            break;
+        let job = match jobs.try_recv() {
+            // A timer rounds up to whole milliseconds, so one for a deadline that has passed would still wait.
+            Err(TryRecvError::Empty) if Instant::now() < deadline => {
+                timeout_at(deadline, jobs.recv()).await.ok().flatten()
+            }
+            queued => queued.ok(),
         };
+        let Some(job) = job else { break };
         rows += job.work.rows();
         if rows > limits.batch_rows {
             *next = Some(job);

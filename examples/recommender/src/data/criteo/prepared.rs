@@ -21,7 +21,6 @@ use memmap2::Mmap;
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, SafeTensors};
 use serde::{Deserialize, Serialize};
-use tempfile::NamedTempFile;
 
 use super::reader::{Click, CATEGORIES, NUMBERS};
 use super::{Counts, Summary};
@@ -191,7 +190,11 @@ pub fn write(
     header.resize(header.len().next_multiple_of(8), b' ');
 
     let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let mut file = NamedTempFile::new_in(folder.unwrap_or(Path::new(".")))?;
+    let mut builder = tempfile::Builder::new();
+    // As any file is made; by default, only its owner could read it.
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+    let mut file = builder.tempfile_in(folder.unwrap_or(Path::new(".")))?;
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(&header)?;
     let data = 8 + header.len();
