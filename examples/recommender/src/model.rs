@@ -299,7 +299,7 @@ impl Dlrm {
 
     /// The first layer of the top MLP, applied to what the interaction of the vectors yields.
     ///
-    /// On a GPU nothing is gathered or joined. What the layer does to the dots is done to the whole square matrix of them, with
+    /// On a GPU no dots are gathered and nothing is joined to them. What the layer does to the dots is done to the whole square matrix of them, with
     /// its weights put in the places of the lower triangle and zeros elsewhere, and what it does to vectors is added.
     fn first_of_top(
         &self,

@@ -7,7 +7,8 @@
 //!
 //! Shards run on the threads of candle's pool, which also do the lookups: between two pieces of work those threads keep looking
 //! for the next, and another pool would compete with them. That pool serves one caller at a time, so an operation within a shard
-//! must not be one that candle divides among it. If a layer is so large that its gradient would be, shards run on rayon's threads.
+//! must not be one that candle divides among it, or it would wait for itself. If a layer is so large that candle would divide its
+//! gradient, or a single example, shards run on rayon's threads.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -163,7 +164,7 @@ pub fn side_by_side<I: Sync, R: Send>(
     if let [item] = items {
         return Ok(vec![work(item)?]);
     }
-    if model.largest() >= DIVIDED_BY_CANDLE {
+    if model.largest().max(model.widest()) >= DIVIDED_BY_CANDLE {
         return items.par_iter().map(&work).collect();
     }
     let results: Vec<_> = items.iter().map(|_| Mutex::new(None)).collect();

@@ -14,6 +14,7 @@
 //!
 //! ```text
 //! text, gzip ──> blocks of lines ──> workers ──┐
+//! Parquet ──> blocks of rows ──────────────────┤
 //! prepared file, mapped ───────────────────────┴──> windows, shuffled ──> queue of batches ──> training
 //! ```
 
@@ -83,7 +84,7 @@ struct Summary {
 /// The numbers of a click log.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Counts {
-    /// Lines that are clicks or none.
+    /// Lines that are examples, clicked or not.
     pub examples: u64,
     /// Of those, the clicked.
     pub clicked: u64,
@@ -94,7 +95,7 @@ pub struct Counts {
 /// What clicks are read from.
 #[derive(Clone)]
 enum Source {
-    /// Text, and for each of its blocks the clicks before it.
+    /// Text or Parquet, and for each of its blocks the clicks before it.
     Text(Format, Arc<[(u64, Position)]>),
     Prepared(Arc<Prepared>),
 }
@@ -104,8 +105,8 @@ type Blocks = Box<dyn Iterator<Item = Result<Vec<Click>>>>;
 
 impl Clicks {
     /// Opens a log as text, which is read once, so that its parts are known and a malformed line is found before the training, or
-    /// one that [`prepare`](Self::prepare) wrote. `rows_per_field` is 100,000 if not given, or
-    /// what was prepared.
+    /// one that [`prepare`](Self::prepare) wrote. `rows_per_field` is 100,000 if not given, or what was
+    /// prepared.
     ///
     /// # Errors
     /// What the file system or gzip says, a pipe, a malformed line unless they are skipped, and no examples at all; a log that was

@@ -31,7 +31,7 @@ pub fn read(format: &Format, from: Position, mut send: impl FnMut(Parsed) -> boo
         let rows = u64::try_from(group_reader.metadata().num_rows())?;
         let (start, end) = (row, row + rows);
         row = end;
-        if (group as u64) < from.byte {
+        if (group as u64) < from.offset {
             continue;
         }
         let mut readers = columns
@@ -44,7 +44,7 @@ pub fn read(format: &Format, from: Position, mut send: impl FnMut(Parsed) -> boo
         }
         while line < end {
             let position = Position {
-                byte: group as u64,
+                offset: group as u64,
                 line,
             };
             let count = BLOCK.min((end - line) as usize);

@@ -37,8 +37,8 @@ pub struct Format {
 /// Where a block is, in the file as it is after decompression.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Position {
-    /// Of Parquet, the row group.
-    pub byte: u64,
+    /// In bytes; of Parquet, in row groups.
+    pub offset: u64,
     /// Lines, or rows, before the block.
     pub line: u64,
 }
@@ -156,7 +156,7 @@ impl Format {
     fn parse(&self, text: &[u8], position: Position) -> Result<Parsed> {
         // Within the file, three bytes that look like a byte order mark are none. The end of the line before hides them from the
         // reader of the block, and is a line to it.
-        let end_of_line: &[u8] = if position.byte > 0 { b"\n" } else { b"" };
+        let end_of_line: &[u8] = if position.offset > 0 { b"\n" } else { b"" };
         let mut reader = Reader::new(
             end_of_line.chain(text),
             self.path.display().to_string(),
@@ -181,7 +181,7 @@ pub fn is_parquet(path: &Path) -> io::Result<bool> {
 }
 
 impl Position {
-    pub const START: Self = Self { byte: 0, line: 0 };
+    pub const START: Self = Self { offset: 0, line: 0 };
 }
 
 impl Iterator for Stream {
@@ -212,10 +212,10 @@ impl Lines {
         let mut file = BufReader::with_capacity(1 << 16, File::open(path)?);
         let input: Box<dyn BufRead> = if is_gzip(&mut file)? {
             let mut text = BufReader::with_capacity(1 << 16, Members::new(file));
-            io::copy(&mut text.by_ref().take(from.byte), &mut io::sink())?;
+            io::copy(&mut text.by_ref().take(from.offset), &mut io::sink())?;
             Box::new(text)
         } else {
-            file.seek(SeekFrom::Start(from.byte))?;
+            file.seek(SeekFrom::Start(from.offset))?;
             Box::new(file)
         };
         Ok(Self {
@@ -237,7 +237,7 @@ impl Lines {
         self.input.read_until(b'\n', &mut text)?;
         let start = self.position;
         self.position = Position {
-            byte: start.byte + text.len() as u64,
+            offset: start.offset + text.len() as u64,
             line: start.line + memchr::memchr_iter(b'\n', &text).count() as u64,
         };
         Ok(Some((text, start)))
