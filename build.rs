@@ -25,7 +25,7 @@ mod instances;
 
 #[cfg(feature = "cuda")]
 mod cuda {
-    use super::abi::{IndexType, StructLayout, LONG_BAG, MAX_RANK, STRUCTS};
+    use super::abi::{IndexType, StructLayout, LONG_BAG, MAX_RANK, STRUCTS, TOUCHED_CHUNK};
     use super::instances::{self, BagKernel, Dtype, Family, Kernel, Module, Pass, Pooling, Rule};
     use std::fmt::Write;
     use std::path::{Path, PathBuf};
@@ -175,6 +175,7 @@ mod cuda {
 
 constexpr int64_t LONG_BAG = {LONG_BAG};
 constexpr int MAX_RANK = {MAX_RANK};
+constexpr uint32_t TOUCHED_CHUNK = {TOUCHED_CHUNK};
 
 enum IndexType : uint32_t {{ {} }};
 
@@ -226,16 +227,12 @@ enum IndexType : uint32_t {{ {} }};
             Kernel::CheckBounds => format!("CHECK_BOUNDS_KERNEL({start})\n"),
             Kernel::CopyI32 => format!("COPY_I32_KERNEL({start})\n"),
             Kernel::OptimizerStep(rule, dtype) => {
-                let rule = match rule {
-                    Rule::AdamW => "AdamW",
-                    Rule::Adagrad => "Adagrad",
-                    Rule::Sgd => "Sgd",
-                    Rule::Momentum => "Momentum",
-                };
-                format!(
-                    "OPTIMIZER_STEP_KERNEL({start}, {rule}, {})\n",
-                    c_type(dtype)
-                )
+                let (rule, t) = (c_rule(rule), c_type(dtype));
+                format!("OPTIMIZER_STEP_KERNEL({start}, {rule}, {t})\n")
+            }
+            Kernel::SparseOptimizerStep(rule, dtype) => {
+                let (rule, t) = (c_rule(rule), c_type(dtype));
+                format!("SPARSE_OPTIMIZER_STEP_KERNEL({start}, {rule}, {t})\n")
             }
         }
     }
@@ -274,6 +271,16 @@ enum IndexType : uint32_t {{ {} }};
             Pass::BackwardPerSampleWeights => {
                 format!("BACKWARD_PER_SAMPLE_WEIGHTS_KERNEL({start}, {t}, {hash}, {width})\n")
             }
+        }
+    }
+
+    fn c_rule(rule: Rule) -> &'static str {
+        match rule {
+            Rule::AdamW => "AdamW",
+            Rule::Adagrad => "Adagrad",
+            Rule::Sgd => "Sgd",
+            Rule::Momentum => "Momentum",
+            Rule::SparseAdam => "SparseAdam",
         }
     }
 

@@ -7,7 +7,12 @@
 //! bytes lies in one line and not in two.
 
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode};
+use candle_hashed_embedding_bag::optim::Adagrad;
+use candle_hashed_embedding_bag::{
+    Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout,
+    Mode,
+};
+use candle_nn::Optimizer;
 use criterion::{criterion_group, criterion_main, Criterion, SamplingMode, Throughput};
 use std::time::Duration;
 
@@ -106,6 +111,90 @@ fn large(c: &mut Criterion) {
             })
         });
     }
+    // Without the tensors that candle makes for a dense gradient.
+    for embedding_dim in [64, 128] {
+        let layer = layer("default", Mode::Sum, DType::F32, embedding_dim).unwrap();
+        let bag = layer.bag.with_sparse(true).unwrap();
+        group.throughput(values(&layer));
+        group.bench_function(format!("{} sparse", layer.name), |b| {
+            b.iter(|| bag.forward(&indices).unwrap().backward().unwrap())
+        });
+    }
+    group.finish();
+}
+
+/// Whole steps of training: forward, backward and Adagrad, with a sparse gradient.
+fn steps(c: &mut Criterion) {
+    let indices = indices(NUM_BAGS, BAG_LEN).unwrap();
+    let mut group = c.benchmark_group("step");
+    group.sampling_mode(SamplingMode::Flat);
+    for (embedding_dim, len) in [
+        (64, 1_000_000),
+        (64, 16_000_000),
+        (64, 64_000_000),
+        (128, 2_000_000),
+    ] {
+        let weight = Tensor::randn(0f32, 1f32, len, &Device::Cpu).unwrap();
+        let weight = Var::from_tensor(&weight).unwrap();
+        let config = HashedEmbeddingBagConfig {
+            sparse: true,
+            ..Default::default()
+        };
+        let rows = NUM_EMBEDDINGS as usize;
+        let bag = weight.as_tensor().clone();
+        let bag = HashedEmbeddingBag::new(bag, rows, embedding_dim, config).unwrap();
+        let mut optimizer = Adagrad::new_lr(vec![weight], 0.01).unwrap();
+        let name = format!("{embedding_dim} {}M", len / 1_000_000);
+        group.bench_function(name, |b| {
+            b.iter(|| {
+                let out = bag.forward(&indices).unwrap();
+                optimizer.backward_step(&out).unwrap();
+            })
+        });
+    }
+    group.finish();
+}
+
+/// Jagged bags of 26 tables: 2,048 samples of 0 to 3 rows each, by feature or by sample.
+fn jagged(c: &mut Criterion) {
+    let (tables, batch) = (26usize, 2_048usize);
+    let len = |bag: usize| row(bag as u64) as usize % 4;
+    let mut group = c.benchmark_group("jagged");
+    let weight = Tensor::randn(0f32, 1f32, 26 * 10_000 * 16 / 16, &Device::Cpu).unwrap();
+    let weight = Var::from_tensor(&weight).unwrap();
+    let names = (0..tables).map(|t| (t.to_string(), 10_000));
+    let weight = weight.as_tensor().clone();
+    let collection =
+        HashedEmbeddingBagCollection::new(weight, names, 16, Default::default()).unwrap();
+    // The same bags in either order: bag `sample * tables + table` of the batch-major one.
+    let rows_of = |bag: usize| (0..len(bag)).map(move |i| row((bag * 4 + i) as u64) % 10_000);
+    let batch_major: Vec<usize> = (0..batch * tables).collect();
+    let feature_major: Vec<usize> = (0..batch * tables)
+        .map(|i| (i % batch) * tables + i / batch)
+        .collect();
+    for (name, layout, bags) in [
+        ("batch-major", JaggedLayout::BatchMajor, batch_major),
+        ("feature-major", JaggedLayout::FeatureMajor, feature_major),
+    ] {
+        let values: Vec<i64> = bags.iter().flat_map(|&bag| rows_of(bag)).collect();
+        let mut offsets = vec![];
+        let mut next = 0;
+        for &bag in &bags {
+            offsets.push(next);
+            next += len(bag) as i64;
+        }
+        let values = Tensor::new(values, &Device::Cpu).unwrap();
+        let offsets = Tensor::new(offsets, &Device::Cpu).unwrap();
+        let forward = || {
+            collection
+                .forward_jagged(&values, &offsets, layout)
+                .unwrap()
+        };
+        group.bench_function(format!("{name} forward"), |b| b.iter(forward));
+        group.bench_function(format!("{name} forward and backward"), |b| {
+            b.iter(|| forward().backward().unwrap())
+        });
+    }
     group.finish();
 }
 
@@ -128,6 +217,6 @@ criterion_group! {
         .sample_size(20)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1));
-    targets = large, small
+    targets = large, steps, jagged, small
 }
 criterion_main!(benches);

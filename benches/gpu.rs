@@ -11,14 +11,17 @@
 use anyhow::{Context, Result};
 use candle_core::cuda_backend::cudarc::driver::sys;
 use candle_core::{DType, Device, Module, Tensor, Var};
+use candle_hashed_embedding_bag::optim::Adagrad;
 use candle_hashed_embedding_bag::{
     BoundsCheck, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection,
     HashedEmbeddingBagConfig, Mode,
 };
+use candle_nn::Optimizer;
 use clap::Parser;
 use comfy_table::{presets::ASCII_MARKDOWN, CellAlignment, Table};
 use rand::{rngs::SmallRng, Rng, RngExt, SeedableRng};
 use serde::Serialize;
+use std::cell::RefCell;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -263,6 +266,8 @@ struct Measurement {
     gathered_values: usize,
     forward_ms: f64,
     forward_backward_ms: f64,
+    /// Forward, backward and Adagrad, with a sparse gradient.
+    step_ms: f64,
     forward_gel_per_s: f64,
     backward_gel_per_s: f64,
     /// Bytes of gathered values per second.
@@ -351,6 +356,13 @@ fn measure(w: &Workload, device: &Device, repeats: usize, copy: f64) -> Result<M
     let trained = layer(&var)?;
     let forward_backward_ms = median_ms(device, repeats, || forward(&trained)?.backward())?;
 
+    let sparse = trained.with_sparse(true)?;
+    let optimizer = RefCell::new(Adagrad::new_lr(vec![var.clone()], 0.01)?);
+    let step_ms = median_ms(device, repeats, || {
+        optimizer.borrow_mut().backward_step(&forward(&sparse)?)
+    })?;
+    drop((optimizer, sparse));
+
     let memory = DeviceMemory::start(device)?;
     let out = forward(&trained)?;
     let grads = out.backward()?;
@@ -368,6 +380,7 @@ fn measure(w: &Workload, device: &Device, repeats: usize, copy: f64) -> Result<M
         gathered_values: values,
         forward_ms,
         forward_backward_ms,
+        step_ms,
         forward_gel_per_s: values as f64 / forward_ms / 1e6,
         backward_gel_per_s: values as f64 / (forward_backward_ms - forward_ms) / 1e6,
         forward_tb_per_s: tb_per_s,
@@ -521,6 +534,7 @@ fn main() -> Result<()> {
         "of copy",
         "fwd+bwd ms",
         "bwd Gel/s",
+        "with sparse Adagrad ms",
         "step MiB",
     ]);
     for w in workloads()?
@@ -536,6 +550,7 @@ fn main() -> Result<()> {
             format!("{:.0} %", m.share_of_copy * 1e2),
             format!("{:.3}", m.forward_backward_ms),
             format!("{:.0}", m.backward_gel_per_s),
+            format!("{:.3}", m.step_ms),
             format!("{:.1}", m.step_mib),
         ]);
         report.workloads.push(m);

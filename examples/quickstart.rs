@@ -1,5 +1,5 @@
-//! How do I start? Everything on one page: build a hashed embedding bag, look up ragged bags, train a step, save, open, and look
-//! up again.
+//! How do I start? Everything on one page: build a hashed embedding bag, look up ragged bags, train a step, save, open to
+//! look up again, and train on.
 //!
 //! ```text
 //! cargo run --release --example quickstart
@@ -63,7 +63,11 @@ fn main() -> Result<()> {
     // The checkpoint describes the layer, so the file alone is enough to rebuild it.
     let folder = tempfile::tempdir()?;
     let path = folder.path().join("quickstart.safetensors");
-    checkpoint::save(&path, [], [("categories", &layer)])?;
+    checkpoint::save(
+        &path,
+        checkpoint::variables(&vars),
+        [("categories", &layer)],
+    )?;
     let opened = Checkpoint::open(&path)?;
     for (name, spec) in opened.layers() {
         println!(
@@ -75,5 +79,14 @@ fn main() -> Result<()> {
     let again = served.forward_with_offsets(&indices, &offsets)?;
     ensure!(again.to_vec2::<f32>()? == out.to_vec2::<f32>()?);
     println!("the opened layer gives the same output");
+
+    // What is opened for lookups does not train. To train on, build the layer on a variable, here of a new VarMap.
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
+    let layer = opened.trainable_hashed_embedding_bag("categories", vb.pp("categories"))?;
+    let mut optimizer = AdamW::new_lr(vars.all_vars(), 0.01)?;
+    optimizer.backward_step(&loss(&layer.forward_with_offsets(&indices, &offsets)?)?)?;
+    let out = layer.forward_with_offsets(&indices, &offsets)?;
+    println!("loss {after:.4} -> {:.4}", loss(&out)?.to_scalar::<f32>()?);
     Ok(())
 }

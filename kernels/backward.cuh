@@ -2,6 +2,7 @@
 // for max the largest values are searched again.
 #pragma once
 #include "forward.cuh"
+#include "touched.cuh"
 
 // Whether x replaces best: the first of equals stays, and NaN is larger than every number.
 template <typename A>
@@ -25,6 +26,7 @@ struct FloatSums {
   };
 
   A *grad_weight;
+  Touched touched;
   Lines &lines;
 
   __device__ __forceinline__ void begin() {
@@ -40,12 +42,14 @@ struct FloatSums {
   // Adds x[v] to the slot of column `within + v` of the block at `place`.
   template <typename Hash>
   __device__ __forceinline__ void add(const Hash &hash, typename Hash::Place place, uint32_t within, const A (&x)[V]) {
+    touched.mark<V>(hash, place, within);
     if (!CACHED || !keep(hash.template vector<V>(place, within), x))
       add_atomic<V>(hash.at(grad_weight + within, place), x);
   }
 
   template <typename Hash>
   __device__ __forceinline__ void add_one(const Hash &hash, typename Hash::Place place, uint32_t within, A x) {
+    touched.mark(hash.template vector<1>(place, within));
     add_global(hash.at(grad_weight + within, place), x);
   }
 
@@ -229,7 +233,7 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
                   << (threadIdx.x % 32 / bags.lanes * bags.lanes);
   for (int64_t bag = group; bag < bags.num_bags; bag += groups) {
     Range range = bags.range(inputs.offsets, bag);
-    int64_t first_row = bags.table(inputs.first_rows, bag).first;
+    int64_t first_row = bags.table(inputs.table_rows, bag).first;
     for (int64_t i = range.start; i < range.end; i++) {
       int64_t row = bags.row(inputs.indices, i);
       if (bags.is_padding(row)) continue;
@@ -255,12 +259,12 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
 #define BACKWARD_KERNEL(NAME, THREADS, POOLING, T, HASH, V, SHARE)                                                     \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       NAME(const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                     \
-           const int64_t *first_rows, const T *per_sample_weights, Acc<T> *grad_weight, BagParams bags, HASH slots,    \
-           uint32_t embedding_dim, uint32_t mean, uint32_t grad_output_aligned) {                                      \
+           const TableRows *table_rows, const T *per_sample_weights, Acc<T> *grad_weight, uint8_t *touched,            \
+           BagParams bags, HASH slots, uint32_t embedding_dim, uint32_t mean, uint32_t grad_output_aligned) {          \
     using Sums = FloatSums<THREADS, V, Acc<T>, POOLING != MAX && (V > 1)>;                                             \
     __shared__ Sums::Lines lines;                                                                                      \
-    Sums sums = {grad_weight, lines};                                                                                  \
-    backward<THREADS, POOLING, V, SHARE>(grad_output, hashed_weight, {indices, offsets, first_rows},                   \
+    Sums sums = {grad_weight, {touched}, lines};                                                                       \
+    backward<THREADS, POOLING, V, SHARE>(grad_output, hashed_weight, {indices, offsets, table_rows},                   \
                                          per_sample_weights, sums, bags, slots, embedding_dim, mean,                   \
                                          grad_output_aligned);                                                         \
   }
@@ -268,8 +272,8 @@ __device__ __forceinline__ void backward_per_sample_weights(const T *__restrict_
 #define BACKWARD_PER_SAMPLE_WEIGHTS_KERNEL(NAME, THREADS, T, HASH, V)                                                  \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       NAME(const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                     \
-           const int64_t *first_rows, T *grad_weights, BagParams bags, HASH slots, uint32_t embedding_dim,             \
+           const TableRows *table_rows, T *grad_weights, BagParams bags, HASH slots, uint32_t embedding_dim,           \
            uint32_t grad_output_aligned) {                                                                             \
-    backward_per_sample_weights<THREADS, V>(grad_output, hashed_weight, {indices, offsets, first_rows}, grad_weights,  \
+    backward_per_sample_weights<THREADS, V>(grad_output, hashed_weight, {indices, offsets, table_rows}, grad_weights,  \
                                             bags, slots, embedding_dim, grad_output_aligned);                          \
   }

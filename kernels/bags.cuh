@@ -16,7 +16,7 @@ struct Range {
   int64_t start, end;
 };
 
-// The rows of one table within the virtual table.
+// The rows of one table within the virtual table; Tables::table_rows in src/tables.rs writes it as two 64-bit integers.
 struct TableRows {
   int64_t first;
   uint64_t count;
@@ -25,8 +25,8 @@ struct TableRows {
 // The tensors that tell what to look up.
 struct Inputs {
   const void *indices;
-  const void *offsets;        // null: bags of bag_len indices
-  const int64_t *first_rows;  // (tables + 1,); null: one table
+  const void *offsets;          // null: bags of bag_len indices
+  const TableRows *table_rows;  // of the table of each feature; null: one feature
 };
 
 // How `nnz` indices are divided into bags, and how threads are divided among the bags; passed by value.
@@ -36,10 +36,10 @@ struct BagParams {
   int64_t num_offsets;  // 0: bags of bag_len indices
   int64_t bag_len;
   int64_t padding_idx;
-  int64_t first_row;  // if there is one table: its first row and its number of rows
+  int64_t first_row;  // if there is one feature: the first row of its table, and its number of rows
   int64_t num_embeddings;
-  int64_t feature_stride;  // bags per table where offsets are in feature-major order, else 0
-  Divisor tables;
+  int64_t feature_stride;  // bags per feature where offsets are in feature-major order, else 0
+  Divisor features;
   uint32_t has_padding;
   uint32_t lanes;           // threads that share a bag: a power of two, at most a warp
   uint32_t bags_per_group;  // consecutive bags of `lanes` threads
@@ -49,8 +49,8 @@ struct BagParams {
   // The position in `offsets` at which the start of a bag is stored.
   __device__ __forceinline__ int64_t offset_position(int64_t bag) const {
     if (feature_stride == 0) return bag;
-    int64_t table = tables.rem(bag);
-    return table * feature_stride + tables.div(bag);
+    int64_t feature = features.rem(bag);
+    return feature * feature_stride + features.div(bag);
   }
 
   // The range of a bag's indices, clamped to 0..nnz whatever the offsets are.
@@ -69,10 +69,9 @@ struct BagParams {
   }
 
   // The table that a bag looks into.
-  __device__ __forceinline__ TableRows table(const int64_t *first_rows, int64_t bag) const {
-    if (first_rows == nullptr) return {first_row, uint64_t(num_embeddings)};
-    int64_t t = tables.rem(bag);
-    return {first_rows[t], uint64_t(first_rows[t + 1] - first_rows[t])};
+  __device__ __forceinline__ TableRows table(const TableRows *table_rows, int64_t bag) const {
+    if (table_rows == nullptr) return {first_row, uint64_t(num_embeddings)};
+    return table_rows[features.rem(bag)];
   }
 
   __device__ __forceinline__ int64_t row(const void *indices, int64_t i) const {

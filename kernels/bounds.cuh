@@ -8,7 +8,7 @@
 
 // Sets *out_of_range to 1 if an offset breaks the contract (the first is 0, none decreases, none exceeds nnz), or if a
 // row of a bag is neither padding nor in its table.
-__device__ __forceinline__ void check_bounds(const void *indices, const void *offsets, const int64_t *first_rows,
+__device__ __forceinline__ void check_bounds(const void *indices, const void *offsets, const TableRows *table_rows,
                                              uint32_t *out_of_range, BagParams bags) {
   int64_t threads = int64_t(gridDim.x) * blockDim.x;
   int64_t thread = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -22,16 +22,16 @@ __device__ __forceinline__ void check_bounds(const void *indices, const void *of
     int64_t row = bags.row(indices, i);
     is_bad |= uint64_t(row) >= table.count && !bags.is_padding(row);
   };
-  if (first_rows == nullptr) {
-    // With one table it does not matter which bag an index is in.
+  if (table_rows == nullptr) {
+    // With one feature it does not matter which bag an index is in.
     int64_t end = bags.end(offsets);
-    TableRows table = bags.table(first_rows, 0);
+    TableRows table = bags.table(table_rows, 0);
 #pragma unroll 4
     for (int64_t i = thread; i < end; i += threads) check(i, table);
   } else {
     for (int64_t bag = thread / 32; bag < bags.num_bags; bag += threads / 32) {
       Range range = bags.range(offsets, bag);
-      TableRows table = bags.table(first_rows, bag);
+      TableRows table = bags.table(table_rows, bag);
 #pragma unroll 4
       for (int64_t i = range.start + thread % 32; i < range.end; i += 32) check(i, table);
     }
@@ -41,6 +41,6 @@ __device__ __forceinline__ void check_bounds(const void *indices, const void *of
 
 #define CHECK_BOUNDS_KERNEL(NAME, THREADS)                                                                             \
   extern "C" __global__ void __launch_bounds__(THREADS) NAME(                                                          \
-      const void *indices, const void *offsets, const int64_t *first_rows, uint32_t *out_of_range, BagParams bags) {   \
-    check_bounds(indices, offsets, first_rows, out_of_range, bags);                                                    \
+      const void *indices, const void *offsets, const TableRows *table_rows, uint32_t *out_of_range, BagParams bags) { \
+    check_bounds(indices, offsets, table_rows, out_of_range, bags);                                                    \
   }

@@ -18,16 +18,17 @@ template <int V, typename A>
 struct FixedPointSums {
   static constexpr int INTEGERS = sizeof(A) / 4;  // per slot
 
-  A *grad_weight;           // the sums of terms that are not finite
+  A *grad_weight;  // the sums of terms that are not finite
+  Touched touched;
   int64_t *units;           // (INTEGERS, len): the sums of all other terms, in units
   uint64_t len;             // of grad_weight
   A to_units[INTEGERS][2];  // two powers of two whose product is 2^k, which may itself be out of range
   A from_units[INTEGERS][2];
 
   // `largest`: the largest finite |grad_output|, and |per_sample_weights| or 1
-  __device__ __forceinline__ FixedPointSums(A *grad_weight, int64_t *units, uint64_t len, const A *largest,
-                                            uint32_t log2_terms)
-      : grad_weight(grad_weight), units(units), len(len) {
+  __device__ __forceinline__ FixedPointSums(A *grad_weight, uint8_t *touched, int64_t *units, uint64_t len,
+                                            const A *largest, uint32_t log2_terms)
+      : grad_weight(grad_weight), touched{touched}, units(units), len(len) {
     int e[2];
     frexp(largest[0], &e[0]);
     frexp(largest[1], &e[1]);
@@ -48,12 +49,32 @@ struct FixedPointSums {
 
   template <typename Hash>
   __device__ __forceinline__ void add(const Hash &hash, typename Hash::Place place, uint32_t within, const A (&x)[V]) {
+    touched.mark<V>(hash, place, within);
 #pragma unroll
-    for (int v = 0; v < V; v++) add_one(hash, place, within + v, x[v]);
+    for (int v = 0; v < V; v++) add_value(hash, place, within + v, x[v]);
   }
 
   template <typename Hash>
   __device__ __forceinline__ void add_one(const Hash &hash, typename Hash::Place place, uint32_t within, A x) {
+    touched.mark(hash.template vector<1>(place, within));
+    add_value(hash, place, within, x);
+  }
+
+  // Adds the sum of slot i to grad_weight, if it may not be zero. With `reset`, its units are zero again.
+  __device__ __forceinline__ void finish(uint64_t i, bool reset) const {
+    if (touched.marks && !touched.marks[i / TOUCHED_CHUNK]) return;
+    A sum = 0;
+#pragma unroll
+    for (int g = INTEGERS - 1; g >= 0; g--) {
+      sum += A(units[g * len + i]) * from_units[g][0] * from_units[g][1];
+      if (reset) units[g * len + i] = 0;
+    }
+    grad_weight[i] += sum;
+  }
+
+private:
+  template <typename Hash>
+  __device__ __forceinline__ void add_value(const Hash &hash, typename Hash::Place place, uint32_t within, A x) {
     if (!isfinite(x)) {
       add_global(hash.at(grad_weight + within, place), x);
       return;
@@ -64,14 +85,6 @@ struct FixedPointSums {
       add_global(hash.at(units + g * len + within, place), q);
       if (g + 1 < INTEGERS) x -= A(q) * from_units[g][0] * from_units[g][1];
     }
-  }
-
-  // Adds the sum of slot i to grad_weight.
-  __device__ __forceinline__ void finish(uint64_t i) const {
-    A sum = 0;
-#pragma unroll
-    for (int g = INTEGERS - 1; g >= 0; g--) sum += A(units[g * len + i]) * from_units[g][0] * from_units[g][1];
-    grad_weight[i] += sum;
   }
 };
 
@@ -95,11 +108,11 @@ __device__ __forceinline__ void largest_magnitude(const T *values, uint64_t n, A
 #define BACKWARD_FIXED_POINT_KERNEL(NAME, THREADS, POOLING, T, HASH, V, SHARE)                                         \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
       NAME(const T *grad_output, const T *hashed_weight, const void *indices, const void *offsets,                     \
-           const int64_t *first_rows, const T *per_sample_weights, Acc<T> *grad_weight, int64_t *units, uint64_t len,  \
-           const Acc<T> *largest, uint32_t log2_terms, BagParams bags, HASH slots, uint32_t embedding_dim,             \
-           uint32_t mean, uint32_t grad_output_aligned) {                                                              \
-    FixedPointSums<V, Acc<T>> sums(grad_weight, units, len, largest, log2_terms);                                      \
-    backward<THREADS, POOLING, V, SHARE>(grad_output, hashed_weight, {indices, offsets, first_rows},                   \
+           const TableRows *table_rows, const T *per_sample_weights, Acc<T> *grad_weight, uint8_t *touched,            \
+           int64_t *units, uint64_t len, const Acc<T> *largest, uint32_t log2_terms, BagParams bags, HASH slots,       \
+           uint32_t embedding_dim, uint32_t mean, uint32_t grad_output_aligned) {                                      \
+    FixedPointSums<V, Acc<T>> sums(grad_weight, touched, units, len, largest, log2_terms);                             \
+    backward<THREADS, POOLING, V, SHARE>(grad_output, hashed_weight, {indices, offsets, table_rows},                   \
                                          per_sample_weights, sums, bags, slots, embedding_dim, mean,                   \
                                          grad_output_aligned);                                                         \
   }
@@ -111,8 +124,9 @@ __device__ __forceinline__ void largest_magnitude(const T *values, uint64_t n, A
 
 #define FROM_FIXED_POINT_KERNEL(NAME, THREADS, A)                                                                      \
   extern "C" __global__ void __launch_bounds__(THREADS)                                                                \
-      NAME(A *grad_weight, int64_t *units, uint64_t len, const A *largest, uint32_t log2_terms) {                      \
-    FixedPointSums<1, A> sums(grad_weight, units, len, largest, log2_terms);                                           \
+      NAME(A *grad_weight, uint8_t *touched, int64_t *units, uint64_t len, const A *largest, uint32_t log2_terms,      \
+           uint32_t reset) {                                                                                           \
+    FixedPointSums<1, A> sums(grad_weight, touched, units, len, largest, log2_terms);                                  \
     uint64_t threads = uint64_t(gridDim.x) * THREADS;                                                                  \
-    for (uint64_t i = uint64_t(blockIdx.x) * THREADS + threadIdx.x; i < len; i += threads) sums.finish(i);             \
+    for (uint64_t i = uint64_t(blockIdx.x) * THREADS + threadIdx.x; i < len; i += threads) sums.finish(i, reset != 0); \
   }

@@ -152,8 +152,8 @@ __device__ __forceinline__ void forward(const T *__restrict__ hashed_weight, con
 
 #define FORWARD_KERNEL(NAME, THREADS, BLOCKS_PER_MULTIPROCESSOR, POOLING, T, HASH, V, SHARE, PLAIN)                    \
   extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)                                     \
-      NAME(const T *hashed_weight, const void *indices, const void *offsets, const int64_t *first_rows,                \
+      NAME(const T *hashed_weight, const void *indices, const void *offsets, const TableRows *table_rows,              \
            const T *per_sample_weights, T *out, BagParams bags, HASH slots, uint32_t embedding_dim, uint32_t mean) {   \
-    forward<THREADS, POOLING, V, SHARE, PLAIN>(hashed_weight, {indices, offsets, first_rows}, per_sample_weights, out, \
+    forward<THREADS, POOLING, V, SHARE, PLAIN>(hashed_weight, {indices, offsets, table_rows}, per_sample_weights, out, \
                                                bags, slots, embedding_dim, mean);                                      \
   }

@@ -74,7 +74,7 @@ struct Walk {
       places[j] = SHARE == 1 ? own[j] : shuffle(FULL_WARP, own[j / SHARE], j % SHARE, SHARE);
   }
 
-  // For bags of equal length, up to LONG_BAG, and one table, without padding. Whole batches need no test per row; if
+  // For bags of equal length, up to LONG_BAG, and one feature, without padding. Whole batches need no test per row; if
   // the length is a multiple of BATCH, they continue from one bag into the next.
   template <typename Index, typename Work>
   __device__ __forceinline__ void plain_bags(Work &work) const {
@@ -142,7 +142,7 @@ struct Walk {
         is_mine = false;
         range.end = range.start;
       }
-      TableRows table = bags.table(inputs.first_rows, bag);
+      TableRows table = bags.table(inputs.table_rows, bag);
       typename Hash::ColumnBlock columns = hash.shift(hash.column_block(column_block), table.first);
       if (is_mine) work.begin(bag);
 
@@ -207,7 +207,7 @@ struct Walk {
       Range range = bags.range(inputs.offsets, bag);
       int64_t batches = (range.end - range.start + groups * BATCH - 1) / (groups * BATCH);
       int64_t start = range.start + group * batches * BATCH;
-      TableRows table = bags.table(inputs.first_rows, bag);
+      TableRows table = bags.table(inputs.table_rows, bag);
       typename Hash::ColumnBlock columns = hash.shift(hash.column_block(column_block), table.first);
       work.begin(bag);
       auto left_at = [&](int64_t i) { return uint32_t(max(min(range.end - i, int64_t(BATCH)), int64_t(0))); };
@@ -244,7 +244,7 @@ struct Walk {
 // The rows of the next batch, possibly of the next bag, are fetched while the values of this one are being loaded, so
 // that neither waits for the other.
 //
-// PLAIN promises bags of equal length, at most LONG_BAG, and one table, without padding. That is a kernel of its own,
+// PLAIN promises bags of equal length, at most LONG_BAG, and one feature, without padding. That is a kernel of its own,
 // because a kernel with both loops needs the registers of both and is slower at either.
 template <int THREADS, int SHARE, bool PLAIN, typename Hash, typename Work>
 __device__ __forceinline__ void for_each_batch(const BagParams &bags, const Hash &hash, const Inputs &inputs,

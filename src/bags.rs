@@ -29,25 +29,28 @@ impl Index for i64 {
     }
 }
 
-/// The order of jagged bags in a collection of tables.
+/// The order of the jagged bags of several features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum JaggedLayout {
-    /// All bags of the first table, then all of the second, as in TorchRec's `KeyedJaggedTensor`: bag `b` of table `t` is
-    /// number `t * batch + b`.
+    /// All bags of the first feature, then all of the second, as in TorchRec's `KeyedJaggedTensor`: the bag of sample `b` and
+    /// feature `f` is number `f * batch + b`.
     FeatureMajor,
-    /// The bags of all tables for the first sample, then for the second: bag `b` of table `t` is number `b * tables + t`.
+    /// The bags of the first sample, then those of the second: the bag of sample `b` and feature `f` is number
+    /// `b * features + f`.
     BatchMajor,
 }
 
 /// The division of `nnz` indices into `num_bags` bags, as far as the shapes determine it.
 ///
-/// Bags are numbered in the order of the output: bag `bag` looks into table `bag % tables`.
+/// Bags are numbered in the order of the output: bag `bag` is one of feature `bag % features`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct BagShape {
     pub nnz: usize,
     pub num_bags: usize,
-    pub tables: usize,
+    pub features: usize,
     pub division: Division,
+    /// For jagged bags in feature-major order, the number of bags of each feature; 0 for any other division.
+    pub feature_stride: usize,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,17 +65,26 @@ pub(crate) enum Division {
     },
 }
 
+/// A bag: its number in the output, and its feature and sample. From one bag to the next no division is needed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bag {
+    pub number: usize,
+    pub feature: usize,
+    sample: usize,
+}
+
 impl BagShape {
     /// Bags of 2-D `indices` of shape `(num_bags, bag_len)`.
-    pub fn fixed(num_bags: usize, bag_len: usize, tables: usize) -> Result<Self> {
+    pub fn fixed(num_bags: usize, bag_len: usize, features: usize) -> Result<Self> {
         let Some(nnz) = num_bags.checked_mul(bag_len) else {
             bail!("indices of shape [{num_bags}, {bag_len}] are too many");
         };
         Ok(Self {
             nnz,
             num_bags,
-            tables,
+            features,
             division: Division::Fixed(bag_len),
+            feature_stride: 0,
         })
     }
 
@@ -81,7 +93,7 @@ impl BagShape {
         nnz: usize,
         num_offsets: usize,
         include_last_offset: bool,
-        tables: usize,
+        features: usize,
         layout: JaggedLayout,
     ) -> Result<Self> {
         let num_bags = if include_last_offset {
@@ -94,16 +106,23 @@ impl BagShape {
         } else {
             num_offsets
         };
-        if !num_bags.is_multiple_of(tables) {
-            bail!("offsets must tell the same number of bags for each of {tables} tables, got {num_bags} bags");
+        if !num_bags.is_multiple_of(features) {
+            bail!(
+                "offsets must tell the same number of bags for each of {features} features, got {num_offsets} offsets with \
+                 include_last_offset = {include_last_offset}"
+            );
         }
         Ok(Self {
             nnz,
             num_bags,
-            tables,
+            features,
             division: Division::Offsets {
                 include_last_offset,
                 layout,
+            },
+            feature_stride: match layout {
+                JaggedLayout::FeatureMajor if features > 1 => num_bags / features,
+                _ => 0,
             },
         })
     }
@@ -116,32 +135,47 @@ impl BagShape {
         }
     }
 
-    /// For jagged bags in feature-major order, the number of bags of each table; 0 for any other division.
-    pub fn feature_stride(&self) -> usize {
-        match self.division {
-            Division::Offsets {
-                layout: JaggedLayout::FeatureMajor,
-                ..
-            } if self.tables > 1 => self.num_bags / self.tables,
-            _ => 0,
+    pub fn bag(&self, number: usize) -> Bag {
+        Bag {
+            number,
+            feature: number % self.features,
+            sample: number / self.features,
         }
     }
 
-    /// The number of `bag` in the order of the offsets.
-    fn number_in_layout(&self, bag: usize) -> usize {
-        match self.feature_stride() {
-            0 => bag,
-            batch => bag % self.tables * batch + bag / self.tables,
+    /// The next bag.
+    #[inline(always)]
+    pub fn after(&self, bag: Bag) -> Bag {
+        let Bag {
+            number,
+            feature,
+            sample,
+        } = bag;
+        let number = number + 1;
+        match feature + 1 == self.features {
+            true => Bag {
+                number,
+                feature: 0,
+                sample: sample + 1,
+            },
+            false => Bag {
+                number,
+                feature: feature + 1,
+                sample,
+            },
         }
     }
 
     /// The indices of `bag`, clamped into `0..nnz` whatever the offsets say.
-    pub fn range<O: Index>(&self, bag: usize, offsets: &[O]) -> Range<usize> {
+    pub fn range<O: Index>(&self, bag: Bag, offsets: &[O]) -> Range<usize> {
         match self.division {
-            Division::Fixed(bag_len) => bag * bag_len..(bag + 1) * bag_len,
+            Division::Fixed(bag_len) => bag.number * bag_len..(bag.number + 1) * bag_len,
             Division::Offsets { .. } => {
                 let clamp = |offset: O| offset.as_i64().clamp(0, self.nnz as i64) as usize;
-                let number = self.number_in_layout(bag);
+                let number = match self.feature_stride {
+                    0 => bag.number,
+                    stride => bag.feature * stride + bag.sample,
+                };
                 let start = clamp(offsets[number]);
                 let end = offsets.get(number + 1).map_or(self.nnz, |&end| clamp(end));
                 start..end.max(start)
@@ -165,23 +199,29 @@ mod tests {
     fn bags_lie_past_32_bits() {
         let fixed = BagShape::fixed((1 << 33) + 1, 3, 1).unwrap();
         assert_eq!(fixed.nnz, 3 * (1 << 33) + 3);
-        assert_eq!(fixed.range::<i64>(1 << 33, &[]), 3 << 33..(3 << 33) + 3);
+        assert_eq!(
+            fixed.range::<i64>(fixed.bag(1 << 33), &[]),
+            3 << 33..(3 << 33) + 3
+        );
 
         let (a, b) = ((1i64 << 31) + 1, (1i64 << 33) + 5);
         let (start, middle) = (a as usize, b as usize);
         let nnz = (1 << 40) + 7;
         let bags = ragged(nnz, 3, false);
-        assert_eq!(bags.range(0, &[0, a, b]), 0..start);
-        assert_eq!(bags.range(1, &[0, a, b]), start..middle);
-        assert_eq!(bags.range(2, &[0, a, b]), middle..nnz);
+        assert_eq!(bags.range(bags.bag(0), &[0, a, b]), 0..start);
+        assert_eq!(bags.range(bags.bag(1), &[0, a, b]), start..middle);
+        assert_eq!(bags.range(bags.bag(2), &[0, a, b]), middle..nnz);
         assert_eq!(
-            bags.range(1, &[0u32, u32::MAX, 7]),
+            bags.range(bags.bag(1), &[0u32, u32::MAX, 7]),
             u32::MAX as usize..u32::MAX as usize
         );
-        assert_eq!(bags.range(0, &[0u32, u32::MAX, 7]), 0..u32::MAX as usize);
+        assert_eq!(
+            bags.range(bags.bag(0), &[0u32, u32::MAX, 7]),
+            0..u32::MAX as usize
+        );
         let last = ragged(nnz, 3, true);
         assert_eq!(
-            (last.num_bags, last.range(1, &[0, a, b])),
+            (last.num_bags, last.range(last.bag(1), &[0, a, b])),
             (2, start..middle)
         );
         assert!(check_offsets(&[0, a, nnz as i64], nnz).is_ok());
@@ -195,7 +235,7 @@ mod tests {
             let bags = ragged(nnz, 2, true);
             for start in [i64::MIN, -1, 0, 1, 4, 5, 6, 1 << 32, i64::MAX] {
                 for end in [i64::MIN, -1, 0, 1, 4, 5, 6, 1 << 32, i64::MAX] {
-                    let range = bags.range(0, &[start, end]);
+                    let range = bags.range(bags.bag(0), &[start, end]);
                     assert!(
                         range.start <= range.end && range.end <= nnz,
                         "{start} {end}"

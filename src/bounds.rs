@@ -3,11 +3,12 @@
 //! On the CPU, each thread of a lookup checks the indices that it looks up. On CUDA a kernel only finds out whether anything is
 //! out of range; the checks here then find out what, so that the message is the same.
 
-use crate::bags::{BagShape, Index};
+use crate::bags::{Bag, BagShape, Index};
 use crate::error::{bail, error};
 use crate::tables::Tables;
 use candle_core::{Error, Result};
 use serde::{Deserialize, Serialize};
+use std::iter;
 use std::ops::Range;
 
 /// What to do about a row or an offset that is out of range.
@@ -49,7 +50,7 @@ pub(crate) fn check_offsets<O: Index>(offsets: &[O], nnz: usize) -> Result<()> {
 #[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct BadRow {
     position: usize,
-    table: usize,
+    feature: usize,
 }
 
 impl BadRow {
@@ -57,14 +58,14 @@ impl BadRow {
     /// because they are never looked up.
     pub fn find<I: Index>(
         indices: &[I],
-        ranges: impl Fn(usize) -> Range<usize>,
+        ranges: impl Fn(Bag) -> Range<usize>,
         of: Range<usize>,
         bags: &BagShape,
         tables: &Tables,
         padding_idx: Option<i64>,
     ) -> Option<Self> {
-        let first_bad = |range: Range<usize>, table: usize| {
-            let rows = 0..tables.num_embeddings(table) as i64;
+        let first_bad = |range: Range<usize>, feature: usize| {
+            let rows = 0..tables.num_embeddings(feature) as i64;
             // A row below 0 and a row past the last both set the sign bit. Being free of branches, this vectorises.
             let signs = indices[range.clone()].iter().fold(0, |signs, index| {
                 let row = index.as_i64();
@@ -79,28 +80,30 @@ impl BadRow {
             })?;
             Some(Self {
                 position: range.start + bad,
-                table,
+                feature,
             })
         };
         match (of.clone().next(), of.clone().next_back()) {
-            // The indices of all these bags are consecutive and belong to one table.
-            (Some(first), Some(last)) if bags.tables == 1 => {
-                first_bad(ranges(first).start..ranges(last).end, 0)
+            // The indices of all these bags are consecutive and belong to one feature.
+            (Some(first), Some(last)) if bags.features == 1 => {
+                let (first, last) = (ranges(bags.bag(first)), ranges(bags.bag(last)));
+                first_bad(first.start..last.end, 0)
             }
-            _ => of
-                .filter_map(|bag| first_bad(ranges(bag), bag % bags.tables))
-                .min(),
+            _ => {
+                let first = bags.bag(of.start);
+                let all = iter::successors(Some(first), |&bag| Some(bags.after(bag)));
+                all.take(of.len())
+                    .filter_map(|bag| first_bad(ranges(bag), bag.feature))
+                    .min()
+            }
         }
     }
 
     pub fn error<I: Index>(&self, indices: &[I], tables: &Tables) -> Error {
-        let of_table = match tables.name(self.table) {
-            Some(name) => format!(" of table {name}"),
-            None => String::new(),
-        };
         error(format_args!(
-            "indices{of_table} must lie in 0..{}, got {} at position {}",
-            tables.num_embeddings(self.table),
+            "indices{} must lie in 0..{}, got {} at position {}",
+            tables.describe(self.feature),
+            tables.num_embeddings(self.feature),
             indices[self.position].as_i64(),
             self.position,
         ))

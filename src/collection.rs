@@ -4,12 +4,15 @@
 //! `num_embeddings[0] + … + num_embeddings[t - 1] + r`, as with ROBE's `val_offset`. One hash spreads all of them over one
 //! parameter, so a large table can use slots that a small one leaves free, and a lookup in all of them is one op: on CUDA one
 //! launch, which shifts the rows and checks each against its own table.
+//!
+//! What is looked up are features. Each has one bag per sample and looks into one table, at first the table of its own name.
 
 use crate::bags::JaggedLayout;
 use crate::bounds::BoundsCheck;
 use crate::config::{HashedEmbeddingBagConfig, HashedWeightConfig};
 use crate::error::bail;
 use crate::hash::Hash;
+use crate::jagged::KeyedJaggedTensor;
 use crate::layer::{create, HashedEmbeddingBag};
 use crate::op::{check_weights_shape, contiguous_indices};
 use crate::tables::Tables;
@@ -21,17 +24,20 @@ use std::sync::Arc;
 ///
 /// * `hashed_weight`: `(len,)`; f32, f64, f16 or bf16. f16 and bf16 are summed in f32.
 /// * indices: u32, i32 or i64, each in `0..num_embeddings` of its own table, in one of these forms:
-///   * `(batch, tables)`: one row of each table per sample ([`Module::forward`]);
-///   * `(batch, tables, bag_len)`: a bag of each, filled up with `padding_idx` ([`Module::forward`]);
-///   * `(nnz,)` with `offsets` `(tables * batch,)`, or `(tables * batch + 1,)` with `include_last_offset`
-///     ([`forward_jagged`](Self::forward_jagged)).
-/// * output: `(batch, tables, embedding_dim)` in the dtype of `hashed_weight`. An empty bag, or one of padding only, is
+///   * `(batch, features)`: one row per feature and sample ([`Module::forward`]);
+///   * `(batch, features, bag_len)`: a bag of each, filled up with `padding_idx` ([`Module::forward`]);
+///   * `(nnz,)` with `offsets` `(features * batch,)`, or `(features * batch + 1,)` with `include_last_offset`
+///     ([`forward_jagged`](Self::forward_jagged));
+///   * jagged bags of each feature, joined by name ([`forward_keyed`](Self::forward_keyed)).
+/// * output: `(batch, features, embedding_dim)` in the dtype of `hashed_weight`. An empty bag, or one of padding only, is
 ///   zeros.
+///
+/// The features are the tables, in order, unless [`with_features`](Self::with_features) says otherwise.
 ///
 /// It is differentiable in `hashed_weight` if that is a variable. Only its inputs are kept for the backward pass.
 ///
 /// The rows of a table follow those of the tables before it. So if you reorder the tables of a trained collection, or add rows to
-/// one of them, the values of all later tables change.
+/// one of them, the values of all later tables change: put a table that will grow last.
 ///
 /// ```
 /// use candle_core::{DType, Device, Module, Tensor};
@@ -62,14 +68,42 @@ use std::sync::Arc;
 /// # Ok(())
 /// # }
 /// ```
+///
+/// # Mean for some features, sum for others
+/// All bags of one lookup are pooled in one mode. The mean of a bag is its sum divided by its length, so look up with mode sum and
+/// divide the output, which is differentiable too:
+///
+/// ```
+/// # use candle_core::{DType, Device, Tensor};
+/// # use candle_hashed_embedding_bag::{hashed_embedding_bag_collection, JaggedLayout};
+/// # use candle_nn::{VarBuilder, VarMap};
+/// # fn main() -> candle_core::Result<()> {
+/// # let vars = VarMap::new();
+/// # let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let tables = [("movie", 4000), ("genre", 20)];
+/// let collection = hashed_embedding_bag_collection(tables, 16, 0.1, Default::default(), vb)?;
+///
+/// // The first sample has three movies and a genre, the second no movie and two genres.
+/// let indices = Tensor::new(&[3999u32, 5, 17, 0, 19, 3], &Device::Cpu)?;
+/// let offsets = Tensor::new(&[0u32, 3, 4, 4], &Device::Cpu)?;
+/// let sums = collection.forward_jagged(&indices, &offsets, JaggedLayout::BatchMajor)?;
+///
+/// // The mean of the movies, the sum of the genres: (batch, features), 1 where nothing is to be divided.
+/// let divisors = Tensor::new(&[[3f32, 1.], [1., 1.]], &Device::Cpu)?;
+/// let pooled = sums.broadcast_div(&divisors.unsqueeze(2)?)?;
+/// assert_eq!(pooled.dims(), [2, 2, 16]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug, Clone)]
 pub struct HashedEmbeddingBagCollection {
-    /// All tables as one layer; the position of a bag tells which table it looks into.
+    /// All tables as one layer; the position of a bag tells its feature, and thereby its table.
     bag: HashedEmbeddingBag,
 }
 
 /// Creates a [`HashedEmbeddingBagCollection`] of tables, given by name and number of rows, on a variable named `hashed_weight`,
-/// which is sized and initialised as for one [`hashed_embedding_bag`](crate::hashed_embedding_bag()) with all the rows.
+/// which is sized and initialised as for one [`hashed_embedding_bag`](crate::hashed_embedding_bag()) with all the rows. Each table
+/// is a feature of the same name; [`with_features`](HashedEmbeddingBagCollection::with_features) changes that.
 ///
 /// # Errors
 /// No tables, two with the same name, one without rows, a `config.first_row` other than 0, and the errors of
@@ -116,13 +150,83 @@ impl HashedEmbeddingBagCollection {
         Ok(Self { bag })
     }
 
-    /// Pools jagged `indices` `(nnz,)` by `offsets` `(tables * batch,)`, or `(tables * batch + 1,)` with
-    /// `include_last_offset`, to `(batch, tables, embedding_dim)`. `layout` is the order of the bags. Both are the `values` and
-    /// `offsets` of TorchRec's `KeyedJaggedTensor`, in [`JaggedLayout::FeatureMajor`] and with `include_last_offset`.
+    /// The same tables and `hashed_weight`, looked up by other features: pairs of the name of a feature and that of the table it
+    /// looks into. Several features may look into one table, as the history of a user and the candidates for the next click do.
+    ///
+    /// Features do not change where a row finds its values, so they can be chosen anew at any time.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Module, Tensor};
+    /// use candle_hashed_embedding_bag::hashed_embedding_bag_collection;
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// # fn main() -> candle_core::Result<()> {
+    /// # let vars = VarMap::new();
+    /// # let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let tables = [("user", 6000), ("movie", 4000)];
+    /// let features = [("user", "user"), ("last", "movie"), ("candidate", "movie")];
+    /// let collection = hashed_embedding_bag_collection(tables, 16, 0.1, Default::default(), vb)?
+    ///     .with_features(features)?;
+    ///
+    /// // Three samples, each a user, the movie watched last, and a candidate for the next one.
+    /// let indices = Tensor::new(&[[17u32, 3999, 5], [17, 5, 5], [5999, 0, 12]], &Device::Cpu)?;
+    /// assert_eq!(collection.forward(&indices)?.dims(), [3, 3, 16]);
+    ///
+    /// // Two towers over one parameter.
+    /// let (user_tower, movie_tower) = (collection.select(["user", "last"])?, collection.select(["candidate"])?);
+    /// assert_eq!(user_tower.forward(&indices.narrow(1, 0, 2)?)?.dims(), [3, 2, 16]);
+    /// assert_eq!(movie_tower.forward(&indices.narrow(1, 2, 1)?)?.dims(), [3, 1, 16]);
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// Wrong ranks, dtypes or devices, a number of bags that is not a multiple of the number of tables; with
-    /// [`BoundsCheck::Error`] also a row outside its table that is not padding (the message gives table, position and value),
+    /// No features, two with the same name, or one of a table that does not exist.
+    pub fn with_features<N: Into<String>, T: AsRef<str>>(
+        &self,
+        features: impl IntoIterator<Item = (N, T)>,
+    ) -> Result<Self> {
+        let features = features
+            .into_iter()
+            .map(|(name, table)| (name.into(), table));
+        self.looked_up_by(self.bag.tables().with_features(features)?)
+    }
+
+    /// Some of the features, in the given order, over the same tables and `hashed_weight`: the input of one tower of a model.
+    ///
+    /// # Errors
+    /// No features, one given twice, or one that does not exist.
+    pub fn select<N: AsRef<str>>(&self, features: impl IntoIterator<Item = N>) -> Result<Self> {
+        let all: Vec<_> = self.features().collect();
+        let find = |name: N| {
+            let name = name.as_ref();
+            match all.iter().find(|(feature, _)| *feature == name) {
+                Some(&(feature, table)) => Ok((feature.to_string(), table)),
+                None => {
+                    let names: Vec<_> = all.iter().map(|(feature, _)| *feature).collect();
+                    bail!("no feature {name}, only {}", names.join(", "))
+                }
+            }
+        };
+        let features: Vec<_> = features.into_iter().map(find).collect::<Result<_>>()?;
+        self.looked_up_by(self.bag.tables().with_features(features)?)
+    }
+
+    /// The same parameter under the same tables with other features.
+    fn looked_up_by(&self, tables: Tables) -> Result<Self> {
+        let hashed_weight = self.hashed_weight().clone();
+        let (tables, config) = (Arc::new(tables), self.config());
+        let bag = HashedEmbeddingBag::over(hashed_weight, tables, self.embedding_dim(), config)?;
+        Ok(Self { bag })
+    }
+
+    /// Pools jagged `indices` `(nnz,)` by `offsets` `(features * batch,)`, or `(features * batch + 1,)` with
+    /// `include_last_offset`, to `(batch, features, embedding_dim)`. `layout` is the order of the bags. Without
+    /// `include_last_offset` every offset starts a bag, the last one too.
+    ///
+    /// # Errors
+    /// Wrong ranks, dtypes or devices, a number of bags that is not a multiple of the number of features; with
+    /// [`BoundsCheck::Error`] also a row outside its table that is not padding (the message gives feature, table, position and value),
     /// and offsets that do not start at 0, decrease or exceed `nnz`.
     pub fn forward_jagged(
         &self,
@@ -130,10 +234,37 @@ impl HashedEmbeddingBagCollection {
         offsets: &Tensor,
         layout: JaggedLayout,
     ) -> Result<Tensor> {
-        self.by_table(self.bag.lookup(indices, Some(offsets), layout, None)?)
+        self.by_feature(self.bag.lookup(indices, Some(offsets), layout, None)?)
     }
 
-    /// Pools bags of each table as [`Module::forward`] does, with each row multiplied by its own weight; mode sum only.
+    /// Pools jagged bags that were joined by the names of their features, `(batch, features, embedding_dim)`. If they have
+    /// per-sample weights, each row is multiplied by its own, as in [`forward_weighted`](Self::forward_weighted).
+    ///
+    /// # Errors
+    /// Features other than those of the collection, or in another order, and those of [`forward_jagged`](Self::forward_jagged), or
+    /// with weights of [`forward_weighted_jagged`](Self::forward_weighted_jagged). The positions in them count the indices or
+    /// offsets of all features.
+    pub fn forward_keyed(&self, bags: &KeyedJaggedTensor) -> Result<Tensor> {
+        let want: Vec<_> = self.features().map(|(name, _)| name).collect();
+        let got: Vec<_> = bags.keys().collect();
+        if want != got {
+            let (want, got) = (want.join(", "), got.join(", "));
+            bail!("features must be {want}, in this order, got {got}");
+        }
+        let (offsets, num_bags) = (bags.offsets(), bags.offsets().elem_count() - 1);
+        let offsets = if self.config().include_last_offset {
+            offsets.clone()
+        } else {
+            offsets.narrow(0, 0, num_bags)?
+        };
+        let (indices, layout) = (bags.indices(), JaggedLayout::FeatureMajor);
+        match bags.per_sample_weights() {
+            Some(weights) => self.forward_weighted_jagged(indices, &offsets, layout, weights),
+            None => self.forward_jagged(indices, &offsets, layout),
+        }
+    }
+
+    /// Pools bags of each feature as [`Module::forward`] does, with each row multiplied by its own weight; mode sum only.
     /// `per_sample_weights` has the shape of `indices` and the dtype of `hashed_weight`, and gets a gradient if it is
     /// tracked.
     ///
@@ -160,21 +291,21 @@ impl HashedEmbeddingBagCollection {
         per_sample_weights: &Tensor,
     ) -> Result<Tensor> {
         let weights = Some(per_sample_weights);
-        self.by_table(self.bag.lookup(indices, Some(offsets), layout, weights)?)
+        self.by_feature(self.bag.lookup(indices, Some(offsets), layout, weights)?)
     }
 
     /// Looks up bags of equal length, with or without per-sample weights.
     fn lookup(&self, indices: &Tensor, per_sample_weights: Option<&Tensor>) -> Result<Tensor> {
-        let tables = self.bag.tables().len();
+        let features = self.bag.tables().num_features();
         let (batch, bag_len) = match *indices.dims() {
-            [batch, n] if n == tables => (batch, 1),
-            [batch, n, bag_len] if n == tables => (batch, bag_len),
+            [batch, n] if n == features => (batch, 1),
+            [batch, n, bag_len] if n == features => (batch, bag_len),
             ref dims => bail!(
-                "indices must have shape [batch, {tables}] or [batch, {tables}, bag_len], got {dims:?}"
+                "indices must have shape [batch, {features}] or [batch, {features}, bag_len], got {dims:?}"
             ),
         };
-        let Some(bags) = batch.checked_mul(tables) else {
-            bail!("{batch} samples of {tables} bags are too many");
+        let Some(bags) = batch.checked_mul(features) else {
+            bail!("{batch} samples of {features} bags are too many");
         };
         let per_sample_weights = match per_sample_weights {
             Some(weights) => {
@@ -188,14 +319,14 @@ impl HashedEmbeddingBagCollection {
         let pooled = self
             .bag
             .lookup(&indices, None, layout, per_sample_weights.as_ref())?;
-        self.by_table(pooled)
+        self.by_feature(pooled)
     }
 
-    /// `(batch * tables, embedding_dim)` to `(batch, tables, embedding_dim)`.
-    fn by_table(&self, pooled: Tensor) -> Result<Tensor> {
+    /// `(batch * features, embedding_dim)` to `(batch, features, embedding_dim)`.
+    fn by_feature(&self, pooled: Tensor) -> Result<Tensor> {
         let (bags, embedding_dim) = pooled.dims2()?;
-        let tables = self.bag.tables().len();
-        pooled.reshape((bags / tables, tables, embedding_dim))
+        let features = self.bag.tables().num_features();
+        pooled.reshape((bags / features, features, embedding_dim))
     }
 
     /// Table `name` as a layer of its own on the same `hashed_weight`: it looks up the same rows, and trains them.
@@ -226,7 +357,12 @@ impl HashedEmbeddingBagCollection {
 
     /// The tables, by name and number of rows, in order.
     pub fn tables(&self) -> impl ExactSizeIterator<Item = (&str, usize)> {
-        self.bag.tables().iter()
+        self.bag.tables().tables()
+    }
+
+    /// The features, by name and that of their table, in order.
+    pub fn features(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
+        self.bag.tables().features()
     }
 
     /// The configuration of this collection, as [`HashedEmbeddingBagCollection::new`] takes it. Its hash is the one in use, even
@@ -272,7 +408,7 @@ impl HashedEmbeddingBagCollection {
 }
 
 impl Module for HashedEmbeddingBagCollection {
-    /// Looks up `indices` `(batch, tables)` or pools `(batch, tables, bag_len)`, to `(batch, tables, embedding_dim)`.
+    /// Looks up `indices` `(batch, features)` or pools `(batch, features, bag_len)`, to `(batch, features, embedding_dim)`.
     fn forward(&self, indices: &Tensor) -> Result<Tensor> {
         self.lookup(indices, None)
     }

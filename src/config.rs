@@ -41,6 +41,14 @@ pub struct HashedEmbeddingBagConfig {
     pub bounds_check: BoundsCheck,
     /// How the gradient of `hashed_weight` is summed on CUDA. Default [`Gradient::Fastest`].
     pub gradient: Gradient,
+    /// Whether the gradient of `hashed_weight` is sparse, as with `sparse` of `torch.nn.EmbeddingBag`: a backward pass then takes
+    /// time for the rows that were looked up, and none for the length of `hashed_weight`. Default `false`.
+    ///
+    /// candle has no sparse tensors, so the gradient is in no `GradStore`: it is a [`SparseGradient`](crate::SparseGradient) of the
+    /// variable, which [`optim::Sgd`](crate::optim::Sgd), [`optim::Adagrad`](crate::optim::Adagrad) and
+    /// [`optim::SparseAdam`](crate::optim::SparseAdam) find. **Optimisers of other crates do not, and leave `hashed_weight` as it
+    /// is.** A layer on a weight that is not tracked, for inference, has no gradient of either kind.
+    pub sparse: bool,
 }
 
 impl HashedEmbeddingBagConfig {
@@ -65,6 +73,8 @@ pub struct HashedEmbeddingConfig {
     pub bounds_check: BoundsCheck,
     /// How the gradient of `hashed_weight` is summed on CUDA. Default [`Gradient::Fastest`].
     pub gradient: Gradient,
+    /// Whether the gradient of `hashed_weight` is sparse; see [`HashedEmbeddingBagConfig::sparse`]. Default `false`.
+    pub sparse: bool,
 }
 
 impl From<HashedEmbeddingConfig> for HashedEmbeddingBagConfig {
@@ -75,6 +85,7 @@ impl From<HashedEmbeddingConfig> for HashedEmbeddingBagConfig {
             first_row: config.first_row,
             bounds_check: config.bounds_check,
             gradient: config.gradient,
+            sparse: config.sparse,
             ..Self::default()
         }
     }
@@ -133,7 +144,7 @@ mod tests {
             gradient: Gradient::Deterministic,
             ..Default::default()
         };
-        let json = r#"{"mode":"max","hash":{"kind":"mix","seed":0,"block":8,"signed":true,"balanced":true},"padding_idx":-1,"include_last_offset":false,"first_row":0,"bounds_check":"error","gradient":"deterministic"}"#;
+        let json = r#"{"mode":"max","hash":{"kind":"mix","seed":0,"block":8,"signed":true,"balanced":true},"padding_idx":-1,"include_last_offset":false,"first_row":0,"bounds_check":"error","gradient":"deterministic","sparse":false}"#;
         assert_eq!(serde_json::to_string(&config).unwrap(), json);
         assert_eq!(read(json).unwrap(), config);
         let message = |json| read(json).unwrap_err().to_string();

@@ -12,7 +12,7 @@ use crate::bounds::BoundsCheck;
 use crate::config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig, HashedWeightConfig};
 use crate::error::bail;
 use crate::hash::{Hash, Slots};
-use crate::op::{self, check_dtype, Offsets, Table, WEIGHT_DTYPES};
+use crate::op::{self, check_dtype, Offsets, SparseGradient, Table, WEIGHT_DTYPES};
 use crate::tables::Tables;
 use candle_core::{Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
@@ -68,8 +68,9 @@ pub struct HashedEmbeddingBag {
     config: HashedEmbeddingBagConfig,
     slots: Slots,
     tables: Arc<Tables>,
-    /// See [`Table::first_rows`].
-    first_rows: Option<Tensor>,
+    /// See [`Table::table_rows`].
+    table_rows: Option<Tensor>,
+    sparse_gradient: Option<SparseGradient>,
 }
 
 /// Creates a [`HashedEmbeddingBag`] on a variable named `hashed_weight`. The argument `hashed_weight` sets its length and initial
@@ -180,10 +181,17 @@ impl HashedEmbeddingBag {
         let hash = config.hash_for(embedding_dim);
         hash.check_table(tables.end_row(), embedding_dim)?;
         let slots = hash.slots(len)?;
-        let first_rows = if tables.len() > 1 {
-            Some(Tensor::new(tables.first_rows(), hashed_weight.device())?)
+        let table_rows = if tables.num_features() > 1 {
+            Some(Tensor::new(tables.table_rows(), hashed_weight.device())?)
         } else {
             None
+        };
+        let sparse_gradient = match config.sparse {
+            true if hashed_weight.is_variable() => Some(SparseGradient::of(&hashed_weight)),
+            true if hashed_weight.track_op() => {
+                bail!("a sparse gradient needs a hashed_weight that is a variable itself, or detached for inference")
+            }
+            _ => None,
         };
         let config = HashedEmbeddingBagConfig {
             hash: Some(hash),
@@ -195,7 +203,8 @@ impl HashedEmbeddingBag {
             config,
             slots,
             tables,
-            first_rows,
+            table_rows,
+            sparse_gradient,
         })
     }
 
@@ -258,10 +267,11 @@ impl HashedEmbeddingBag {
         let table = Table {
             slots: self.slots,
             tables: self.tables.clone(),
-            first_rows: self.first_rows.clone(),
+            table_rows: self.table_rows.clone(),
             embedding_dim: self.embedding_dim,
             mode: config.mode,
             padding_idx: config.padding_idx,
+            sparse_gradient: self.sparse_gradient.clone(),
         };
         op::hashed_embedding_bag(
             &self.hashed_weight,
@@ -363,6 +373,30 @@ impl HashedEmbeddingBag {
     pub fn with_bounds_check(mut self, bounds_check: BoundsCheck) -> Self {
         self.config.bounds_check = bounds_check;
         self
+    }
+
+    /// The same layer with another kind of gradient, for example after loading it from a checkpoint; see
+    /// [`HashedEmbeddingBagConfig::sparse`].
+    ///
+    /// # Errors
+    /// A `hashed_weight` that is tracked and no variable.
+    pub fn with_sparse(&self, sparse: bool) -> Result<Self> {
+        let config = HashedEmbeddingBagConfig {
+            sparse,
+            ..self.config
+        };
+        let hashed_weight = self.hashed_weight.clone();
+        Self::over(
+            hashed_weight,
+            self.tables.clone(),
+            self.embedding_dim,
+            config,
+        )
+    }
+
+    /// The gradient of a layer on a variable with [`sparse`](HashedEmbeddingBagConfig::sparse).
+    pub fn sparse_gradient(&self) -> Option<&SparseGradient> {
+        self.sparse_gradient.as_ref()
     }
 
     /// The same layer on another weight of the same length, such as its own in another dtype, on another device, detached from
@@ -492,6 +526,7 @@ impl HashedEmbedding {
             first_row: config.first_row,
             bounds_check: config.bounds_check,
             gradient: config.gradient,
+            sparse: config.sparse,
         }
     }
 
@@ -499,6 +534,15 @@ impl HashedEmbedding {
     pub fn with_bounds_check(self, bounds_check: BoundsCheck) -> Self {
         let bag = self.bag.with_bounds_check(bounds_check);
         Self { bag }
+    }
+
+    /// The same layer with another kind of gradient; see [`HashedEmbeddingBag::with_sparse`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::with_sparse`].
+    pub fn with_sparse(&self, sparse: bool) -> Result<Self> {
+        let bag = self.bag.with_sparse(sparse)?;
+        Ok(Self { bag })
     }
 
     /// The same layer on another weight of the same length; see [`HashedEmbeddingBag::with_hashed_weight`].

@@ -8,6 +8,7 @@
 //! |---|---|
 //! | pool bags of rows in a model | [`hashed_embedding_bag()`], [`HashedEmbeddingBag`] |
 //! | look up many tables at once, over one parameter | [`hashed_embedding_bag_collection()`], [`HashedEmbeddingBagCollection`] |
+//! | join jagged bags of several features for it | [`JaggedTensor`], [`KeyedJaggedTensor`] |
 //! | look up single rows | [`hashed_embedding()`], [`HashedEmbedding`] |
 //! | choose where values go, or match weights trained in PyTorch | [`Hash`](enum@Hash) |
 //! | train with one pass over memory per step, and resume | [`optim::AdamW`], [`optim::Adagrad`], [`optim::Sgd`] |
@@ -41,6 +42,9 @@
 //! # }
 //! ```
 //!
+//! On a CPU, set `CANDLE_NUM_THREADS` in a container that may use fewer cores than the machine has, and use an allocator that reuses
+//! and aligns memory, such as mimalloc.
+//!
 //! The feature `cuda` adds the CUDA kernels; it needs `nvcc`, and a driver at least as new as the toolkit.
 
 #![warn(missing_docs)]
@@ -54,6 +58,7 @@ mod error;
 mod fit;
 mod hash;
 pub mod import;
+mod jagged;
 mod layer;
 mod op;
 pub mod optim;
@@ -68,8 +73,9 @@ pub use collection::{hashed_embedding_bag_collection, HashedEmbeddingBagCollecti
 pub use config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig, HashedWeightConfig};
 pub use hash::{Affine, Balanced, Hash, Mix, Overflow};
 pub use import::StateDict;
+pub use jagged::{JaggedTensor, KeyedJaggedTensor};
 pub use layer::{hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag};
-pub use op::{Gradient, Mode};
+pub use op::{Gradient, Mode, SparseGradient};
 
 /// Compiles and runs the Rust in the documents.
 #[cfg(doctest)]

@@ -56,8 +56,8 @@ def main():
     options = parser.parse_args()
     indices = torch.tensor([row(i) for i in range(NUM_BAGS * BAG_LEN)]).reshape(NUM_BAGS, BAG_LEN)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print("| | torch ms | default ms | | original ms | |")
-    print("|---|---:|---:|---:|---:|---:|")
+    print("| | torch ms | default ms | | with a sparse gradient ms | | original ms | |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for dim in [64, 128]:
         for mode in ["sum", "mean", "max"]:
             sparse = mode != "max"
@@ -75,10 +75,18 @@ def main():
             for group, run in [("forward", forward), ("forward and backward", step)]:
                 theirs = fastest_seconds(run)
                 cells = []
-                for hash in ["default", "original"]:
-                    mine = ours(options.criterion, group, f"{hash} {mode} f32 {dim}")
+                for name in [f"default {mode} f32 {dim}", f"default {mode} f32 {dim} sparse", f"original {mode} f32 {dim}"]:
+                    mine = ours(options.criterion, group, name)
                     cells.append(f"{mine * 1e3:.2f} | {theirs / mine:.2f}x" if mine else " | ")
                 print(f"| {group}, {mode}, dim {dim} | {theirs * 1e3:.2f} | {' | '.join(cells)} |")
+            if mode == "sum":
+                optimizer = torch.optim.SGD(bag.parameters(), lr=0.01)
+                theirs = fastest_seconds(lambda: (step(), optimizer.step()))
+                for length in [1, 16, 64] if dim == 64 else [2]:
+                    mine = ours(options.criterion, "step", f"{dim} {length}M")
+                    if mine:
+                        cells = f"| {mine * 1e3:.2f} | {theirs / mine:.2f}x"
+                        print(f"| step, {length}M slots with Adagrad, torch with SGD, dim {dim} | {theirs * 1e3:.2f} | | {cells} | | |")
             del bag
 
 

@@ -74,7 +74,7 @@ fn number(u: &mut Unstructured) -> Result<u64> {
     })
 }
 
-/// The description of a layer, or of a collection of tables.
+/// The description of a layer, or of a collection of tables with features.
 fn layer(u: &mut Unstructured, collection: bool) -> Result<Value> {
     let hash = if u.arbitrary()? {
         let block = 1 << u.int_in_range(0..=5)?;
@@ -116,7 +116,8 @@ fn layer(u: &mut Unstructured, collection: bool) -> Result<Value> {
     });
     if collection {
         let mut tables = vec![];
-        for i in 0..u.int_in_range(0..=4)? {
+        let num_tables = u.int_in_range(0..=4)?;
+        for i in 0..num_tables {
             let num_embeddings = number(u)?;
             tables.push(json!({
                 "name": or_odd(u, json!(i.to_string()))?,
@@ -124,6 +125,17 @@ fn layer(u: &mut Unstructured, collection: bool) -> Result<Value> {
             }));
         }
         layer["tables"] = or_odd(u, json!(tables))?;
+        if u.arbitrary()? {
+            let mut features = vec![];
+            for i in 0..u.int_in_range(0..=4)? {
+                let table = u.int_in_range(0..=num_tables)?;
+                features.push(json!({
+                    "name": or_odd(u, json!(format!("f{i}")))?,
+                    "table": or_odd(u, json!(table.to_string()))?,
+                }));
+            }
+            layer["features"] = or_odd(u, json!(features))?;
+        }
     } else {
         let num_embeddings = number(u)?;
         layer["num_embeddings"] = or_odd(u, json!(num_embeddings))?;

@@ -14,6 +14,8 @@
 //!  "embedding_dim":16,"mode":"sum","padding_idx":null,"include_last_offset":false,"hash":{…}}}
 //! ```
 //!
+//! docs/format.md specifies all fields.
+//!
 //! The parameter of layer `user` is the tensor `user.hashed_weight` (of the layer with the empty name,
 //! `hashed_weight`). Any other reader of safetensors reads the file as it reads every other.
 //!
@@ -31,9 +33,7 @@
 //!
 //! let folder = tempfile::tempdir()?;
 //! let path = folder.path().join("model.safetensors");
-//! let tensors = vars.data().lock().unwrap().clone();
-//! let tensors = tensors.iter().map(|(name, var)| (name.clone(), var.as_tensor().clone()));
-//! checkpoint::save(&path, tensors, [("items", &layer)])?;
+//! checkpoint::save(&path, checkpoint::variables(&vars), [("items", &layer)])?;
 //!
 //! let checkpoint = Checkpoint::open(&path)?;
 //! let served = checkpoint.hashed_embedding_bag("items", DType::F32, &device)?;
@@ -44,23 +44,64 @@
 //! # Ok(())
 //! # }
 //! ```
+//!
+//! # Resuming
+//!
+//! What [`Checkpoint::hashed_embedding_bag`] opens is for inference: an optimiser step leaves it unchanged, without an error.
+//! To go on training, [`Checkpoint::trainable_hashed_embedding_bag`] builds the same layer on a variable. `VarMap::load` then
+//! sets the variables of the other layers. The state of an optimiser is [saved beside the model](crate::optim).
+//!
+//! ```
+//! # use candle_core::{DType, Device, Module, Tensor};
+//! # use candle_hashed_embedding_bag::{checkpoint, hashed_embedding_bag, Checkpoint};
+//! # use candle_nn::{VarBuilder, VarMap};
+//! # fn main() -> candle_core::Result<()> {
+//! # let device = Device::Cpu;
+//! # let vars = VarMap::new();
+//! # let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
+//! # let saved = hashed_embedding_bag(1000, 16, 0.1, Default::default(), vb.pp("items"))?;
+//! # candle_nn::linear(16, 1, vb.pp("head"))?;
+//! # let folder = tempfile::tempdir()?;
+//! # let path = folder.path().join("model.safetensors");
+//! checkpoint::save_with_metadata(
+//!     &path,
+//!     checkpoint::variables(&vars),
+//!     [("items", &saved)],
+//!     [("history_len", "20")],
+//! )?;
+//!
+//! let checkpoint = Checkpoint::open(&path)?;
+//! let mut vars = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&vars, DType::F32, &device);
+//! let layer = checkpoint.trainable_hashed_embedding_bag("items", vb.pp("items"))?;
+//! let linear = candle_nn::linear(16, 1, vb.pp("head"))?;
+//! vars.load(&path)?;
+//! assert!(layer.hashed_weight().is_variable());
+//! assert_eq!(checkpoint.metadata("history_len"), Some("20"));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! `VarMap::load` alone compares nothing but the shapes of tensors. If a model is rebuilt by code that has changed, with another
+//! seed, say, or with the tables of a collection in another order, rows silently get the values of other rows.
+//! [`LayerSpec::check`] and [`CollectionSpec::check`] name the field that differs.
 
 pub(crate) mod file;
 mod spec;
 
-pub use spec::{CollectionSpec, LayerSpec, TableSpec};
+pub use spec::{CollectionSpec, FeatureSpec, LayerSpec, TableSpec};
 
 use crate::collection::HashedEmbeddingBagCollection;
 use crate::layer::{HashedEmbedding, HashedEmbeddingBag, HASHED_WEIGHT, INNER_BAG};
 use crate::op::WEIGHT_DTYPES;
-use candle_core::{bail, DType, Device, Error, Result, Shape, Tensor};
+use candle_core::{bail, DType, Device, Error, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
-use candle_nn::{Init, VarBuilder};
+use candle_nn::{Init, VarBuilder, VarMap};
 use file::{check_shape, join, MappedFile, TensorInfo};
 use spec::{Description, METADATA_KEY};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 /// Something with a `hashed_weight` that [`save`] describes; made of a reference by `into`.
 #[derive(Debug, Clone, Copy)]
@@ -110,12 +151,36 @@ fn weight_name(name: &str) -> String {
 /// replaced keeps its mode, though not its owner or access control lists, which belong to the process that saves.
 ///
 /// # Errors
-/// A name given twice with different tensors, a dtype without a safetensors form in candle, something at `path` that is not
-/// a regular file, or what the file system reports.
+/// A name given twice with different tensors, a layer whose `hashed_weight` also has another name, a dtype without a
+/// safetensors form in candle, something at `path` that is not a regular file, or what the file system reports.
+///
+/// The second refusal protects what layers share: the tables of a collection
+/// ([`table`](HashedEmbeddingBagCollection::table)) train one parameter, but as layers of a file each would have a copy. Save the
+/// collection instead.
 pub fn save<'a, N: Into<String>, L: Into<Layer<'a>>>(
     path: impl AsRef<Path>,
     tensors: impl IntoIterator<Item = (String, Tensor)>,
     layers: impl IntoIterator<Item = (N, L)>,
+) -> Result<()> {
+    save_with_metadata::<N, L, String, String>(path, tensors, layers, [])
+}
+
+/// [`save`] with metadata of the model's own: strings such as the length of its histories, hyper-parameters, metrics, or a map
+/// of ids as JSON. [`Checkpoint::metadata`] reads them back, and so does any other reader of safetensors.
+///
+/// # Errors
+/// Those of [`save`], a key given twice, and the key `hashed_embedding_bag`, under which the layers are described.
+pub fn save_with_metadata<
+    'a,
+    N: Into<String>,
+    L: Into<Layer<'a>>,
+    K: Into<String>,
+    V: Into<String>,
+>(
+    path: impl AsRef<Path>,
+    tensors: impl IntoIterator<Item = (String, Tensor)>,
+    layers: impl IntoIterator<Item = (N, L)>,
+    metadata: impl IntoIterator<Item = (K, V)>,
 ) -> Result<()> {
     let mut all: BTreeMap<String, Tensor> = BTreeMap::new();
     let mut insert = |name: String, tensor: Tensor| match all.get(&name) {
@@ -148,6 +213,20 @@ pub fn save<'a, N: Into<String>, L: Into<Layer<'a>>>(
             }
         }
     }
+    for name in description.names() {
+        check_unshared(name, &all)?;
+    }
+    let mut all_metadata = HashMap::from([(METADATA_KEY.to_string(), description.to_json()?)]);
+    for (key, value) in metadata {
+        let key = key.into();
+        if key == METADATA_KEY {
+            bail!("checkpoint: the metadata {key} describes the layers; choose another key");
+        }
+        if all_metadata.contains_key(&key) {
+            bail!("checkpoint: the metadata {key} is given twice");
+        }
+        all_metadata.insert(key, value.into());
+    }
     // On the CPU first: the writer below has no way to report a failed copy.
     let all = all
         .into_iter()
@@ -164,16 +243,39 @@ pub fn save<'a, N: Into<String>, L: Into<Layer<'a>>>(
             Ok((name, tensor.to_device(&Device::Cpu)?))
         })
         .collect::<Result<Vec<_>>>()?;
-    let metadata = HashMap::from([(METADATA_KEY.to_string(), description.to_json()?)]);
     let path = path.as_ref();
     file::replace(path, |temporary| {
         Ok(safetensors::serialize_to_file(
             all,
-            Some(metadata),
+            Some(all_metadata),
             temporary,
         )?)
     })
     .map_err(|e| e.with_path(path))
+}
+
+/// Refuses a layer whose parameter is saved under a second name too: opened again, the two would no longer be one.
+fn check_unshared(name: &str, tensors: &BTreeMap<String, Tensor>) -> Result<()> {
+    let weight = weight_name(name);
+    let id = tensors[&weight].id();
+    for (other, tensor) in tensors {
+        if *other != weight && tensor.id() == id {
+            bail!(
+                "checkpoint: {weight} and {other} are one tensor, but would be two in the file; instead of tables of a collection, \
+                 save the collection"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The variables of a `VarMap` with their names, as [`save`] takes them.
+pub fn variables(vars: &VarMap) -> Vec<(String, Tensor)> {
+    // A thread that panicked while it held the lock leaves whole variables behind.
+    let vars = vars.data().lock().unwrap_or_else(PoisonError::into_inner);
+    vars.iter()
+        .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
+        .collect()
 }
 
 /// Checks that [`save`] can write to `path`, before a long training instead of after it. Nothing is written or changed.
@@ -226,7 +328,48 @@ impl Checkpoint {
         collections.map(|(name, spec)| (name.as_str(), spec))
     }
 
-    /// The hashed layer `name`, its parameter cast to `dtype` on `device`; untracked, for inference.
+    /// The description of the hashed layer `name`.
+    ///
+    /// # Errors
+    /// No such layer.
+    pub fn layer(&self, name: &str) -> Result<&LayerSpec> {
+        match self.description.layers.get(name) {
+            Some(spec) => Ok(spec),
+            None => {
+                let names: Vec<_> = self.layers().map(|(name, _)| name).collect();
+                bail!("checkpoint: no layer {name}, only {}", names.join(", "))
+            }
+        }
+    }
+
+    /// The description of the collection `name`.
+    ///
+    /// # Errors
+    /// No such collection.
+    pub fn collection(&self, name: &str) -> Result<&CollectionSpec> {
+        match self.description.collections.get(name) {
+            Some(spec) => Ok(spec),
+            None => {
+                let names: Vec<_> = self.collections().map(|(name, _)| name).collect();
+                bail!(
+                    "checkpoint: no collection {name}, only {}",
+                    names.join(", ")
+                )
+            }
+        }
+    }
+
+    /// The metadata `key` of the model's own; see [`save_with_metadata`].
+    pub fn metadata(&self, key: &str) -> Option<&str> {
+        if key == METADATA_KEY {
+            return None;
+        }
+        let metadata = self.file.metadata().metadata().as_ref()?;
+        metadata.get(key).map(String::as_str)
+    }
+
+    /// The hashed layer `name`, its parameter cast to `dtype` on `device`; untracked, for inference. An optimiser does not
+    /// change it: see [`trainable_hashed_embedding_bag`](Self::trainable_hashed_embedding_bag).
     ///
     /// # Errors
     /// No such layer, or what the device says.
@@ -236,10 +379,7 @@ impl Checkpoint {
         dtype: DType,
         device: &Device,
     ) -> Result<HashedEmbeddingBag> {
-        let Some(spec) = self.description.layers.get(name) else {
-            let names: Vec<_> = self.layers().map(|(name, _)| name).collect();
-            bail!("checkpoint: no layer {name}, only {}", names.join(", "));
-        };
+        let spec = self.layer(name)?;
         let hashed_weight = self.tensor(&weight_name(name), device)?;
         spec.build(hashed_weight.to_dtype(dtype)?)
     }
@@ -254,13 +394,7 @@ impl Checkpoint {
         dtype: DType,
         device: &Device,
     ) -> Result<HashedEmbeddingBagCollection> {
-        let Some(spec) = self.description.collections.get(name) else {
-            let names: Vec<_> = self.collections().map(|(name, _)| name).collect();
-            bail!(
-                "checkpoint: no collection {name}, only {}",
-                names.join(", ")
-            );
-        };
+        let spec = self.collection(name)?;
         let hashed_weight = self.tensor(&weight_name(name), device)?;
         spec.build(hashed_weight.to_dtype(dtype)?)
     }
@@ -278,6 +412,70 @@ impl Checkpoint {
         let name = join(name, INNER_BAG);
         self.hashed_embedding_bag(&name, dtype, device)
             .map(HashedEmbedding::from)
+    }
+
+    /// The hashed layer `name`, to be trained on: its parameter is the variable `hashed_weight` of the `VarBuilder`, as for
+    /// [`hashed_embedding_bag()`](crate::hashed_embedding_bag()), with the values of the file in the `VarBuilder`'s dtype and
+    /// on its device. With `vb.pp(name)` it is saved again under the same name. A variable that exists already is overwritten.
+    ///
+    /// # Errors
+    /// No such layer; a `VarBuilder` that is not of variables, as that of a `VarMap` is; a variable of this name that has
+    /// another shape; what the device says.
+    pub fn trainable_hashed_embedding_bag(
+        &self,
+        name: &str,
+        vb: VarBuilder,
+    ) -> Result<HashedEmbeddingBag> {
+        let spec = self.layer(name)?;
+        spec.build(self.variable(name, vb)?)
+    }
+
+    /// The collection `name`, to be trained on; see
+    /// [`trainable_hashed_embedding_bag`](Self::trainable_hashed_embedding_bag).
+    ///
+    /// # Errors
+    /// No such collection, and those of [`trainable_hashed_embedding_bag`](Self::trainable_hashed_embedding_bag).
+    pub fn trainable_hashed_embedding_bag_collection(
+        &self,
+        name: &str,
+        vb: VarBuilder,
+    ) -> Result<HashedEmbeddingBagCollection> {
+        let spec = self.collection(name)?;
+        spec.build(self.variable(name, vb)?)
+    }
+
+    /// The [`HashedEmbedding`] `name`, saved as layer `<name>.hashed_embedding_bag`, to be trained on. Its variable is
+    /// `hashed_embedding_bag.hashed_weight` of the `VarBuilder`, as for [`hashed_embedding`](crate::hashed_embedding()).
+    ///
+    /// # Errors
+    /// Those of [`trainable_hashed_embedding_bag`](Self::trainable_hashed_embedding_bag).
+    pub fn trainable_hashed_embedding(
+        &self,
+        name: &str,
+        vb: VarBuilder,
+    ) -> Result<HashedEmbedding> {
+        self.trainable_hashed_embedding_bag(&join(name, INNER_BAG), vb.pp(INNER_BAG))
+            .map(HashedEmbedding::from)
+    }
+
+    /// A variable of the `VarBuilder` with the values of the parameter of layer or collection `name`.
+    fn variable(&self, name: &str, vb: VarBuilder) -> Result<Tensor> {
+        let weight = weight_name(name);
+        if !WEIGHT_DTYPES.contains(&vb.dtype()) {
+            bail!(
+                "checkpoint: {weight} must have a float dtype, got {:?}",
+                vb.dtype()
+            );
+        }
+        let shape = self.tensor_info(&weight)?.shape;
+        // The values do not matter, they are set below.
+        let variable = vb.get_with_hints(shape, HASHED_WEIGHT, Init::Const(0.))?;
+        if !variable.is_variable() {
+            bail!("checkpoint: {weight} needs a VarBuilder of variables to be trained, such as that of a VarMap");
+        }
+        let values = self.tensor(&weight, variable.device())?;
+        Var::from_tensor(&variable)?.set(&values.to_dtype(variable.dtype())?)?;
+        Ok(variable)
     }
 
     /// The tensors of the file, for the layers that are not hashed. Reads what is asked for, and casts it to `dtype`.

@@ -1,6 +1,6 @@
 //! One lookup: checks all of its arguments, and chooses the op that computes it.
 
-use super::{FixedBags, Gradient, Mode, RaggedBags, Ternary, WeightedBags};
+use super::{FixedBags, Gradient, Mode, RaggedBags, SparseGradient, Ternary, WeightedBags};
 use crate::bags::{BagShape, JaggedLayout};
 use crate::bounds::BoundsCheck;
 use crate::error::bail;
@@ -14,13 +14,15 @@ use std::sync::Arc;
 pub(crate) struct Table {
     pub slots: Slots,
     pub tables: Arc<Tables>,
-    /// [`Tables::first_rows`] on the device of `hashed_weight`, if there are several tables: i64, `(tables + 1,)`. Only CUDA
+    /// [`Tables::table_rows`] on the device of `hashed_weight`, if there are several features: i64, `(2 * features,)`. Only CUDA
     /// kernels read it.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub first_rows: Option<Tensor>,
+    pub table_rows: Option<Tensor>,
     pub embedding_dim: usize,
     pub mode: Mode,
     pub padding_idx: Option<i64>,
+    /// What the gradient of `hashed_weight` is added to, if it is to be no tensor.
+    pub sparse_gradient: Option<SparseGradient>,
 }
 
 impl Table {
@@ -46,7 +48,7 @@ pub(super) struct Lookup {
 pub(crate) struct Offsets<'a> {
     pub offsets: &'a Tensor,
     pub include_last_offset: bool,
-    /// Makes no difference if there is only one table.
+    /// Makes no difference if there is only one feature.
     pub layout: JaggedLayout,
 }
 
@@ -68,11 +70,11 @@ pub(crate) fn hashed_embedding_bag(
     bounds_check: BoundsCheck,
     gradient: Gradient,
 ) -> Result<Tensor> {
-    let tables = table.tables.len();
+    let features = table.tables.num_features();
     check_dtype("indices", indices, &INDEX_DTYPES)?;
     check_device("indices", indices, hashed_weight)?;
     let bags = match (offsets, indices.dims()) {
-        (None, &[num_bags, bag_len]) => BagShape::fixed(num_bags, bag_len, tables)?,
+        (None, &[num_bags, bag_len]) => BagShape::fixed(num_bags, bag_len, features)?,
         (None, dims) => {
             bail!("indices must have rank 2 when there are no offsets, got {dims:?}")
         }
@@ -87,7 +89,7 @@ pub(crate) fn hashed_embedding_bag(
             check_dtype("offsets", offsets, &INDEX_DTYPES)?;
             check_device("offsets", offsets, hashed_weight)?;
             match offsets.dims() {
-                &[len] => BagShape::ragged(nnz, len, include_last_offset, tables, layout)?,
+                &[len] => BagShape::ragged(nnz, len, include_last_offset, features, layout)?,
                 dims => bail!("offsets must have rank 1, got {dims:?}"),
             }
         }
@@ -148,7 +150,7 @@ pub(crate) fn contiguous_indices(indices: &Tensor) -> Result<Tensor> {
 }
 
 pub(crate) const WEIGHT_DTYPES: [DType; 4] = [DType::F16, DType::BF16, DType::F32, DType::F64];
-const INDEX_DTYPES: [DType; 3] = [DType::U32, DType::I32, DType::I64];
+pub(crate) const INDEX_DTYPES: [DType; 3] = [DType::U32, DType::I32, DType::I64];
 
 /// `argument` must have one of the dtypes.
 pub(crate) fn check_dtype(argument: &str, tensor: &Tensor, dtypes: &[DType]) -> Result<()> {

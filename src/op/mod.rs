@@ -12,13 +12,16 @@
 //! | [`GradWeight`] | `CustomOp3` | grad_output, hashed_weight, indices | grad_weight |
 //! | [`GradPerSampleWeights`] | `CustomOp3` | grad_output, hashed_weight, indices | gradient of per_sample_weights |
 //!
+//! With a sparse gradient ([`SparseGradient`]), the backward pass adds to a buffer instead of returning grad_weight.
+//!
 //! candle has no op with four arguments, so the tensors that are left over are fields of the op's struct. The backward pass keeps
 //! the arguments of the forward and nothing else; it hashes again.
 
-mod cpu;
+pub(crate) mod cpu;
 #[cfg(any(feature = "cuda", test))]
 pub(crate) mod cuda;
 mod lookup;
+mod sparse;
 // Needs ops that are not public.
 #[cfg(test)]
 #[path = "../../tests/in_crate/past_32_bits.rs"]
@@ -26,8 +29,11 @@ mod past_32_bits;
 
 pub(crate) use lookup::{
     check_dtype, check_output, check_weights_shape, contiguous_indices, hashed_embedding_bag,
-    Offsets, Table, WEIGHT_DTYPES,
+    Offsets, Table, INDEX_DTYPES, WEIGHT_DTYPES,
 };
+
+pub use sparse::SparseGradient;
+pub(crate) use sparse::Sums;
 
 use crate::error::NAME;
 #[cfg(feature = "cuda")]
@@ -35,6 +41,7 @@ use candle_core::CudaStorage;
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Storage, Tensor};
 use lookup::Lookup;
 use serde::{Deserialize, Serialize};
+use sparse::Tensors;
 
 /// How the rows of a bag become one output row.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -93,6 +100,17 @@ trait Backend {
         operands: &Operands<Self::Storage>,
     ) -> Result<Self::Storage>;
 
+    /// The sums of a sparse gradient.
+    type SparseSums;
+
+    /// Adds to a sparse gradient what [`grad_weight`](Self::grad_weight) returns.
+    fn add_grad_weight(
+        lookup: &Lookup,
+        grad_output: View<Self::Storage>,
+        operands: &Operands<Self::Storage>,
+        sums: &mut Self::SparseSums,
+    ) -> Result<()>;
+
     /// `(nnz,)` in the dtype of `hashed_weight`; mode sum.
     fn grad_per_sample_weights(
         lookup: &Lookup,
@@ -116,7 +134,16 @@ impl Lookup {
         grad_output: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad_output = grad_output.contiguous()?;
-        let grad_weight = if hashed_weight.track_op() {
+        let grad_weight = if let Some(sparse) = &self.table.sparse_gradient {
+            let tensors = Tensors {
+                hashed_weight,
+                indices,
+                offsets,
+                per_sample_weights,
+            };
+            sparse.add(self, tensors, &grad_output)?;
+            None
+        } else if hashed_weight.track_op() {
             let op = GradWeight {
                 lookup: self.clone(),
                 offsets: offsets.cloned(),

@@ -2,17 +2,21 @@
 
 use super::rules::{AnyRule, Real, Rule};
 use crate::error::bail;
+use crate::op::cpu::{prefetch, SparseSums, REGION};
 use crate::parallel::Team;
 use candle_core::{CpuStorage, DType, Result, Storage, WithDType};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
-use std::array;
+use std::{array, iter};
 
 /// Values that a thread takes at a time: enough to outweigh the overhead, few enough to be divided evenly.
 const CHUNK: usize = 1 << 14;
 
 /// Values of f16 or bf16 that are widened at a time: few enough to stay in the L1 cache.
 const WIDENED: usize = 1 << 10;
+
+/// How many runs of touched values before it is updated one is asked for: they are too far apart for the processor to do so.
+const UPDATE_AHEAD: usize = 8;
 
 /// A dtype of parameters.
 pub(super) trait ParamDType: WithDType {
@@ -23,14 +27,46 @@ pub(super) trait ParamDType: WithDType {
 
     fn state(storage: &mut CpuStorage) -> Result<&mut [Self::State]>;
 
-    /// Updates the values of slices of equal length.
-    fn apply<R: Rule<Self::State, S>, const S: usize>(
+    /// Updates the values of slices of equal length. Gradients are of this dtype, or of that of the state.
+    fn apply<G: Gradient<Self::State>, R: Rule<Self::State, S>, const S: usize>(
         rule: R,
         params: &mut [Self],
-        grads: &[Self],
+        grads: &[G],
         state: [&mut [Self::State]; S],
     );
 }
+
+/// A dtype of gradients, for arithmetic in `A`.
+pub(super) trait Gradient<A>: Copy + Sync {
+    /// `grads` in the dtype of the arithmetic; `buffer` has room for them.
+    fn widen<'a>(grads: &'a [Self], buffer: &'a mut [A]) -> &'a [A];
+}
+
+macro_rules! wide_gradient {
+    ($t:ty) => {
+        impl Gradient<$t> for $t {
+            fn widen<'a>(grads: &'a [$t], _: &'a mut [$t]) -> &'a [$t] {
+                grads
+            }
+        }
+    };
+}
+wide_gradient!(f32);
+wide_gradient!(f64);
+
+macro_rules! half_gradient {
+    ($t:ty) => {
+        impl Gradient<f32> for $t {
+            fn widen<'a>(grads: &'a [$t], buffer: &'a mut [f32]) -> &'a [f32] {
+                let buffer = &mut buffer[..grads.len()];
+                grads.convert_to_f32_slice(buffer);
+                buffer
+            }
+        }
+    };
+}
+half_gradient!(f16);
+half_gradient!(bf16);
 
 macro_rules! storage_of {
     ($name:ident, $t:ty, $dtype:ident) => {
@@ -55,13 +91,13 @@ macro_rules! full_precision {
             storage_of!(param, $t, $dtype);
             storage_of!(state, $t, $dtype);
 
-            fn apply<R: Rule<$t, S>, const S: usize>(
+            fn apply<G: Gradient<$t>, R: Rule<$t, S>, const S: usize>(
                 rule: R,
                 params: &mut [$t],
-                grads: &[$t],
+                grads: &[G],
                 state: [&mut [$t]; S],
             ) {
-                apply(rule, params, grads, state);
+                apply(rule, params, G::widen(grads, &mut []), state);
             }
         }
     };
@@ -77,18 +113,18 @@ macro_rules! half_precision {
             storage_of!(param, $t, $dtype);
             storage_of!(state, f32, F32);
 
-            fn apply<R: Rule<f32, S>, const S: usize>(
+            fn apply<G: Gradient<f32>, R: Rule<f32, S>, const S: usize>(
                 rule: R,
                 params: &mut [$t],
-                grads: &[$t],
+                grads: &[G],
                 state: [&mut [f32]; S],
             ) {
                 for (params, grads, state) in chunks(WIDENED, params, grads, state) {
                     let n = params.len();
                     let (mut wide, mut wide_grads) = ([0.0; WIDENED], [0.0; WIDENED]);
                     params.convert_to_f32_slice(&mut wide[..n]);
-                    grads.convert_to_f32_slice(&mut wide_grads[..n]);
-                    apply(rule, &mut wide[..n], &wide_grads[..n], state);
+                    let grads = G::widen(grads, &mut wide_grads);
+                    apply(rule, &mut wide[..n], grads, state);
                     params.convert_from_f32_slice(&wide[..n]);
                 }
             }
@@ -99,18 +135,24 @@ half_precision!(f16, F16);
 half_precision!(bf16, BF16);
 
 /// Divides slices of equal length into chunks of at most `len` values.
-fn chunks<'a, T, A, const S: usize>(
+fn chunks<'a, T, G, A, const S: usize>(
     len: usize,
     params: &'a mut [T],
-    grads: &'a [T],
+    grads: &'a [G],
     state: [&'a mut [A]; S],
-) -> impl Iterator<Item = (&'a mut [T], &'a [T], [&'a mut [A]; S])> {
+) -> impl Iterator<Item = (&'a mut [T], &'a [G], [&'a mut [A]; S])> {
+    let state = state_chunks(len, state);
+    let chunks = params.chunks_mut(len).zip(grads.chunks(len)).zip(state);
+    chunks.map(|((params, grads), state)| (params, grads, state))
+}
+
+/// Divides arrays of state into chunks; there is no end to those of no arrays.
+fn state_chunks<A, const S: usize>(
+    len: usize,
+    state: [&mut [A]; S],
+) -> impl Iterator<Item = [&mut [A]; S]> {
     let mut state = state.map(|values| values.chunks_mut(len));
-    let pairs = params.chunks_mut(len).zip(grads.chunks(len));
-    pairs.map(move |(params, grads)| {
-        let state = array::from_fn(|s| state[s].next().unwrap_or_default());
-        (params, grads, state)
-    })
+    iter::repeat_with(move || array::from_fn(|s| state[s].next().unwrap_or_default()))
 }
 
 /// Updates values one after the other.
@@ -164,7 +206,7 @@ fn apply<A: Real, R: Rule<A, S>, const S: usize>(
 }
 
 /// Updates all values of a parameter.
-pub(super) fn step<T: ParamDType>(
+pub(super) fn step<T: ParamDType + Gradient<T::State>>(
     rule: AnyRule<T::State>,
     params: &mut [T],
     grads: &[T],
@@ -175,14 +217,70 @@ pub(super) fn step<T: ParamDType>(
         AnyRule::Adagrad(rule) => on_all_threads(rule, params, grads, arrays::<T, 1>(state)?),
         AnyRule::Sgd(rule) => on_all_threads(rule, params, grads, []),
         AnyRule::Momentum(rule) => on_all_threads(rule, params, grads, arrays::<T, 1>(state)?),
+        AnyRule::SparseAdam(rule) => on_all_threads(rule, params, grads, arrays::<T, 2>(state)?),
     }
     Ok(())
 }
 
-fn on_all_threads<T: ParamDType, R: Rule<T::State, S>, const S: usize>(
+/// Updates the values that a sparse gradient has touched, and leaves zeros in it.
+pub(super) fn sparse_step<T: ParamDType<State: Gradient<T::State>>>(
+    rule: AnyRule<T::State>,
+    params: &mut [T],
+    sums: &mut SparseSums,
+    state: &mut [Storage],
+) -> Result<()> {
+    match rule {
+        AnyRule::Adagrad(rule) => on_touched(rule, params, sums, arrays::<T, 1>(state)?),
+        AnyRule::Sgd(rule) => on_touched(rule, params, sums, []),
+        AnyRule::SparseAdam(rule) => on_touched(rule, params, sums, arrays::<T, 2>(state)?),
+        AnyRule::AdamW(_) | AnyRule::Momentum(_) => {
+            bail!("this step has no form for sparse gradients")
+        }
+    }
+}
+
+fn on_touched<T: ParamDType<State: Gradient<T::State>>, R: Rule<T::State, S>, const S: usize>(
     rule: R,
     params: &mut [T],
-    grads: &[T],
+    SparseSums { values, touched }: &mut SparseSums,
+    state: [&mut [T::State]; S],
+) -> Result<()> {
+    let sums = T::state(values)?.chunks_mut(REGION);
+    let state = state_chunks(REGION, state);
+    let regions = touched
+        .regions()
+        .zip(params.chunks_mut(REGION))
+        .zip(sums)
+        .zip(state);
+    let regions = regions.filter_map(|(((mut region, params), sums), state)| {
+        region.is_touched().then_some((region, params, sums, state))
+    });
+    let regions: Vec<_> = regions.collect();
+    let team = Team::new(regions.len());
+    team.for_each(regions.into_iter(), |(region, params, sums, mut state)| {
+        let runs = region.take(params.len());
+        for (i, run) in runs.iter().enumerate() {
+            if let Some(next) = runs.get(i + UPDATE_AHEAD) {
+                prefetch(&params[next.start]);
+                prefetch(&sums[next.start]);
+                state
+                    .iter()
+                    .for_each(|values| prefetch(&values[next.start]));
+            }
+            let run = run.clone();
+            let sums = &mut sums[run.clone()];
+            let state = state.each_mut().map(|values| &mut values[run.clone()]);
+            T::apply(rule, &mut params[run], sums, state);
+            sums.fill(<T::State as Real>::from_f64(0.0));
+        }
+    });
+    Ok(())
+}
+
+fn on_all_threads<T: ParamDType, G: Gradient<T::State>, R: Rule<T::State, S>, const S: usize>(
+    rule: R,
+    params: &mut [T],
+    grads: &[G],
     state: [&mut [T::State]; S],
 ) {
     let team = Team::new(params.len() / CHUNK);

@@ -14,6 +14,8 @@
 //! | | `p = p - lr / (1 + (t - 1) lr_decay) g / (sqrt(s) + eps)` |
 //! | [`Sgd`] | `g = g + weight_decay p`, `b = momentum b + (1 - dampening) g`, in the first step `b = g`, |
 //! | | `p = p - lr b`, or with Nesterov's momentum `p = p - lr (g + momentum b)` |
+//! | [`SparseAdam`] | where `g` is not 0: `m` and `v` as for AdamW, |
+//! | | `p = p - lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps)` |
 //!
 //! Parameters are f32, f64, f16 or bf16, of any shape, on CPU or CUDA. State and arithmetic are f64 for f64 and f32 for the
 //! others, so f16 and bf16 are rounded once per step. Results depend neither on the number of threads nor on the instruction set,
@@ -67,12 +69,12 @@ mod cuda;
 mod rules;
 
 use crate::error::bail;
-use crate::op::WEIGHT_DTYPES;
+use crate::op::{SparseGradient, Sums, WEIGHT_DTYPES};
 use candle_core::backend::BackendStorage;
 use candle_core::backprop::GradStore;
 use candle_core::op::BackpropOp;
 use candle_core::{
-    CpuStorage, DType, Device, Error, InplaceOp2, Layout, Result, Storage, Tensor, Var,
+    CpuStorage, DType, Device, Error, InplaceOp1, InplaceOp2, Layout, Result, Storage, Tensor, Var,
 };
 use candle_nn::{Optimizer, VarMap};
 use half::{bf16, f16};
@@ -83,7 +85,7 @@ use std::fmt;
 use std::ops::Range;
 
 pub use candle_nn::ParamsAdamW;
-pub use rules::{ParamsAdagrad, ParamsSgd};
+pub use rules::{ParamsAdagrad, ParamsSgd, ParamsSparseAdam};
 
 /// Adam with decoupled weight decay ([Loshchilov and Hutter, 2019](https://arxiv.org/abs/1711.05101)), as `torch.optim.AdamW`.
 ///
@@ -101,7 +103,13 @@ pub type Adagrad = InPlace<ParamsAdagrad>;
 /// Per value it keeps `momentum_buffer` (`b` in the [formulas](self)), and nothing if the momentum is 0.
 pub type Sgd = InPlace<ParamsSgd>;
 
-/// Hyper-parameters of an optimiser: [`ParamsAdamW`], [`ParamsAdagrad`] or [`ParamsSgd`].
+/// Adam that leaves values without a gradient as they are, as `torch.optim.SparseAdam`: neither they nor their averages decay.
+///
+/// A value has a gradient if that is not zero; so a dense gradient gives the same result as a sparse one. Per value it keeps
+/// `exp_avg` (`m` in the [formulas](self)) and `exp_avg_sq` (`v`).
+pub type SparseAdam = InPlace<ParamsSparseAdam>;
+
+/// Hyper-parameters of an optimiser: [`ParamsAdamW`], [`ParamsAdagrad`], [`ParamsSgd`] or [`ParamsSparseAdam`].
 pub trait Params: Algorithm {}
 
 impl<P: Algorithm> Params for P {}
@@ -382,13 +390,28 @@ impl<P: Params> Optimizer for InPlace<P> {
         // Whatever can fail comes first, so that a step that fails changes nothing.
         let mut ready = vec![];
         for parameter in &mut self.parameters {
-            if let Some(grad) = grads.get(&parameter.var) {
-                let grad = parameter.gradient(P::NAME, grad)?;
-                let new_state = parameter.missing_state(&self.params)?;
-                ready.push((parameter, grad, new_state));
+            let sparse = SparseGradient::find(&parameter.var);
+            let sparse = sparse.filter(SparseGradient::is_pending);
+            if sparse.is_some() {
+                self.params.check_sparse()?;
             }
+            let grad = grads.get(&parameter.var);
+            let grad = grad
+                .map(|grad| parameter.gradient(P::NAME, grad))
+                .transpose()?;
+            let gradient = match (grad, sparse) {
+                (None, None) => continue,
+                (Some(grad), None) => Gradient::Dense(grad),
+                (None, Some(sparse)) => Gradient::Sparse(sparse),
+                (Some(grad), Some(sparse)) => Gradient::Both(
+                    (&grad + sparse.to_tensor()?.to_dtype(grad.dtype())?)?,
+                    sparse,
+                ),
+            };
+            let new_state = parameter.missing_state(&self.params)?;
+            ready.push((parameter, gradient, new_state));
         }
-        for (parameter, grad, new_state) in ready {
+        for (parameter, gradient, new_state) in ready {
             let step = Step {
                 count: parameter.steps + 1,
                 is_first: !new_state.is_empty(),
@@ -399,7 +422,19 @@ impl<P: Params> Optimizer for InPlace<P> {
                 step,
                 state: RefCell::new(&mut parameter.state),
             };
-            parameter.var.inplace_op2(&grad, &update)?;
+            match gradient {
+                Gradient::Dense(grad) => parameter.var.inplace_op2(&grad, &update)?,
+                Gradient::Both(sum, sparse) => {
+                    parameter.var.inplace_op2(&sum, &update)?;
+                    sparse.clear()?;
+                }
+                Gradient::Sparse(sparse) => {
+                    sparse.take(|sums| {
+                        let sums = RefCell::new(sums);
+                        parameter.var.inplace_op1(&SparseUpdate { update, sums })
+                    })?;
+                }
+            }
             parameter.steps = step.count;
         }
         Ok(())
@@ -422,6 +457,14 @@ impl<P: Params> fmt::Debug for InPlace<P> {
             .field("params", &self.params)
             .finish_non_exhaustive()
     }
+}
+
+/// What a parameter is updated with.
+enum Gradient {
+    Dense(Tensor),
+    Sparse(SparseGradient),
+    /// The sum of a gradient of either kind, and the sparse one, which is in it.
+    Both(Tensor, SparseGradient),
 }
 
 /// One step of one parameter, as candle's in-place op on its storage and that of its gradient.
@@ -469,8 +512,76 @@ impl<P: Algorithm> InplaceOp2 for Update<'_, P> {
     }
 }
 
+/// One step of one parameter on the values that a sparse gradient has touched.
+struct SparseUpdate<'a, 's, P> {
+    update: Update<'a, P>,
+    sums: RefCell<&'s mut Sums>,
+}
+
+impl<P: Algorithm> InplaceOp1 for SparseUpdate<'_, '_, P> {
+    fn name(&self) -> &'static str {
+        P::NAME
+    }
+
+    fn cpu_fwd(&self, param: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        match param.dtype() {
+            DType::F16 => self.on_cpu::<f16>(param, layout),
+            DType::BF16 => self.on_cpu::<bf16>(param, layout),
+            DType::F32 => self.on_cpu::<f32>(param, layout),
+            _ => self.on_cpu::<f64>(param, layout),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, param: &mut candle_core::CudaStorage, layout: &Layout) -> Result<()> {
+        match param.dtype() {
+            DType::F16 => self.on_cuda::<f16>(param, layout),
+            DType::BF16 => self.on_cuda::<bf16>(param, layout),
+            DType::F32 => self.on_cuda::<f32>(param, layout),
+            _ => self.on_cuda::<f64>(param, layout),
+        }
+    }
+}
+
+impl<P: Algorithm> SparseUpdate<'_, '_, P> {
+    fn on_cpu<T>(&self, param: &mut CpuStorage, layout: &Layout) -> Result<()>
+    where
+        T: cpu::ParamDType<State: cpu::Gradient<T::State>>,
+    {
+        let param = &mut T::param(param)?[contiguous(layout)?];
+        let rule = self.update.params.rule::<T::State>(self.update.step);
+        match &mut **self.sums.borrow_mut() {
+            Sums::Cpu(sums) => {
+                cpu::sparse_step(rule, param, sums, &mut self.update.state.borrow_mut())
+            }
+            #[cfg(feature = "cuda")]
+            Sums::Cuda(_) => bail!("the sparse gradient is not on the CPU"),
+        }
+    }
+
+    #[cfg(feature = "cuda")]
+    fn on_cuda<T: cuda::ParamDType>(
+        &self,
+        param: &mut candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<()> {
+        let Update {
+            params,
+            step,
+            state,
+        } = &self.update;
+        let rule = params.rule::<T::State>(*step);
+        match &mut **self.sums.borrow_mut() {
+            Sums::Cuda(sums) => {
+                cuda::sparse_step::<T>(rule, (param, layout), sums, &mut state.borrow_mut())
+            }
+            Sums::Cpu(_) => bail!("the sparse gradient is not on CUDA"),
+        }
+    }
+}
+
 impl<P: Algorithm> Update<'_, P> {
-    fn on_cpu<T: cpu::ParamDType>(
+    fn on_cpu<T: cpu::ParamDType + cpu::Gradient<T::State>>(
         &self,
         param: &mut CpuStorage,
         param_layout: &Layout,

@@ -65,9 +65,34 @@ impl Default for ParamsSgd {
     }
 }
 
+/// Hyper-parameters of [`SparseAdam`](super::SparseAdam); the defaults are those of `torch.optim.SparseAdam`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ParamsSparseAdam {
+    /// Learning rate; 0.001 by default.
+    pub lr: f64,
+    /// The factor by which the average of gradients decays; 0.9 by default.
+    pub beta1: f64,
+    /// The factor by which the average of squared gradients decays; 0.999 by default.
+    pub beta2: f64,
+    /// Added to the root of the average of squares; 1e-8 by default.
+    pub eps: f64,
+}
+
+impl Default for ParamsSparseAdam {
+    fn default() -> Self {
+        Self {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+        }
+    }
+}
+
 /// The dtypes of state and arithmetic: f32 and f64.
 pub trait Real:
     Copy
+    + PartialEq
     + Send
     + Sync
     + Add<Output = Self>
@@ -99,7 +124,8 @@ real!(f64);
 
 /// One step for one value, which has `S` values of state.
 ///
-/// Without decay and momentum, a gradient of zero changes nothing, so values without a gradient need not be visited.
+/// Where [`Algorithm::check_sparse`] finds nothing, a gradient of zero changes nothing, so that values without a gradient need not
+/// be visited.
 pub trait Rule<A, const S: usize>: Copy + Sync {
     /// The new value and its new state.
     fn update(self, param: A, grad: A, state: [A; S]) -> (A, [A; S]);
@@ -196,6 +222,34 @@ impl<A: Real> Rule<A, 1> for MomentumRule<A> {
     }
 }
 
+/// A step of [`SparseAdam`](super::SparseAdam); state `[exp_avg, exp_avg_sq]`. A value without a gradient stays as it is.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct SparseAdamRule<A> {
+    zero: A,
+    /// `1 - beta1`, rounded once
+    complement1: A,
+    /// `1 - beta2`, rounded once
+    complement2: A,
+    /// `lr * sqrt(1 - beta2^t) / (1 - beta1^t)`
+    step_size: A,
+    eps: A,
+}
+
+impl<A: Real> Rule<A, 2> for SparseAdamRule<A> {
+    #[inline(always)]
+    fn update(self, param: A, grad: A, [exp_avg, exp_avg_sq]: [A; 2]) -> (A, [A; 2]) {
+        let new_avg = exp_avg + self.complement1 * (grad - exp_avg);
+        let new_sq = exp_avg_sq + self.complement2 * (grad * grad - exp_avg_sq);
+        let new_param = param - self.step_size * (new_avg / (new_sq.sqrt() + self.eps));
+        if grad == self.zero {
+            (param, [exp_avg, exp_avg_sq])
+        } else {
+            (new_param, [new_avg, new_sq])
+        }
+    }
+}
+
 /// The rule of some algorithm.
 #[derive(Clone, Copy)]
 pub enum AnyRule<A> {
@@ -203,6 +257,7 @@ pub enum AnyRule<A> {
     Adagrad(AdagradRule<A>),
     Sgd(SgdRule<A>),
     Momentum(MomentumRule<A>),
+    SparseAdam(SparseAdamRule<A>),
 }
 
 /// The count of a step of one parameter, from 1.
@@ -228,6 +283,9 @@ pub trait Algorithm: Clone + Debug {
     /// Returns an error if a hyper-parameter is out of range.
     fn check(&self) -> Result<()>;
 
+    /// Returns an error if a step would change values without a gradient, and so cannot use a sparse gradient.
+    fn check_sparse(&self) -> Result<()>;
+
     /// How many values of state each value needs with these hyper-parameters.
     fn state_len(&self) -> usize {
         Self::STATE.len()
@@ -240,6 +298,19 @@ pub trait Algorithm: Clone + Debug {
 
     /// The arithmetic of this step.
     fn rule<A: Real>(&self, step: Step) -> AnyRule<A>;
+}
+
+fn no_sparse<T>(optimizer: &str, because: &str) -> Result<T> {
+    bail!("{optimizer}: a sparse gradient cannot be used with {because}, which changes values without a gradient")
+}
+
+fn betas_below_one(optimizer: &str, betas: [f64; 2]) -> Result<()> {
+    for (name, beta) in ["beta1", "beta2"].into_iter().zip(betas) {
+        if !(0.0..1.0).contains(&beta) {
+            bail!("{optimizer}: {name} must lie in [0, 1), got {beta}");
+        }
+    }
+    Ok(())
 }
 
 fn at_least_zero(optimizer: &str, params: &[(&str, f64)]) -> Result<()> {
@@ -270,12 +341,14 @@ impl Algorithm for ParamsAdamW {
             Self::NAME,
             &[("lr", lr), ("eps", eps), ("weight_decay", weight_decay)],
         )?;
-        for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            if !(0.0..1.0).contains(&beta) {
-                bail!("{}: {name} must lie in [0, 1), got {beta}", Self::NAME);
-            }
-        }
-        Ok(())
+        betas_below_one(Self::NAME, [self.beta1, self.beta2])
+    }
+
+    fn check_sparse(&self) -> Result<()> {
+        bail!(
+            "{}: a sparse gradient cannot be used, because every step changes all values; use SparseAdam",
+            Self::NAME
+        )
     }
 
     fn rule<A: Real>(&self, step: Step) -> AnyRule<A> {
@@ -316,6 +389,17 @@ impl Algorithm for ParamsAdagrad {
                 ("eps", self.eps),
             ],
         )
+    }
+
+    fn check_sparse(&self) -> Result<()> {
+        if self.weight_decay != 0.0 {
+            return no_sparse(Self::NAME, "weight decay");
+        }
+        if self.eps == 0.0 && self.initial_accumulator_value == 0.0 {
+            // Zero over zero.
+            return no_sparse(Self::NAME, "an eps of 0");
+        }
+        Ok(())
     }
 
     fn initial_state(&self) -> f64 {
@@ -368,6 +452,14 @@ impl Algorithm for ParamsSgd {
         Ok(())
     }
 
+    fn check_sparse(&self) -> Result<()> {
+        match (self.weight_decay, self.momentum) {
+            (0.0, 0.0) => Ok(()),
+            (0.0, _) => no_sparse(Self::NAME, "momentum"),
+            _ => no_sparse(Self::NAME, "weight decay"),
+        }
+    }
+
     fn state_len(&self) -> usize {
         usize::from(self.momentum != 0.0)
     }
@@ -389,6 +481,41 @@ impl Algorithm for ParamsSgd {
             along_grad: A::from_f64(along_grad),
             along_buffer: A::from_f64(along_buffer),
             lr,
+        })
+    }
+}
+
+impl Algorithm for ParamsSparseAdam {
+    const NAME: &'static str = "sparse_adam";
+    const STATE: &'static [&'static str] = &["exp_avg", "exp_avg_sq"];
+
+    fn lr(&self) -> f64 {
+        self.lr
+    }
+
+    fn set_lr(&mut self, lr: f64) {
+        self.lr = lr;
+    }
+
+    fn check(&self) -> Result<()> {
+        at_least_zero(Self::NAME, &[("lr", self.lr), ("eps", self.eps)])?;
+        betas_below_one(Self::NAME, [self.beta1, self.beta2])
+    }
+
+    fn check_sparse(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn rule<A: Real>(&self, step: Step) -> AnyRule<A> {
+        let t = step.count as f64;
+        let correction1 = 1.0 - self.beta1.powf(t);
+        let correction2 = 1.0 - self.beta2.powf(t);
+        AnyRule::SparseAdam(SparseAdamRule {
+            zero: A::from_f64(0.0),
+            complement1: A::from_f64(1.0 - self.beta1),
+            complement2: A::from_f64(1.0 - self.beta2),
+            step_size: A::from_f64(self.lr * correction2.sqrt() / correction1),
+            eps: A::from_f64(self.eps),
         })
     }
 }

@@ -112,6 +112,7 @@ pub fn unlike_the_default() -> HashedEmbeddingBagConfig {
         first_row: 5,
         bounds_check: BoundsCheck::Off,
         gradient: Gradient::Deterministic,
+        sparse: true,
     }
 }
 

@@ -13,7 +13,8 @@ NAME.pth                    the state dict
 NAME.expected.safetensors   indices, offsets, grad_output; of each mode its output and grad_weight
 
 `embedding_bag` is torch.nn.EmbeddingBag itself, whose options this crate shares. `optimizers` is torch.optim: two parameters after
-each of 20 steps.
+each of 20 steps. `sparse_adam` is torch.optim.SparseAdam on the same parameters, with those of their gradients as sparse tensors that
+are not below 0.5.
 """
 
 from pathlib import Path
@@ -279,6 +280,22 @@ def optimizers(rng, steps=20):
     return arrays
 
 
+def sparse_adam(arrays, steps=20):
+    """The parameters of `optimizers` after each step of SparseAdam."""
+    after = {}
+    for dtype in ["f32", "f64"]:
+        for name in ["always", "sometimes"]:
+            param = nn.Parameter(arrays[f"{dtype}.{name}"].clone())
+            optimizer = torch.optim.SparseAdam([param], lr=0.03, betas=(0.8, 0.95), eps=1e-3)
+            values = []
+            for grad in arrays[f"{dtype}.{name}.grads"]:
+                param.grad = torch.where(grad.abs() < 0.5, 0, grad).to_sparse()
+                optimizer.step()
+                values.append(param.detach().clone())
+            after[f"{dtype}.{name}"] = torch.stack(values)
+    return after
+
+
 def write(name, arrays, state=None):
     save_file(arrays, HERE / f"{name}.expected.safetensors")
     if state is not None:
@@ -322,7 +339,9 @@ def main():
     module = Mix(40, weights(640), seed=42, block=16)
     write("mix", pooled(module, rng, 1000) | {"hashed_weight": module.hashed_weight.detach()})
 
-    write("optimizers", optimizers(rng))
+    of_optimizers = optimizers(rng)
+    write("optimizers", of_optimizers)
+    write("sparse_adam", sparse_adam(of_optimizers))
 
 
 if __name__ == "__main__":

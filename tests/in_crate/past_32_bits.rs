@@ -29,10 +29,11 @@ fn table(hash: Hash, len: usize, embedding_dim: usize) -> Result<Table> {
     Ok(Table {
         slots: hash.slots(len)?,
         tables: Arc::new(Tables::one(0, ROWS)?),
-        first_rows: None,
+        table_rows: None,
         embedding_dim,
         mode: Mode::Sum,
         padding_idx: None,
+        sparse_gradient: None,
     })
 }
 

@@ -369,7 +369,7 @@ fn inputs_that_do_not_suit_the_tables_are_refused() -> Result<()> {
         let offsets = integers(&[0, 1, 2, 3], DType::I64, device)?;
         let got = message(collection.forward_jagged(&values, &offsets, JaggedLayout::BatchMajor));
         assert!(
-            got.contains("same number of bags for each of 3 tables, got 4"),
+            got.contains("same number of bags for each of 3 features, got 4 offsets"),
             "{got}"
         );
         let transposed = values.reshape((2, 3))?.t()?;

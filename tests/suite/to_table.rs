@@ -11,6 +11,7 @@ fn the_table_is_the_rows_of_lookups() -> Result<()> {
         for mode in MODES {
             let config = HashedEmbeddingBagConfig {
                 mode,
+                sparse: false,
                 ..unlike_the_default()
             };
             let bag = HashedEmbeddingBag::new(weight.as_tensor().clone(), 30, 6, config)?;

@@ -54,15 +54,7 @@ pub struct ClickModel {
 
 /// Writes the model, whose variables are `vars` and which was trained on `data`.
 pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data) -> Result<()> {
-    let variables = vars
-        .data()
-        .lock()
-        .map_err(|_| anyhow!("a thread panicked while it held the variables"))?
-        .clone();
-    let mut tensors: Vec<_> = variables
-        .into_iter()
-        .map(|(name, var)| (name, var.as_tensor().clone()))
-        .collect();
+    let mut tensors = checkpoint::variables(vars);
     match data {
         Data::Ratings(Ratings {
             source, catalog, ..

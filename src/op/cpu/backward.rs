@@ -7,6 +7,7 @@ use super::call::{with_block, Call};
 use super::combine::{combine, Load, Sum};
 use super::lanes::{prefetch, Lanes, Loop};
 use super::scalar::Accumulator;
+use super::sparse::SparseSums;
 use super::terms::{Gradient, Scale, Slots, Terms};
 use super::window::{Blocks, ADD_AHEAD};
 use super::{slice, winners, Pass};
@@ -21,21 +22,49 @@ pub(super) struct GradWeight<'a> {
 }
 
 impl Pass for GradWeight<'_> {
+    type Output = CpuStorage;
+
     fn run<T: Load, H: Locate>(self, call: &Call<T, H>) -> Result<CpuStorage> {
         let mut grad_weight = vec![T::Acc::ZERO; call.hashed_weight.len()];
-        let (grad_output, slots) = (slice::<T>(self.grad_output)?, Slots::new(&mut grad_weight));
-        match call.mode() {
-            Mode::Max => winners::add(call, grad_output, slots),
-            Mode::Mean => add::<T, H, T::Acc>(call, grad_output, slots),
-            Mode::Sum if call.is_weighted() => add::<T, H, T::Acc>(call, grad_output, slots),
-            Mode::Sum => add::<T, H, ()>(call, grad_output, slots),
-        }
+        add(call, self.grad_output, Slots::new(&mut grad_weight, None))?;
         Ok(T::Acc::to_cpu_storage_owned(grad_weight))
     }
 }
 
+/// Adds grad_weight to a sparse gradient.
+pub(super) struct AddGradWeight<'a> {
+    pub grad_output: View<'a, CpuStorage>,
+    pub sums: &'a mut SparseSums,
+}
+
+impl Pass for AddGradWeight<'_> {
+    type Output = ();
+
+    fn run<T: Load, H: Locate>(self, call: &Call<T, H>) -> Result<()> {
+        let SparseSums { values, touched } = self.sums;
+        let values = T::Acc::sums(values);
+        add(call, self.grad_output, Slots::new(values, Some(touched)))
+    }
+}
+
+/// Adds grad_weight to `slots`.
+fn add<T: Load, H: Locate>(
+    call: &Call<T, H>,
+    grad_output: View<CpuStorage>,
+    slots: Slots<T::Acc>,
+) -> Result<()> {
+    let grad_output = slice::<T>(grad_output)?;
+    match call.mode() {
+        Mode::Max => winners::add(call, grad_output, slots),
+        Mode::Mean => add_rows::<T, H, T::Acc>(call, grad_output, slots),
+        Mode::Sum if call.is_weighted() => add_rows::<T, H, T::Acc>(call, grad_output, slots),
+        Mode::Sum => add_rows::<T, H, ()>(call, grad_output, slots),
+    }
+    Ok(())
+}
+
 /// In modes sum and mean. `S` is `()` where terms have no scale.
-fn add<T: Load, H: Locate, S: Scale<T::Acc>>(
+fn add_rows<T: Load, H: Locate, S: Scale<T::Acc>>(
     call: &Call<T, H>,
     grad_output: &[T],
     slots: Slots<T::Acc>,
@@ -104,9 +133,8 @@ impl<const BLOCK: usize, T: Load, H: Locate> Loop for AddRows<'_, BLOCK, T, H> {
             call,
             grad_output,
             bags,
-            slots,
+            mut slots,
         } = self;
-        let slots = slots.values;
         let (block, embedding_dim) = (call.block::<BLOCK>(), call.embedding_dim());
         let mut window = call.window(bags);
         while let Some((bag, rows)) = window.take_next() {
@@ -119,7 +147,7 @@ impl<const BLOCK: usize, T: Load, H: Locate> Loop for AddRows<'_, BLOCK, T, H> {
                         for row in 0..rows.len() {
                             let scale = mean_scale.or_else(|| call.sample_weight(&rows, row));
                             add_row::<BLOCK, _, _, _>(
-                                lanes, call, &blocks, row, &grads, scale, slots,
+                                lanes, call, &blocks, row, &grads, scale, &mut slots,
                             );
                         }
                     }
@@ -127,7 +155,7 @@ impl<const BLOCK: usize, T: Load, H: Locate> Loop for AddRows<'_, BLOCK, T, H> {
                     Some(&grads) if BLOCK > 0 => {
                         for row in 0..rows.len() {
                             add_row::<BLOCK, _, _, _>(
-                                lanes, call, &blocks, row, &grads, mean_scale, slots,
+                                lanes, call, &blocks, row, &grads, mean_scale, &mut slots,
                             );
                         }
                     }
@@ -135,7 +163,7 @@ impl<const BLOCK: usize, T: Load, H: Locate> Loop for AddRows<'_, BLOCK, T, H> {
                         for row in 0..rows.len() {
                             let scale = mean_scale.or_else(|| call.sample_weight(&rows, row));
                             add_row::<BLOCK, _, _, _>(
-                                lanes, call, &blocks, row, grads, scale, slots,
+                                lanes, call, &blocks, row, grads, scale, &mut slots,
                             );
                         }
                     }
@@ -154,14 +182,15 @@ fn add_row<const BLOCK: usize, T: Load, H: Locate, L: Lanes>(
     row: usize,
     grads: &[T],
     scale: Option<T::Acc>,
-    slots: &mut [T::Acc],
+    slots: &mut Slots<T::Acc>,
 ) {
     let block = call.block::<BLOCK>();
     if BLOCK > 1 {
         let ahead = call.hash.slot(blocks.place(row + ADD_AHEAD), block);
-        prefetch(slots.as_ptr().wrapping_add(ahead));
+        prefetch(slots.values.as_ptr().wrapping_add(ahead));
     }
     let (slot, signs) = call.locate(blocks, row, block);
-    let slots = &mut slots[slot..slot + grads.len()];
-    combine::<Sum, T, _>(lanes, slots, grads, signs, scale);
+    let sums = &mut slots.values[slot..slot + grads.len()];
+    combine::<Sum, T, _>(lanes, sums, grads, signs, scale);
+    slots.mark(slot, grads.len());
 }

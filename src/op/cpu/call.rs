@@ -4,7 +4,7 @@ use super::combine::Load;
 use super::scalar::Accumulator;
 use super::window::{Blocks, Rows, Window};
 use super::{slice, MIN_VALUES_PER_THREAD};
-use crate::bags::{BagShape, Index};
+use crate::bags::{Bag, BagShape, Index};
 use crate::bounds::{BadRow, BoundsCheck};
 use crate::error::bail;
 use crate::hash::Locate;
@@ -58,7 +58,7 @@ impl<'a> Indices<'a> {
 
 /// The indices of a bag, clamped whatever the offsets say.
 #[inline(always)]
-pub(super) fn range(bags: &BagShape, offsets: Option<Indices>, bag: usize) -> Range<usize> {
+pub(super) fn range(bags: &BagShape, offsets: Option<Indices>, bag: Bag) -> Range<usize> {
     match offsets {
         None => bags.range::<i64>(bag, &[]),
         Some(offsets) => with_slice!(offsets, offsets => bags.range(bag, offsets)),
@@ -85,14 +85,14 @@ impl BagRows<'_> {
 
     /// The positions of the indices of a bag.
     #[inline(always)]
-    pub fn range(&self, bag: usize) -> Range<usize> {
+    pub fn range(&self, bag: Bag) -> Range<usize> {
         range(&self.lookup.bags, self.offsets, bag)
     }
 
-    /// The length of bags that all have one, where all indices are rows of one table.
+    /// The length of bags that all have one, where all are of one feature.
     pub fn plain_bag_len(&self) -> Option<usize> {
         let Lookup { table, bags, .. } = self.lookup;
-        let is_plain = table.tables.len() == 1 && table.padding_idx.is_none();
+        let is_plain = table.tables.num_features() == 1 && table.padding_idx.is_none();
         bags.bag_len().filter(|&bag_len| is_plain && bag_len > 0)
     }
 
@@ -103,20 +103,16 @@ impl BagRows<'_> {
         table.padding_idx.is_none() || table.counts(self.indices.at(position))
     }
 
-    /// Reads some indices of `bag` as rows of the virtual table.
+    /// Reads some indices of a feature as rows of the virtual table.
     #[inline(always)]
-    pub fn read(&self, bag: usize, positions: Range<usize>, rows: &mut [u64]) {
+    pub fn read(&self, feature: usize, positions: Range<usize>, rows: &mut [u64]) {
         #[inline(always)]
         fn widen(indices: &[impl Index], first_row: i64, rows: &mut [u64]) {
             for (row, index) in rows.iter_mut().zip(indices) {
                 *row = index.as_i64().wrapping_add(first_row) as u64;
             }
         }
-        let tables = &self.lookup.table.tables;
-        let first_row = match tables.len() {
-            1 => tables.first_row(0),
-            len => tables.first_row(bag % len),
-        };
+        let first_row = self.lookup.table.tables.first_row(feature);
         with_slice!(self.indices, indices => widen(&indices[positions], first_row, rows));
     }
 
@@ -292,7 +288,7 @@ impl<'a, T: Load, H: Locate> Call<'a, T, H> {
         if self.mode() != Mode::Mean {
             return None;
         }
-        let positions = self.rows.range(bag);
+        let positions = self.rows.range(self.rows.lookup.bags.bag(bag));
         let count = match self.rows.lookup.table.padding_idx {
             None => positions.len(),
             Some(_) => positions.filter(|&at| self.rows.counts(at)).count(),

@@ -19,6 +19,8 @@ use std::mem::MaybeUninit;
 pub(super) struct Forward;
 
 impl Pass for Forward {
+    type Output = CpuStorage;
+
     fn run<T: Load, H: Locate>(self, call: &Call<T, H>) -> Result<CpuStorage> {
         let team = call.team();
         let (embedding_dim, task) = (call.embedding_dim(), call.bags_per_task(&team));

@@ -124,7 +124,7 @@ impl Blocked {
 
 /// Asks for memory that will be read or added to soon. A hint: it may point anywhere.
 #[inline(always)]
-pub(super) fn prefetch<T>(at: *const T) {
+pub(crate) fn prefetch<T>(at: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a prefetch accesses nothing, wherever it points, and every x86-64 processor has it.
     unsafe {

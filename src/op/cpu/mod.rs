@@ -4,7 +4,7 @@
 //! |---|---|
 //! | `forward.rs` | the pooled rows, bags divided among threads |
 //! | `backward.rs`, `winners.rs` | the gradient of hashed_weight: its terms |
-//! | `terms.rs` | how they are added, with the same result for any number of threads |
+//! | `terms.rs`, `sparse.rs` | how they are added, with the same result for any number of threads |
 //! | `per_sample_weights.rs` | the gradient of per_sample_weights |
 //! | `call.rs`, `window.rs` | the inputs as slices; their rows, hashed a window at a time |
 //! | `combine.rs` | how values enter a pooled row |
@@ -18,6 +18,7 @@ mod forward;
 mod lanes;
 mod per_sample_weights;
 mod scalar;
+mod sparse;
 mod terms;
 mod window;
 mod winners;
@@ -33,6 +34,8 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Result, Storage, WithDType};
 use combine::Load;
 use half::{bf16, f16};
+pub(crate) use lanes::prefetch;
+pub(crate) use sparse::{SparseSums, REGION};
 
 /// Fewer gathered values than this are not worth a second thread: some ten microseconds of work where blocks are of 16, and a
 /// hundred where every value has a hash.
@@ -66,6 +69,18 @@ impl Backend for Cpu {
         operands: &Operands<CpuStorage>,
     ) -> Result<CpuStorage> {
         run(backward::GradWeight { grad_output }, lookup, operands)
+    }
+
+    type SparseSums = SparseSums;
+
+    fn add_grad_weight(
+        lookup: &Lookup,
+        grad_output: View<CpuStorage>,
+        operands: &Operands<CpuStorage>,
+        sums: &mut SparseSums,
+    ) -> Result<()> {
+        let pass = backward::AddGradWeight { grad_output, sums };
+        run(pass, lookup, operands)
     }
 
     fn grad_per_sample_weights(
@@ -117,16 +132,17 @@ fn check_division(lookup: &Lookup, offsets: Option<View<CpuStorage>>) -> Result<
 
 /// A pass over the bags, compiled for each dtype of weight and each hash family.
 trait Pass {
-    fn run<T: Load, H: Locate>(self, call: &Call<T, H>) -> Result<CpuStorage>;
+    type Output;
+    fn run<T: Load, H: Locate>(self, call: &Call<T, H>) -> Result<Self::Output>;
 }
 
 /// Resolves the dtype and the hash family, once, and runs the pass.
-fn run(pass: impl Pass, lookup: &Lookup, operands: &Operands<CpuStorage>) -> Result<CpuStorage> {
-    fn by_hash<T: Load>(
-        pass: impl Pass,
+fn run<P: Pass>(pass: P, lookup: &Lookup, operands: &Operands<CpuStorage>) -> Result<P::Output> {
+    fn by_hash<T: Load, P: Pass>(
+        pass: P,
         lookup: &Lookup,
         operands: &Operands<CpuStorage>,
-    ) -> Result<CpuStorage> {
+    ) -> Result<P::Output> {
         match lookup.table.slots {
             Slots::Mix(hash) | Slots::Balanced(hash) => {
                 pass.run(&Call::<T, _>::new(lookup, hash, operands)?)
@@ -139,9 +155,9 @@ fn run(pass: impl Pass, lookup: &Lookup, operands: &Operands<CpuStorage>) -> Res
         }
     }
     match operands.hashed_weight.0.dtype() {
-        DType::F16 => by_hash::<f16>(pass, lookup, operands),
-        DType::BF16 => by_hash::<bf16>(pass, lookup, operands),
-        DType::F32 => by_hash::<f32>(pass, lookup, operands),
-        _ => by_hash::<f64>(pass, lookup, operands),
+        DType::F16 => by_hash::<f16, P>(pass, lookup, operands),
+        DType::BF16 => by_hash::<bf16, P>(pass, lookup, operands),
+        DType::F32 => by_hash::<f32, P>(pass, lookup, operands),
+        _ => by_hash::<f64, P>(pass, lookup, operands),
     }
 }

@@ -15,6 +15,8 @@ pub(super) struct GradPerSampleWeights<'a> {
 }
 
 impl Pass for GradPerSampleWeights<'_> {
+    type Output = CpuStorage;
+
     fn run<T: Load, H: Locate>(self, call: &Call<T, H>) -> Result<CpuStorage> {
         let grad_output = slice::<T>(self.grad_output)?;
         let team = call.team();

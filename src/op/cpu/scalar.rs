@@ -3,7 +3,7 @@
 //! Plain arithmetic without branches, so that loops over these functions become vector instructions. `lanes.rs` and
 //! `combine.rs` build on it.
 
-use candle_core::WithDType;
+use candle_core::{CpuStorage, WithDType};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::mem::MaybeUninit;
@@ -38,6 +38,9 @@ pub(super) trait Accumulator:
     const NEG_INFINITY: Self;
 
     fn from_count(count: usize) -> Self;
+
+    /// The values of sums in this dtype.
+    fn sums(storage: &mut CpuStorage) -> &mut [Self];
 
     /// Whether `self` takes the place of `best` in a maximum: it is larger, or the first NaN.
     #[inline(always)]
@@ -112,6 +115,13 @@ impl Accumulator for f32 {
         count as f32
     }
 
+    fn sums(storage: &mut CpuStorage) -> &mut [f32] {
+        match storage {
+            CpuStorage::F32(values) => values,
+            _ => unreachable!("sums are kept in the dtype of the accumulator"),
+        }
+    }
+
     #[inline(always)]
     fn flip(self, signs: u32, i: usize) -> f32 {
         f32::from_bits(self.to_bits() ^ ((signs >> (i % 32)) << 31))
@@ -126,6 +136,13 @@ impl Accumulator for f64 {
     #[inline(always)]
     fn from_count(count: usize) -> f64 {
         count as f64
+    }
+
+    fn sums(storage: &mut CpuStorage) -> &mut [f64] {
+        match storage {
+            CpuStorage::F64(values) => values,
+            _ => unreachable!("sums are kept in the dtype of the accumulator"),
+        }
     }
 
     #[inline(always)]

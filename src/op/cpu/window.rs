@@ -6,6 +6,7 @@
 
 use super::call::BagRows;
 use super::lanes::{widest, Lanes, Loop};
+use crate::bags::Bag;
 use crate::hash::{Locate, MAX_ROWS};
 use std::ops::Range;
 
@@ -36,10 +37,12 @@ pub(super) struct Window<'a, H: Locate> {
     /// Which rows of the window are of which bag, in order; from `next_segment` on not yet taken.
     segments: Vec<Segment>,
     next_segment: usize,
-    /// The length of bags that all have one, lie one behind the other, look into one table and have no padding.
+    /// The length of bags that all have one, lie one behind the other, are of one feature and have no padding.
     plain_bag_len: Option<usize>,
     /// The bags that are left to read; of the first perhaps only some positions.
     unread: Range<usize>,
+    /// The first of them.
+    next: Bag,
     unread_part: Option<Range<usize>>,
 }
 
@@ -134,6 +137,7 @@ impl<'a, H: Locate> Window<'a, H> {
             segments: Vec::with_capacity(MAX_ROWS.min(bags.len())),
             next_segment: 0,
             plain_bag_len: source.plain_bag_len(),
+            next: source.lookup.bags.bag(bags.start),
             unread: bags,
             unread_part: None,
         }
@@ -194,17 +198,17 @@ impl<'a, H: Locate> Window<'a, H> {
         }
     }
 
-    /// Reads some indices of `bag` as rows, but for padding, and notes their positions from number `first` on; returns how many.
+    /// Reads some indices of a feature as rows, but for padding, and notes their positions from number `first` on; returns how many.
     #[inline(always)]
     fn read(
         &mut self,
-        bag: usize,
+        feature: usize,
         positions: Range<usize>,
         rows: &mut [u64],
         first: usize,
     ) -> usize {
         let read = positions.len();
-        self.source.read(bag, positions.clone(), rows);
+        self.source.read(feature, positions.clone(), rows);
         let noted = &mut self.positions[first..first + read];
         if self.source.lookup.table.padding_idx.is_none() {
             if self.notes_positions {
@@ -242,15 +246,16 @@ impl<'a, H: Locate> Window<'a, H> {
                         bag,
                         rows: first..first + bag_len,
                     }));
-                    n += self.read(bag, start..start + read, &mut rows[n..], n);
+                    n += self.read(0, start..start + read, &mut rows[n..], n);
                     self.unread.start += bags;
+                    self.next = self.source.lookup.bags.bag(self.unread.start);
                     room -= read;
                     continue;
                 }
             }
             let positions = match self.unread_part.take() {
                 Some(part) => part,
-                None => self.source.range(bag),
+                None => self.source.range(self.next),
             };
             if positions.len() > room && room < self.capacity {
                 // Only a bag longer than a window is cut: the sums of others stay in registers.
@@ -260,7 +265,12 @@ impl<'a, H: Locate> Window<'a, H> {
             let end = positions.start + positions.len().min(room);
             room -= end - positions.start;
             let first = n;
-            n += self.read(bag, positions.start..end, &mut rows[first..], first);
+            n += self.read(
+                self.next.feature,
+                positions.start..end,
+                &mut rows[first..],
+                first,
+            );
             if n > first {
                 self.segments.push(Segment {
                     bag,
@@ -271,6 +281,7 @@ impl<'a, H: Locate> Window<'a, H> {
                 self.unread_part = Some(end..positions.end);
             } else {
                 self.unread.start += 1;
+                self.next = self.source.lookup.bags.after(self.next);
             }
         }
         self.rows = n;

@@ -22,6 +22,7 @@ pub(super) fn add<T: Load, H: Locate>(call: &Call<T, H>, grad_output: &[T], slot
             let grads = &grad_output[first..];
             for (winner, grad) in winners.iter().zip(grads) {
                 slots.values[winner.slot()] += grad.widen().flip(winner.signs(), 0);
+                slots.mark(winner.slot(), 1);
             }
         });
     };

@@ -9,6 +9,8 @@
 pub const LONG_BAG: usize = 256;
 /// The highest rank of a tensor that the contiguous copy can read.
 pub const MAX_RANK: usize = 8;
+/// So many slots of a sparse gradient share a mark: one warp updates them, eight values or four f64 a lane.
+pub const TOUCHED_CHUNK: usize = 256;
 
 /// The dtype of indices or offsets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -76,7 +78,7 @@ pub const BAG_PARAMS: StructLayout = StructLayout {
         ("first_row", 40),
         ("num_embeddings", 48),
         ("feature_stride", 56),
-        ("tables", 64),
+        ("features", 64),
         ("has_padding", 80),
         ("lanes", 84),
         ("bags_per_group", 88),

@@ -1,16 +1,17 @@
 //! The passes of a lookup: what each of them allocates, checks and launches, and in which order.
 
 use super::bounds::{check_on_host, Flag};
-use super::fixed_point::FixedPoint;
+use super::fixed_point::{zero_units, FixedPoint};
 use super::instances::Pass;
 use super::launch::{self, Element, Launch};
+use super::sparse::SparseSums;
 use crate::bounds::BoundsCheck;
 use crate::error::bail;
 use crate::op::{lend, Backend, Gradient, Lookup, Operands, View};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::{CudaStorage, DType, Result, Storage};
-use cudarc::driver::{DeviceRepr, ValidAsZeroBits};
+use cudarc::driver::{CudaSlice, CudaView, DeviceRepr, ValidAsZeroBits};
 use half::{bf16, f16};
 
 pub struct Cuda;
@@ -19,10 +20,10 @@ pub struct Cuda;
 macro_rules! with_launch {
     ($pass:expr, $lookup:ident, $operands:ident, $launch:ident => $run:expr) => {{
         let pass = $pass;
-        lend::<Cuda, _>($lookup.table.first_rows.as_ref(), |first_rows| {
+        lend::<Cuda, _>($lookup.table.table_rows.as_ref(), |table_rows| {
             macro_rules! run {
                 ($t:ty) => {{
-                    let $launch = Launch::<$t>::new(pass, $lookup, $operands, first_rows)?;
+                    let $launch = Launch::<$t>::new(pass, $lookup, $operands, table_rows)?;
                     $run
                 }};
             }
@@ -59,6 +60,18 @@ impl Backend for Cuda {
     ) -> Result<CudaStorage> {
         let pass = Pass::grad_weight(lookup.gradient);
         with_launch!(pass, lookup, operands, launch => grad_weight(&launch, grad_output))
+    }
+
+    type SparseSums = SparseSums;
+
+    fn add_grad_weight(
+        lookup: &Lookup,
+        grad_output: View<CudaStorage>,
+        operands: &Operands<CudaStorage>,
+        sums: &mut SparseSums,
+    ) -> Result<()> {
+        let pass = Pass::grad_weight(lookup.gradient);
+        with_launch!(pass, lookup, operands, launch => sums.add(&launch, grad_output))
     }
 
     fn grad_per_sample_weights(
@@ -113,17 +126,64 @@ fn grad_weight<T: Element>(
 ) -> Result<CudaStorage> {
     let device = launch.device;
     let mut grad_weight = device.alloc_zeros::<T::Acc>(launch.hashed_weight.len())?;
-    if !launch.is_empty() {
-        match launch.lookup.gradient {
-            Gradient::Fastest => launch.backward(grad_output, &mut grad_weight, None)?,
-            Gradient::Deterministic => {
-                let sums = FixedPoint::new(launch, &launch::view(grad_output)?)?;
-                launch.backward(grad_output, &mut grad_weight, Some(&sums))?;
-                launch::from_fixed_point(&sums, &mut grad_weight, &launch.stream)?;
-            }
+    let mut units = None;
+    add_grad_weight(
+        launch,
+        grad_output,
+        &mut grad_weight,
+        None,
+        &mut units,
+        false,
+    )?;
+    Ok(CudaStorage::wrap_cuda_slice(grad_weight, device.clone()))
+}
+
+/// Adds to `grad_weight`. `touched`: the marks of a sparse gradient; `units`: what sums in fixed point are kept in, all zero before
+/// and, with `keep_units`, after.
+fn add_grad_weight<T: Element>(
+    launch: &Launch<T>,
+    grad_output: View<CudaStorage>,
+    grad_weight: &mut CudaSlice<T::Acc>,
+    touched: Option<&CudaView<u8>>,
+    units: &mut Option<CudaSlice<i64>>,
+    keep_units: bool,
+) -> Result<()> {
+    if launch.is_empty() {
+        return Ok(());
+    }
+    match launch.lookup.gradient {
+        Gradient::Fastest => launch.backward(grad_output, grad_weight, touched, None),
+        Gradient::Deterministic => {
+            let units = match units {
+                Some(units) => units,
+                None => units.insert(zero_units::<T::Acc>(launch.device, grad_weight.len())?),
+            };
+            let sums = FixedPoint::new(launch, &launch::view(grad_output)?, units)?;
+            launch.backward(grad_output, grad_weight, touched, Some(&sums))?;
+            launch::from_fixed_point(&sums, grad_weight, touched, keep_units, &launch.stream)
         }
     }
-    Ok(CudaStorage::wrap_cuda_slice(grad_weight, device.clone()))
+}
+
+impl SparseSums {
+    fn add<T: Element>(
+        &mut self,
+        launch: &Launch<T>,
+        grad_output: View<CudaStorage>,
+    ) -> Result<()> {
+        let Lookup { table, bags, .. } = launch.lookup;
+        let marks = self.marks_for(bags.nnz.saturating_mul(table.embedding_dim));
+        let values = self.values.as_cuda_slice_mut::<T::Acc>()?;
+        let touched = marks.then(|| self.touched.slice(..));
+        add_grad_weight(
+            launch,
+            grad_output,
+            values,
+            touched.as_ref(),
+            &mut self.units,
+            true,
+        )
+    }
 }
 
 fn grad_per_sample_weights<T: Element>(

@@ -3,13 +3,14 @@
 use super::launch::{self, Element, Launch};
 use crate::error::bail;
 use crate::op::Lookup;
+use candle_core::cuda_backend::CudaDevice;
 use candle_core::Result;
 use cudarc::driver::{CudaSlice, CudaView};
 
 /// The gradient sums of one call, and the values that determine their unit.
-pub struct FixedPoint<A> {
+pub struct FixedPoint<'a, A> {
     /// The sums as multiples of the unit, `(size of A / 4, len)`.
-    pub units: CudaSlice<i64>,
+    pub units: &'a CudaSlice<i64>,
     /// The length of `hashed_weight`.
     pub len: u64,
     /// The largest finite magnitudes of `grad_output` and of `per_sample_weights`.
@@ -18,9 +19,18 @@ pub struct FixedPoint<A> {
     pub log2_terms: u32,
 }
 
-impl<A: Element> FixedPoint<A> {
-    /// Zeros, with the unit for this call.
-    pub fn new<T: Element<Acc = A>>(launch: &Launch<T>, grad_output: &CudaView<T>) -> Result<Self> {
+/// Zeros for the sums of `len` slots.
+pub fn zero_units<A>(device: &CudaDevice, len: usize) -> Result<CudaSlice<i64>> {
+    device.alloc_zeros::<i64>(size_of::<A>() / 4 * len)
+}
+
+impl<'a, A: Element> FixedPoint<'a, A> {
+    /// The unit for this call, and sums that are zero so far.
+    pub fn new<T: Element<Acc = A>>(
+        launch: &Launch<T>,
+        grad_output: &CudaView<T>,
+        units: &'a CudaSlice<i64>,
+    ) -> Result<Self> {
         let Lookup { table, bags, .. } = launch.lookup;
         let len = launch.hashed_weight.len();
         // Each column block of a row adds at most one term to a slot.
@@ -29,7 +39,6 @@ impl<A: Element> FixedPoint<A> {
         if log2_terms > 60 {
             bail!("{terms} terms are too many for a deterministic gradient");
         }
-        let units = launch.device.alloc_zeros::<i64>(size_of::<A>() / 4 * len)?;
         let weights = launch.per_sample_weights.as_ref();
         // Without per-sample weights every term has weight 1.
         let no_weights = if weights.is_none() { 1.0 } else { 0.0 };

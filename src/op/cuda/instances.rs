@@ -60,7 +60,7 @@ pub struct BagKernel {
     pub width: usize,
     /// Neighbouring threads that share their hashes. Their columns must lie in one block: `width * share` divides the block.
     pub share: usize,
-    /// Compiled for plain bags: of equal length, at most [`LONG_BAG`](super::abi::LONG_BAG), in one table, without padding.
+    /// Compiled for plain bags: of equal length, at most [`LONG_BAG`](super::abi::LONG_BAG), of one feature, without padding.
     pub plain: bool,
 }
 
@@ -71,6 +71,7 @@ pub enum Rule {
     Adagrad,
     Sgd,
     Momentum,
+    SparseAdam,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -84,6 +85,8 @@ pub enum Kernel {
     CopyI32,
     /// An optimiser step, for parameters of the dtype.
     OptimizerStep(Rule, Dtype),
+    /// The same with a sparse gradient, for the rules of [`Rule::SPARSE`].
+    SparseOptimizerStep(Rule, Dtype),
 }
 
 /// Kernels that are compiled and loaded together. There are several modules, so that a process only loads the dtypes and families
@@ -176,7 +179,16 @@ impl Pooling {
 }
 
 impl Rule {
-    pub const ALL: [Self; 4] = [Self::AdamW, Self::Adagrad, Self::Sgd, Self::Momentum];
+    pub const ALL: [Self; 5] = [
+        Self::AdamW,
+        Self::Adagrad,
+        Self::Sgd,
+        Self::Momentum,
+        Self::SparseAdam,
+    ];
+
+    /// Those that change nothing where the gradient is zero.
+    pub const SPARSE: [Self; 3] = [Self::Adagrad, Self::Sgd, Self::SparseAdam];
 
     fn name(self) -> &'static str {
         match self {
@@ -184,6 +196,7 @@ impl Rule {
             Self::Adagrad => "adagrad",
             Self::Sgd => "sgd",
             Self::Momentum => "momentum",
+            Self::SparseAdam => "sparse_adam",
         }
     }
 }
@@ -269,6 +282,9 @@ impl Kernel {
             Self::CheckBounds => "check_bounds".into(),
             Self::CopyI32 => "copy_i32".into(),
             Self::OptimizerStep(rule, dtype) => format!("{}_{}", rule.name(), dtype.name()),
+            Self::SparseOptimizerStep(rule, dtype) => {
+                format!("{}_of_sparse_{}", rule.name(), dtype.name())
+            }
         };
         format!("hashed_embedding_bag_{name}")
     }
@@ -285,7 +301,8 @@ impl Kernel {
                 pooling: Pooling::Max,
                 ..
             })
-            | Self::OptimizerStep(..) => 256,
+            | Self::OptimizerStep(..)
+            | Self::SparseOptimizerStep(..) => 256,
             // Many, because they share the cached sums of frequent slots.
             _ => 512,
         }
@@ -303,7 +320,9 @@ impl Kernel {
             Self::LargestMagnitude(_) | Self::FromFixedPoint(_) => Module::FixedPoint,
             Self::CheckBounds => Module::Bounds,
             Self::CopyI32 => Module::Contiguous,
-            Self::OptimizerStep(_, dtype) => Module::Optimizer(dtype),
+            Self::OptimizerStep(_, dtype) | Self::SparseOptimizerStep(_, dtype) => {
+                Module::Optimizer(dtype)
+            }
         }
     }
 }
@@ -330,6 +349,7 @@ pub fn all() -> Vec<Kernel> {
     kernels.extend([Dtype::F32, Dtype::F64].map(Kernel::FromFixedPoint));
     for dtype in Dtype::ALL {
         kernels.extend(Rule::ALL.map(|rule| Kernel::OptimizerStep(rule, dtype)));
+        kernels.extend(Rule::SPARSE.map(|rule| Kernel::SparseOptimizerStep(rule, dtype)));
     }
     for family in Family::ALL {
         for dtype in Dtype::ALL {

@@ -110,7 +110,7 @@ impl<'a> IndexView<'a> {
     }
 }
 
-fn push_or_null<'b, T>(args: &mut LaunchArgs<'b>, view: &'b Option<CudaView<'_, T>>) {
+fn push_or_null<'b, T>(args: &mut LaunchArgs<'b>, view: Option<&'b CudaView<'_, T>>) {
     match view {
         Some(view) => args.arg(view),
         None => args.arg(&NULL),
@@ -135,7 +135,7 @@ pub struct Launch<'a, T: Element> {
     pub per_sample_weights: Option<CudaView<'a, T>>,
     indices: IndexView<'a>,
     offsets: Option<IndexView<'a>>,
-    first_rows: Option<CudaView<'a, i64>>,
+    table_rows: Option<CudaView<'a, i64>>,
     plan: Plan,
     params: BagParams,
     embedding_dim: u32,
@@ -143,12 +143,12 @@ pub struct Launch<'a, T: Element> {
 }
 
 impl<'a, T: Element> Launch<'a, T> {
-    /// `first_rows` is [`Table::first_rows`](crate::op::Table::first_rows) of the lookup.
+    /// `table_rows` is [`Table::table_rows`](crate::op::Table::table_rows) of the lookup.
     pub fn new(
         pass: Pass,
         lookup: &'a Lookup,
         operands: &Operands<'a, CudaStorage>,
-        first_rows: Option<View<'a, CudaStorage>>,
+        table_rows: Option<View<'a, CudaStorage>>,
     ) -> Result<Self> {
         let Lookup { table, bags, .. } = lookup;
         if bags.nnz > MAX_INDICES {
@@ -176,8 +176,8 @@ impl<'a, T: Element> Launch<'a, T> {
             padding_idx: table.padding_idx.unwrap_or_default(),
             first_row: table.tables.first_row(0),
             num_embeddings: table.tables.num_embeddings(0) as i64,
-            feature_stride: bags.feature_stride() as i64,
-            tables: Divisor::new(bags.tables as u64),
+            feature_stride: bags.feature_stride as i64,
+            features: Divisor::new(bags.features as u64),
             has_padding: table.padding_idx.is_some().into(),
             lanes: plan.lanes as u32,
             bags_per_group: plan.bags_per_group as u32,
@@ -193,7 +193,7 @@ impl<'a, T: Element> Launch<'a, T> {
             per_sample_weights: operands.per_sample_weights.map(view::<T>).transpose()?,
             indices,
             offsets,
-            first_rows: first_rows.map(view::<i64>).transpose()?,
+            table_rows: table_rows.map(view::<i64>).transpose()?,
             plan,
             params,
             embedding_dim: table.embedding_dim as u32,
@@ -232,7 +232,7 @@ impl<'a, T: Element> Launch<'a, T> {
                 args.arg(&NULL);
             }
         }
-        push_or_null(args, &self.first_rows); // const int64_t *first_rows
+        push_or_null(args, self.table_rows.as_ref()); // const TableRows *table_rows
     }
 
     fn push_bags<'b>(&'b self, args: &mut LaunchArgs<'b>) {
@@ -251,7 +251,7 @@ impl<'a, T: Element> Launch<'a, T> {
         let mut args = self.stream.launch_builder(&function);
         args.arg(&self.hashed_weight); // const T *hashed_weight
         self.push_inputs(&mut args);
-        push_or_null(&mut args, &self.per_sample_weights); // const T *per_sample_weights
+        push_or_null(&mut args, self.per_sample_weights.as_ref()); // const T *per_sample_weights
         args.arg(out); // T *out
         self.push_bags(&mut args);
         args.arg(&self.mean); // uint32_t mean
@@ -261,11 +261,13 @@ impl<'a, T: Element> Launch<'a, T> {
         Ok(())
     }
 
-    /// Adds to `grad_weight` in floats, or in fixed point, which [`from_fixed_point`] then converts.
+    /// Adds to `grad_weight` in floats, or in fixed point, which [`from_fixed_point`] then converts. `touched`: the marks of a
+    /// sparse gradient.
     pub fn backward(
         &self,
         grad_output: View<CudaStorage>,
         grad_weight: &mut CudaSlice<T::Acc>,
+        touched: Option<&CudaView<u8>>,
         fixed_point: Option<&FixedPoint<T::Acc>>,
     ) -> Result<()> {
         let want = match fixed_point {
@@ -280,8 +282,9 @@ impl<'a, T: Element> Launch<'a, T> {
         args.arg(&grad_output); // const T *grad_output
         args.arg(&self.hashed_weight); // const T *hashed_weight
         self.push_inputs(&mut args);
-        push_or_null(&mut args, &self.per_sample_weights); // const T *per_sample_weights
+        push_or_null(&mut args, self.per_sample_weights.as_ref()); // const T *per_sample_weights
         args.arg(grad_weight); // Acc<T> *grad_weight
+        push_or_null(&mut args, touched); // uint8_t *touched
         if let Some(fixed_point) = fixed_point {
             push_fixed_point(&mut args, fixed_point);
         }
@@ -329,7 +332,7 @@ impl<'a, T: Element> Launch<'a, T> {
         args.arg(&out_of_range); // uint32_t *out_of_range
         args.arg(&self.params); // BagParams bags
         let bags = &self.lookup.bags;
-        let threads = match self.first_rows {
+        let threads = match self.table_rows {
             // A thread per offset, and per four indices, which are loaded at once.
             None => bags.num_bags.max(bags.nnz.div_ceil(4)),
             // A warp per bag.
@@ -347,8 +350,11 @@ fn load(kernel: Kernel, stream: &CudaStream) -> Result<CudaFunction> {
     modules::load(kernel, stream.context())
 }
 
-fn push_fixed_point<'b, A: DeviceRepr>(args: &mut LaunchArgs<'b>, fixed_point: &'b FixedPoint<A>) {
-    args.arg(&fixed_point.units); // int64_t *units, changed by atomic additions alone
+fn push_fixed_point<'b, A: DeviceRepr>(
+    args: &mut LaunchArgs<'b>,
+    fixed_point: &'b FixedPoint<'_, A>,
+) {
+    args.arg(fixed_point.units); // int64_t *units, changed by atomic additions alone
     args.arg(&fixed_point.len); // uint64_t len
     args.arg(&fixed_point.largest); // const A *largest
     args.arg(&fixed_point.log2_terms); // uint32_t log2_terms
@@ -373,18 +379,24 @@ pub fn largest_magnitude<T: Element>(
     Ok(())
 }
 
-/// Adds the sums in fixed point to `grad_weight`, which has their length.
+/// Adds the sums in fixed point to `grad_weight`, which has their length; with marks only those that are marked. With `reset`
+/// these sums are then zero again.
 pub fn from_fixed_point<A: Element>(
     fixed_point: &FixedPoint<A>,
     grad_weight: &mut CudaSlice<A>,
+    touched: Option<&CudaView<u8>>,
+    reset: bool,
     stream: &CudaStream,
 ) -> Result<()> {
     let kernel = Kernel::FromFixedPoint(A::DTYPE);
     let function = load(kernel, stream)?;
     let config = strided(kernel, grad_weight.len());
+    let reset = u32::from(reset);
     let mut args = stream.launch_builder(&function);
     args.arg(grad_weight); // A *grad_weight
+    push_or_null(&mut args, touched); // uint8_t *touched
     push_fixed_point(&mut args, fixed_point);
+    args.arg(&reset); // uint32_t reset
 
     // SAFETY: the arguments are those of FROM_FIXED_POINT_KERNEL in kernels/fixed_point.cuh, which goes over `len` slots.
     unsafe { args.launch(config) }.w()?;

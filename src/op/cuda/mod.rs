@@ -8,7 +8,7 @@
 //! | `modules.rs` | loading the kernels |
 //! | `launch.rs` | the launches of a lookup, all `unsafe` ones |
 //! | `bounds.rs` | waiting for the check of indices and offsets |
-//! | `fixed_point.rs` | the memory of deterministic gradients |
+//! | `fixed_point.rs`, `sparse.rs` | the memory of deterministic and of sparse gradients |
 //! | `contiguous.rs` | an op for the tensors that candle cannot copy |
 //! | `backend.rs` | [`Backend`](super::Backend): runs the above in order |
 //!
@@ -35,8 +35,14 @@ mod fixed_point;
 mod launch;
 #[cfg(feature = "cuda")]
 pub(crate) mod modules;
+#[cfg(feature = "cuda")]
+mod sparse;
 
 #[cfg(feature = "cuda")]
-pub(crate) use instances::{Dtype, Kernel, Rule, WIDEST_ACCESS};
+pub(crate) use abi::TOUCHED_CHUNK;
+#[cfg(feature = "cuda")]
+pub(crate) use instances::{Dtype, Kernel, Rule, WARP, WIDEST_ACCESS};
+#[cfg(feature = "cuda")]
+pub(crate) use sparse::SparseSums;
 #[cfg(feature = "cuda")]
 pub(super) use {backend::Cuda, contiguous::ContiguousI32};

@@ -86,7 +86,7 @@ fn choose(pass: Pass, dtype: Dtype, lookup: &Lookup, weighted: bool, aligned: bo
         (_, Mode::Sum | Mode::Mean) => Pooling::Sum,
     };
     let is_plain = matches!(bags.division, Division::Fixed(len) if len <= LONG_BAG)
-        && bags.tables == 1
+        && bags.features == 1
         && table.padding_idx.is_none();
     let is_suitable = |kernel: &BagKernel| {
         kernel.pooling == pooling
@@ -126,15 +126,16 @@ mod tests {
 
     fn lookup(hash: Hash, embedding_dim: usize, mode: Mode, bags: BagShape) -> Lookup {
         let len = hash.round_up_len(1 << 16).unwrap();
-        let tables = (0..bags.tables).map(|t| (t.to_string(), 1000));
+        let tables = (0..bags.features).map(|t| (t.to_string(), 1000));
         Lookup {
             table: Table {
                 slots: hash.slots(len).unwrap(),
                 tables: Arc::new(Tables::named(tables).unwrap()),
-                first_rows: None,
+                table_rows: None,
                 embedding_dim,
                 mode,
                 padding_idx: None,
+                sparse_gradient: None,
             },
             bags,
             bounds_check: BoundsCheck::Error,
@@ -157,16 +158,16 @@ mod tests {
         ]
     }
 
-    /// Bags of every form: fixed (none, short, long), with offsets, in one table or in several.
+    /// Bags of every form: fixed (none, short, long), with offsets, of one feature or of several.
     fn bag_shapes() -> Vec<BagShape> {
         let mut shapes = vec![];
-        for tables in [1, 3] {
+        for features in [1, 3] {
             for bag_len in [0, 1, LONG_BAG, LONG_BAG + 1] {
-                shapes.push(BagShape::fixed(6, bag_len, tables).unwrap());
+                shapes.push(BagShape::fixed(6, bag_len, features).unwrap());
             }
             for include_last in [false, true] {
                 let offsets = 6 + usize::from(include_last);
-                shapes.push(BagShape::ragged(50, offsets, include_last, tables, LAYOUT).unwrap());
+                shapes.push(BagShape::ragged(50, offsets, include_last, features, LAYOUT).unwrap());
             }
         }
         shapes
@@ -233,7 +234,7 @@ mod tests {
             }
             assert_eq!(table.slots.block() % (kernel.width * kernel.share), 0);
             if kernel.plain {
-                assert!(table.padding_idx.is_none() && bags.tables == 1 && !weighted);
+                assert!(table.padding_idx.is_none() && bags.features == 1 && !weighted);
                 assert!(bags.bag_len().is_some_and(|len| len <= LONG_BAG));
             }
             used.insert(Kernel::Bags(kernel));
@@ -253,6 +254,7 @@ mod tests {
             used.insert(Kernel::FromFixedPoint(dtype.accumulator()));
             // What optimisers launch, each for every dtype.
             used.extend(Rule::ALL.map(|rule| Kernel::OptimizerStep(rule, dtype)));
+            used.extend(Rule::SPARSE.map(|rule| Kernel::SparseOptimizerStep(rule, dtype)));
         }
         let unused: Vec<_> = table.difference(&used).collect();
         assert!(unused.is_empty(), "{unused:?}");

@@ -9,18 +9,22 @@ use candle_hashed_embedding_bag::{
 use std::collections::HashMap;
 use std::path::Path;
 
-/// A file of many tables opens in a time that grows no faster than the file.
+/// A file of many tables and features opens in a time that grows no faster than the file.
 #[test]
 fn many_tables() -> Result<()> {
     let (folder, device) = (Folder::new(), Device::Cpu);
     let path = folder.file("model.safetensors");
     let weight = Tensor::zeros(16, DType::F32, &device)?;
     let tables = (0..100_000).map(|t| (t.to_string(), 1));
-    let collection = HashedEmbeddingBagCollection::new(weight, tables, 4, Default::default())?;
+    let features = (0..100_000).map(|t| (format!("of {t}"), t.to_string()));
+    let collection = HashedEmbeddingBagCollection::new(weight, tables, 4, Default::default())?
+        .with_features(features)?;
     checkpoint::save(&path, [], [("a", &collection)])?;
     let opened = Checkpoint::open(&path)?;
     let (_, spec) = opened.collections().next().unwrap();
     assert_eq!(spec.tables.len(), 100_000);
+    let features = spec.features.as_ref().unwrap();
+    assert_eq!(features[99_999].table, "99999");
     Ok(())
 }
 

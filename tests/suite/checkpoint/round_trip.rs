@@ -3,7 +3,7 @@
 use super::Folder;
 use crate::common::strategies::{check, dtypes, tables};
 use crate::common::{floats, integers, message, on_each_device, to_vec, Draws};
-use candle_core::{DType, Module, Result, Tensor};
+use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
     checkpoint, hashed_embedding, hashed_embedding_bag, Checkpoint, Hash, HashedEmbeddingBag,
     HashedEmbeddingBagConfig, Mode,
@@ -11,13 +11,6 @@ use candle_hashed_embedding_bag::{
 use candle_nn::{VarBuilder, VarMap};
 use proptest::collection::vec;
 use proptest::prelude::*;
-
-fn tensors(vars: &VarMap) -> Vec<(String, Tensor)> {
-    let vars = vars.data().lock().unwrap();
-    vars.iter()
-        .map(|(name, var)| (name.clone(), var.as_tensor().clone()))
-        .collect()
-}
 
 #[test]
 fn a_model_is_rebuilt_from_the_file_alone() -> Result<()> {
@@ -37,7 +30,9 @@ fn a_model_is_rebuilt_from_the_file_alone() -> Result<()> {
         let words = hashed_embedding(1000, 4, 0.1, Default::default(), vb.pp("words"))?;
         let head = candle_nn::linear(8, 3, vb.pp("head"))?;
         let ids = Tensor::new(&[7i64, 1 << 40], device)?;
-        let all = tensors(&vars).into_iter().chain([("ids".into(), ids)]);
+        let all = checkpoint::variables(&vars)
+            .into_iter()
+            .chain([("ids".into(), ids)]);
         let layers = [
             ("users", &users),
             ("deep.items", &items),
@@ -96,6 +91,39 @@ fn a_model_is_rebuilt_from_the_file_alone() -> Result<()> {
         );
         Ok(())
     })
+}
+
+#[test]
+fn a_model_keeps_metadata_of_its_own() -> Result<()> {
+    let folder = Folder::new();
+    let path = folder.file("model.safetensors");
+    let weight = Tensor::zeros(64, DType::F32, &Device::Cpu)?;
+    let layer = HashedEmbeddingBag::new(weight, 50, 8, Default::default())?;
+    let save = |metadata: &[(&str, &str)]| {
+        let metadata = metadata.iter().copied();
+        checkpoint::save_with_metadata(&path, [], [("a", &layer)], metadata)
+    };
+    let ids = r#"{"Amélie":7,"\"":8}"#;
+    save(&[("ids", ids), ("", "nothing"), ("recall@10", "0.31")])?;
+    let opened = Checkpoint::open(&path)?;
+    assert_eq!(opened.metadata("ids"), Some(ids));
+    assert_eq!(opened.metadata(""), Some("nothing"));
+    assert_eq!(opened.metadata("recall@10"), Some("0.31"));
+    assert_eq!(opened.metadata("other"), None);
+    // The description of the layers is not the model's.
+    assert_eq!(opened.metadata("hashed_embedding_bag"), None);
+    assert_eq!(opened.layers().count(), 1);
+
+    let before = std::fs::read(&path)?;
+    let got = message(save(&[("hashed_embedding_bag", "{}")]));
+    assert!(
+        got.contains("the metadata hashed_embedding_bag describes the layers"),
+        "{got}"
+    );
+    let got = message(save(&[("k", "1"), ("k", "2")]));
+    assert!(got.contains("the metadata k is given twice"), "{got}");
+    assert_eq!(std::fs::read(&path)?, before);
+    Ok(())
 }
 
 /// What is saved is what is opened: every layer under every name, to the bit.

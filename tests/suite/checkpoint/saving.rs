@@ -3,7 +3,10 @@
 use super::Folder;
 use crate::common::message;
 use candle_core::{DType, Device, Result, Tensor};
-use candle_hashed_embedding_bag::{checkpoint, Checkpoint, HashedEmbeddingBag};
+use candle_hashed_embedding_bag::{
+    checkpoint, hashed_embedding_bag_collection, Checkpoint, HashedEmbeddingBag,
+};
+use candle_nn::{VarBuilder, VarMap};
 use std::path::Path;
 
 #[test]
@@ -21,6 +24,40 @@ fn saving_refuses_two_tensors_of_one_name() -> Result<()> {
     assert!(message(refused).contains("two layers are named a"));
     Checkpoint::open(&path)?;
     Ok(())
+}
+
+/// Two parameters in the file would train apart.
+#[test]
+fn tables_of_a_collection_are_not_saved_apart() -> Result<()> {
+    let device = &Device::Cpu;
+    let folder = Folder::new();
+    let path = folder.file("model.safetensors");
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, device).pp("both");
+    let tables = [("user", 10), ("movie", 20)];
+    let collection = hashed_embedding_bag_collection(tables, 8, 0.5, Default::default(), vb)?;
+    let (user, movie) = (collection.table("user")?, collection.table("movie")?);
+
+    let got = message(checkpoint::save(&path, [], [("u", &user), ("m", &movie)]));
+    assert!(
+        got.contains("m.hashed_weight and u.hashed_weight are one tensor"),
+        "{got}"
+    );
+    // One table beside the variables, which hold the parameter of the collection under its own name.
+    let got = message(checkpoint::save(
+        &path,
+        checkpoint::variables(&vars),
+        [("u", &user)],
+    ));
+    assert!(
+        got.contains("u.hashed_weight and both.hashed_weight are one tensor"),
+        "{got}"
+    );
+    assert!(!path.exists());
+
+    checkpoint::save(&path, checkpoint::variables(&vars), [("both", &collection)])?;
+    // One table alone shares nothing.
+    checkpoint::save(&path, [], [("u", &user)])
 }
 
 /// The one name that the format keeps for itself.
