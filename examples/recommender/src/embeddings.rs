@@ -10,9 +10,9 @@ use candle_hashed_embedding_bag::{
     hashed_embedding_bag_collection, Bits, Checkpoint, Hash, HashedEmbeddingBagCollection,
     HashedEmbeddingBagConfig, JaggedLayout, Mode,
 };
-use candle_nn::VarBuilder;
+use candle_nn::{Module, VarBuilder};
 
-use crate::data::{Bags, Schema};
+use crate::data::{Bags, Rows, Schema};
 
 /// Tables with fewer rows than this are small.
 const SMALL: usize = 64;
@@ -35,6 +35,19 @@ pub struct EmbeddingConfig {
 #[derive(Clone)]
 pub struct Embeddings {
     collections: Vec<Collection>,
+}
+
+/// What one collection is to look up for a batch.
+pub enum Lookup {
+    /// One row of each table, `(batch, tables)`.
+    Rows(Tensor),
+    /// A bag of rows per table and example, table by table: the rows of all bags, and where each bag begins and the last ends.
+    Bags {
+        /// `(nnz,)`.
+        values: Tensor,
+        /// `(tables * batch + 1,)`.
+        offsets: Tensor,
+    },
 }
 
 #[derive(Clone)]
@@ -134,17 +147,72 @@ impl Embeddings {
         Ok((Self { collections }, errors))
     }
 
-    /// Pools `bags`, one list per table of the schema, into `(batch, tables, embedding_dim)`. The tables come in the order of
-    /// the collections, not of the schema.
-    pub fn forward(&self, bags: &[Bags], device: &Device) -> candle_core::Result<Tensor> {
-        let pooled = self.collections.iter().map(|kind| {
-            let bags: Bags = kind.tables.iter().map(|&table| &bags[table]).collect();
-            let values = list(bags.indices(), device)?;
-            let offsets = list(bags.offsets(), device)?;
-            kind.collection
-                .forward_jagged(&values, &offsets, JaggedLayout::FeatureMajor)
+    /// The rows of a batch, in the tables of the schema, as tensors: what each collection is to look up.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn lookups(&self, rows: &Rows, device: &Device) -> candle_core::Result<Vec<Lookup>> {
+        let lookup = |kind: &Collection| -> candle_core::Result<Lookup> {
+            match rows {
+                Rows::OnePerTable(rows) => {
+                    let (all, own) = (self.num_tables(), kind.tables.len());
+                    let shape = (rows.len() / all, own);
+                    Ok(Lookup::Rows(if kind.has_all(all) {
+                        Tensor::from_slice(rows, shape, device)?
+                    } else {
+                        let rows = rows.chunks_exact(all);
+                        let own = rows.flat_map(|row| kind.tables.iter().map(|&table| row[table]));
+                        Tensor::from_vec(own.collect(), shape, device)?
+                    }))
+                }
+                Rows::Bags(bags) => {
+                    let bags: Bags = kind.tables.iter().map(|&table| &bags[table]).collect();
+                    Ok(Lookup::Bags {
+                        values: list(bags.indices(), device)?,
+                        offsets: list(bags.offsets(), device)?,
+                    })
+                }
+            }
+        };
+        self.collections.iter().map(lookup).collect()
+    }
+
+    /// [`lookups`](Self::lookups) of rows that are on the device: one of each table of the schema, `(batch, tables)`.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn lookups_of(&self, rows: &Tensor) -> candle_core::Result<Vec<Lookup>> {
+        let all = self.num_tables();
+        let lookup = |kind: &Collection| {
+            if kind.has_all(all) {
+                return Ok(Lookup::Rows(rows.clone()));
+            }
+            let columns: Vec<u32> = kind.tables.iter().map(|&table| table as u32).collect();
+            let columns = Tensor::new(columns, rows.device())?;
+            Ok(Lookup::Rows(rows.index_select(&columns, 1)?))
+        };
+        self.collections.iter().map(lookup).collect()
+    }
+
+    /// Pools what [`lookups`](Self::lookups) made of a batch into `(batch, tables, embedding_dim)`. The tables come in the order
+    /// of the collections, not of the schema.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn forward(&self, lookups: &[Lookup]) -> candle_core::Result<Tensor> {
+        let pooled = self.collections.iter().zip(lookups);
+        let pooled = pooled.map(|(kind, lookup)| match lookup {
+            Lookup::Rows(rows) => kind.collection.forward(rows),
+            Lookup::Bags { values, offsets } => {
+                let layout = JaggedLayout::FeatureMajor;
+                kind.collection.forward_jagged(values, offsets, layout)
+            }
         });
-        Tensor::cat(&pooled.collect::<candle_core::Result<Vec<_>>>()?, 1)
+        let mut pooled = pooled.collect::<candle_core::Result<Vec<_>>>()?;
+        match pooled.len() {
+            1 => Ok(pooled.swap_remove(0)),
+            _ => Tensor::cat(&pooled, 1),
+        }
     }
 
     /// The collections by name, in the form that a checkpoint takes.
@@ -153,6 +221,14 @@ impl Embeddings {
     ) -> impl Iterator<Item = (&'static str, &HashedEmbeddingBagCollection)> {
         let collections = self.collections.iter();
         collections.map(|kind| (kind.name, &kind.collection))
+    }
+
+    /// The positions in the schema of the tables, in the order of [`forward`](Self::forward).
+    pub fn order(&self) -> impl Iterator<Item = usize> + '_ {
+        self.collections
+            .iter()
+            .flat_map(|kind| &kind.tables)
+            .copied()
     }
 
     /// The number of tables.
@@ -180,6 +256,13 @@ impl Embeddings {
         let rows = collections().flat_map(|c| c.tables());
         let rows: usize = rows.map(|(_, rows)| rows).sum();
         (stored, rows * self.embedding_dim())
+    }
+}
+
+impl Collection {
+    /// Whether it holds all tables of a schema of so many, which are then in the order of the schema.
+    fn has_all(&self, tables: usize) -> bool {
+        self.tables.iter().copied().eq(0..tables)
     }
 }
 
@@ -236,6 +319,11 @@ mod tests {
         Embeddings::new(&schema, config, vb)
     }
 
+    fn pool(embeddings: &Embeddings, bags: &[Bags]) -> Result<Vec<Vec<Vec<f32>>>> {
+        let lookups = embeddings.lookups(&Rows::Bags(bags.to_vec()), &Device::Cpu)?;
+        Ok(embeddings.forward(&lookups)?.to_vec3()?)
+    }
+
     #[test]
     fn the_promise_is_kept_and_used() -> Result<()> {
         let rows = [6040, 2, 7, 21, 678, 3883, 18, 1461];
@@ -262,7 +350,7 @@ mod tests {
         ];
         let rows = Tensor::new(&[99u32, 100, 0, 102, 7, 102], &Device::Cpu)?;
         assert_eq!(
-            embeddings.forward(&bags, &Device::Cpu)?.to_vec3::<f32>()?,
+            pool(&embeddings, &bags)?,
             weight
                 .embedding(&rows)?
                 .reshape((3, 2, 16))?
@@ -276,7 +364,7 @@ mod tests {
         // The second of the tables is plain, so the order of the vectors is not that of the bags.
         let embeddings = embeddings(0.5, &[1000, 3, 500])?;
         let bags = [vec![999, 1], vec![2, 0], vec![3, 499]].map(Bags::of_one_each);
-        let vectors = embeddings.forward(&bags, &Device::Cpu)?;
+        let vectors = pool(&embeddings, &bags)?;
         let mut tables = Vec::new();
         for (_, collection) in embeddings.collections() {
             for (name, _) in collection.tables() {
@@ -288,10 +376,16 @@ mod tests {
             }
         }
         assert_eq!(embeddings.num_tables(), 3);
-        assert_eq!(
-            vectors.to_vec3::<f32>()?,
-            Tensor::stack(&tables, 1)?.to_vec3::<f32>()?
-        );
+        assert_eq!(vectors, Tensor::stack(&tables, 1)?.to_vec3::<f32>()?);
+        // Bags of one row each may be given as rows.
+        let rows = vec![999, 2, 3, 1, 0, 499];
+        let on_device = Tensor::from_slice(&rows, (2, 3), &Device::Cpu)?;
+        for lookups in [
+            embeddings.lookups(&Rows::OnePerTable(rows), &Device::Cpu)?,
+            embeddings.lookups_of(&on_device)?,
+        ] {
+            assert_eq!(embeddings.forward(&lookups)?.to_vec3::<f32>()?, vectors);
+        }
         Ok(())
     }
 }

@@ -4,12 +4,13 @@ use anyhow::{ensure, Result};
 
 use crate::data::{Batch, Catalog, Examples, Part, Truth};
 use crate::model::Dlrm;
+use crate::step;
 
 /// Examples scored at once: large enough to amortise a launch, small enough for any memory.
 const CHUNK: usize = 8192;
 
-#[derive(Clone, Copy, Debug, PartialEq)]
 /// How good a set of scores is.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Metrics {
     /// The share of pairs of a positive and a negative example that the scores put in the right order; `None` if all labels
     /// are equal.
@@ -39,7 +40,7 @@ pub fn evaluate(model: &Dlrm, examples: &dyn Examples, part: Part) -> Result<Met
 }
 
 fn logits_of(model: &Dlrm, batch: &Batch) -> Result<Vec<f64>> {
-    let scored = model.forward(batch)?.to_vec1::<f32>()?;
+    let scored = step::logits(model, &model.inputs(batch)?)?;
     Ok(scored.into_iter().map(f64::from).collect())
 }
 

@@ -11,29 +11,39 @@
 //! | [`options`] | the command line of `recommender` |
 //! | [`data`] | examples: ratings of MovieLens or of a generator, or a log of clicks, as batches of bags of rows |
 //! | [`model`] | the DLRM: embeddings, dots, MLPs |
+//! | [`ops`] | its layers and its interaction as fused operations |
 //! | [`embeddings`] | the embedding tables in two collections, and how the parameters are divided among them |
 //! | [`init`] | initial values that depend on the seed alone |
 //! | [`train`] | AdamW, best epoch |
+//! | [`step`] | the loss of a batch and its gradients, in shards on a CPU |
+//! | [`resident`] | the train part kept on a GPU |
 //! | [`evaluate`] | AUC and logloss |
 //! | [`saved`] | one checkpoint file with everything that a trained model needs |
+//! | [`candidates`] | all movies, ready to be scored for any user |
 //! | [`recommend`] | the best unseen movies |
 //! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
 //! | [`report`] | what is printed |
+//! | [`allocator`] | the memory of both programs |
 //! | [`output`] | standard output that may be closed, files that may not be writable |
 
 #![warn(missing_docs)]
 
+pub mod allocator;
+pub mod candidates;
 pub mod data;
 pub mod embeddings;
 pub mod evaluate;
 pub mod init;
 pub mod model;
+pub mod ops;
 // Its doc comments are the help texts of the command line.
 #[allow(missing_docs)]
 pub mod options;
 pub mod output;
 pub mod recommend;
 pub mod report;
+pub mod resident;
 pub mod saved;
+pub mod step;
 pub mod sweep;
 pub mod train;

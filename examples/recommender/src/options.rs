@@ -12,11 +12,15 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::data::{Clicks, Data, Part, Source};
 use crate::embeddings::EmbeddingConfig;
+use crate::model::{ModelConfig, Precision, HIDDEN};
+use crate::ops::TopInput;
 use crate::train::Settings;
 
 const STEPS_PER_EPOCH: usize = 400;
 const LARGEST_BATCH: usize = 4096;
-const ROWS_PER_FIELD: u32 = 100_000;
+
+/// The embedding tables learn this much faster than the MLPs: a row is updated by few of the examples.
+const TABLE_SPEED: f64 = 3.0;
 
 /// Weight decay of plain tables of ratings. It is high, and matters most of all settings: a user with twenty ratings has
 /// sixteen values to remember them by. Hashed tables need less, as they have fewer values to remember with.
@@ -46,6 +50,8 @@ pub enum Command {
     Sweep(Sweep),
     /// Write a click log in Criteo's format, with a planted structure.
     Generate(Generate),
+    /// Read a click log once and write what a model reads of it, to be given as --data instead: it needs no parsing.
+    Prepare(Prepare),
 }
 
 /// What a model is made of, or asked with.
@@ -80,6 +86,17 @@ pub struct Train {
     /// Decides the initial values, the order of the examples and the generated ratings.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
+    /// Learning rate of the embedding tables in the first step [default: 3 times --lr].
+    #[arg(long, value_parser = parse_lr)]
+    table_lr: Option<f64>,
+    #[command(flatten)]
+    layers: Layers,
+    /// Precision of matrix products on a GPU.
+    #[arg(long, value_enum, default_value_t = PrecisionKind::F32)]
+    precision: PrecisionKind,
+    /// Keep the train part of a click log on the device. Examples are then shuffled all together and not in windows.
+    #[arg(long, requires = "format")]
+    resident: bool,
 }
 
 #[derive(Args)]
@@ -133,6 +150,20 @@ pub struct Generate {
     pub seed: u64,
 }
 
+#[derive(Args)]
+pub struct Prepare {
+    /// The log: label, 13 integers, 26 categories; may be compressed by gzip.
+    pub log: PathBuf,
+    /// The file to write, a safetensors file.
+    pub out: PathBuf,
+    /// The rows of each category's table; categories are hashed into them.
+    #[arg(long, value_name = "ROWS", default_value = "100000")]
+    rows_per_field: NonZeroU32,
+    /// Skip the lines that do not fit the format, and count them, instead of stopping at the first.
+    #[arg(long)]
+    skip_malformed: bool,
+}
+
 /// How to read the data.
 #[derive(Args)]
 pub struct Reading {
@@ -148,7 +179,7 @@ pub struct Reading {
 struct Fit {
     #[arg(long, default_value = "16")]
     embedding_dim: NonZeroU16,
-    /// Of a click log, the rows of each category's table; categories are hashed into them [default: 100000].
+    /// Of a click log, the rows of each category's table; categories are hashed into them [default: 100000, or as prepared].
     #[arg(long, value_name = "ROWS", requires = "format")]
     rows_per_field: Option<NonZeroU32>,
     /// Passes over the train part [default: 8 of ratings, 1 of clicks].
@@ -162,6 +193,20 @@ struct Fit {
     lr: f64,
 }
 
+/// The layers that follow the embedding tables.
+#[derive(Args)]
+struct Layers {
+    /// Widths of the hidden layers of the MLP of the numbers.
+    #[arg(long, value_delimiter = ',', value_name = "WIDTHS", value_parser = parse_width, default_values_t = HIDDEN)]
+    bottom_mlp: Vec<usize>,
+    /// Widths of the hidden layers of the MLP of all vectors.
+    #[arg(long, value_delimiter = ',', value_name = "WIDTHS", value_parser = parse_width, default_values_t = HIDDEN)]
+    top_mlp: Vec<usize>,
+    /// What the latter reads besides the dots of all pairs of vectors.
+    #[arg(long, value_enum, default_value_t = TopInputKind::Vectors)]
+    top_input: TopInputKind,
+}
+
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum Format {
     /// Ratings of movies, as GroupLens publishes them.
@@ -171,6 +216,23 @@ pub enum Format {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum TopInputKind {
+    /// All vectors.
+    Vectors,
+    /// The vector of the numbers alone, as in the DLRM of the paper.
+    Bottom,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum PrecisionKind {
+    F32,
+    /// f32 whose factors are rounded to 10 bits of mantissa.
+    Tf32,
+    /// Vectors, activations and a copy of the weights of the MLPs in bf16; parameters stay f32.
+    Bf16,
+}
+
+#[derive(Clone, Copy, PartialEq, ValueEnum)]
 enum DeviceKind {
     Cpu,
     Cuda,
@@ -200,12 +262,32 @@ impl Train {
         self.reading.load(data, self.fit.rows_per_field, self.seed)
     }
 
-    pub fn embedding_config(&self) -> Result<EmbeddingConfig> {
-        self.fit.embedding_config(self.compression, self.hash)
+    pub fn model_config(&self) -> ModelConfig {
+        ModelConfig {
+            embeddings: self.fit.embedding_config(self.compression, self.hash),
+            bottom: self.layers.bottom_mlp.clone(),
+            top: self.layers.top_mlp.clone(),
+            input: match self.layers.top_input {
+                TopInputKind::Vectors => TopInput::Vectors,
+                TopInputKind::Bottom => TopInput::Bottom,
+            },
+        }
+    }
+
+    pub fn precision(&self) -> Precision {
+        match self.precision {
+            PrecisionKind::F32 => Precision::F32,
+            PrecisionKind::Tf32 => Precision::Tf32,
+            PrecisionKind::Bf16 => Precision::Bf16,
+        }
     }
 
     pub fn settings(&self, data: &Data) -> Settings {
-        self.fit.settings(data, self.compression, self.seed)
+        Settings {
+            table_lr: self.table_lr.unwrap_or(TABLE_SPEED * self.fit.lr),
+            resident: self.resident,
+            ..self.fit.settings(data, self.compression, self.seed)
+        }
     }
 }
 
@@ -220,7 +302,7 @@ impl Sweep {
         self.device.open()
     }
 
-    pub fn embedding_config(&self, compression: f64, hash: HashChoice) -> Result<EmbeddingConfig> {
+    pub fn embedding_config(&self, compression: f64, hash: HashChoice) -> EmbeddingConfig {
         self.fit.embedding_config(compression, hash)
     }
 
@@ -236,6 +318,16 @@ impl Sweep {
     }
 }
 
+impl Prepare {
+    pub fn open(&self) -> Result<Clicks> {
+        Clicks::open(
+            &self.log,
+            Some(self.rows_per_field.get()),
+            self.skip_malformed,
+        )
+    }
+}
+
 impl Reading {
     fn load(&self, path: Option<&Path>, rows: Option<NonZeroU32>, seed: u64) -> Result<Data> {
         Ok(match self.format {
@@ -248,7 +340,7 @@ impl Reading {
             }
             Format::Criteo => {
                 let path = path.context("--format criteo needs --data")?;
-                let rows = rows.map_or(ROWS_PER_FIELD, NonZeroU32::get);
+                let rows = rows.map(NonZeroU32::get);
                 Data::Clicks(Clicks::open(path, rows, self.skip_malformed)?)
             }
         })
@@ -264,6 +356,10 @@ impl Common {
 
     pub fn device(&self) -> Result<Device> {
         self.device.open()
+    }
+
+    pub fn is_on_cpu(&self) -> bool {
+        self.device == DeviceKind::Cpu
     }
 }
 
@@ -283,19 +379,18 @@ impl DeviceKind {
 }
 
 impl Fit {
-    fn embedding_config(&self, compression: f64, hash: HashChoice) -> Result<EmbeddingConfig> {
+    fn embedding_config(&self, compression: f64, hash: HashChoice) -> EmbeddingConfig {
         let embedding_dim = usize::from(self.embedding_dim.get());
-        let hash = match hash {
-            HashChoice::Default => Hash::default_for(embedding_dim),
-            HashChoice::Balanced { block } => Hash::balanced(block),
-            HashChoice::Mix { block } => Hash::mix(block),
-            HashChoice::Original => Hash::original(),
-        };
-        Ok(EmbeddingConfig {
+        EmbeddingConfig {
             embedding_dim,
             compression,
-            hash,
-        })
+            hash: match hash {
+                HashChoice::Default => Hash::default_for(embedding_dim),
+                HashChoice::Balanced { block } => Hash::balanced(block),
+                HashChoice::Mix { block } => Hash::mix(block),
+                HashChoice::Original => Hash::original(),
+            },
+        }
     }
 
     fn settings(&self, data: &Data, compression: f64, seed: u64) -> Settings {
@@ -312,8 +407,10 @@ impl Fit {
             epochs: self.epochs.map_or(epochs, NonZeroUsize::get),
             batch_size: self.batch_size.map_or(batch_size, NonZeroUsize::get),
             lr: self.lr,
+            table_lr: TABLE_SPEED * self.lr,
             table_decay,
             seed,
+            resident: false,
         }
     }
 }
@@ -370,6 +467,12 @@ fn parse_compression(text: &str) -> Result<f64> {
         "it must be above 0 and at most 1"
     );
     Ok(value)
+}
+
+fn parse_width(text: &str) -> Result<usize> {
+    let width: u16 = text.parse()?;
+    ensure!(width > 0, "it must be above 0");
+    Ok(width.into())
 }
 
 fn parse_lr(text: &str) -> Result<f64> {

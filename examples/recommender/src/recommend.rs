@@ -2,8 +2,9 @@
 
 use anyhow::{ensure, Context, Result};
 
+use crate::candidates::Candidates;
 use crate::data::Catalog;
-use crate::evaluate::{logits, sigmoid};
+use crate::evaluate::sigmoid;
 use crate::saved::Recommender;
 
 /// A movie row, and the probability that the user likes it.
@@ -21,47 +22,56 @@ pub fn user_row(recommender: &Recommender, id: i64) -> Result<u32> {
 }
 
 /// The `count` best of all movies that `user` has not rated, best first.
+///
+/// # Errors
+/// What the device says, or a model that scores a movie as NaN.
 pub fn recommend(
     recommender: &Recommender,
     user: u32,
     count: usize,
 ) -> Result<Vec<Recommendation>> {
-    let catalog = &recommender.catalog;
-    let pairs = unseen(catalog, user);
-    let logits = logits(&recommender.model, catalog, &pairs)?;
-    best(&pairs, logits, count)
+    let (model, catalog) = (&recommender.model, &recommender.catalog);
+    let candidates = Candidates::new(model, catalog)?;
+    let logits = candidates.logits(model, catalog, user, 0..catalog.movies.ids.len())?;
+    best(catalog, user, &logits, count)
 }
 
-/// `user` paired with every movie that `user` has not rated.
-pub fn unseen(catalog: &Catalog, user: u32) -> Vec<(u32, u32)> {
-    let mut unseen = vec![true; catalog.movies.ids.len()];
-    catalog
-        .seen
-        .bag(user as usize)
-        .iter()
-        .for_each(|&movie| unseen[movie as usize] = false);
-    (0u32..)
-        .zip(unseen)
-        .filter(|(_, unseen)| *unseen)
-        .map(|(movie, _)| (user, movie))
-        .collect()
-}
-
-/// The `count` best of the movies in `pairs`, best first.
-pub fn best(pairs: &[(u32, u32)], logits: Vec<f64>, count: usize) -> Result<Vec<Recommendation>> {
+/// The `count` best of the movies that `user` has not rated, best first, given the logits of all movies.
+///
+/// # Errors
+/// A logit that is NaN.
+pub fn best(
+    catalog: &Catalog,
+    user: u32,
+    logits: &[f32],
+    count: usize,
+) -> Result<Vec<Recommendation>> {
     ensure!(
         logits.iter().all(|logit| !logit.is_nan()),
         "the model scores a movie as NaN: training has diverged"
     );
-    let mut ranked: Vec<_> = pairs
-        .iter()
+    let mut unseen = vec![true; logits.len()];
+    for &movie in catalog.seen.bag(user as usize) {
+        unseen[movie as usize] = false;
+    }
+    let unseen = (0u32..)
         .zip(logits)
-        .map(|(&(_, movie), logit)| Recommendation {
+        .zip(unseen)
+        .filter(|(_, unseen)| *unseen);
+    let mut ranked: Vec<_> = unseen
+        .map(|((movie, &logit), _)| Recommendation {
             movie,
-            probability: sigmoid(logit),
+            probability: sigmoid(logit.into()),
         })
         .collect();
-    ranked.sort_by(|a, b| b.probability.total_cmp(&a.probability));
-    ranked.truncate(count);
+    let order = |a: &Recommendation, b: &Recommendation| {
+        let by_probability = b.probability.total_cmp(&a.probability);
+        by_probability.then(a.movie.cmp(&b.movie))
+    };
+    if count < ranked.len() {
+        ranked.select_nth_unstable_by(count, order);
+        ranked.truncate(count);
+    }
+    ranked.sort_unstable_by(order);
     Ok(ranked)
 }

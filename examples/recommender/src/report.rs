@@ -228,6 +228,14 @@ pub fn fraction(compression: f64) -> String {
     }
 }
 
+/// How fast a training was.
+pub fn rate(examples_per_second: f64) -> String {
+    format!(
+        "{} examples a second",
+        grouped(examples_per_second as usize)
+    )
+}
+
 fn table() -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED.with_rounded_corners());

@@ -156,7 +156,7 @@ impl ClickModel {
 
     /// The clicks it was trained on, in the log at `path`.
     pub fn clicks(&self, path: &Path, skip_malformed: bool) -> Result<Clicks> {
-        let clicks = Clicks::open(path, self.rows_per_field, skip_malformed)?;
+        let clicks = Clicks::open(path, Some(self.rows_per_field), skip_malformed)?;
         ensure!(
             counts(&clicks) == self.counts,
             "these are not the clicks that the checkpoint was trained on"
@@ -370,7 +370,7 @@ mod tests {
         let (log, other) = (dir.path().join("log.gz"), dir.path().join("other"));
         write_generated(&log, 3_000, 1)?;
         write_generated(&other, 1_000, 1)?;
-        let data = Data::Clicks(Clicks::open(&log, 2_000, false)?);
+        let data = Data::Clicks(Clicks::open(&log, Some(2_000), false)?);
         let (model, vars) = trained(&data)?;
 
         let path = dir.path().join("model.safetensors");
@@ -397,7 +397,7 @@ mod tests {
         };
         let (examples, vars) = (data.examples(), VarMap::new());
         let vb = init::seeded(&vars, 1, &Device::Cpu);
-        let model = Dlrm::new(&examples.schema(), options.embedding_config()?, vb)?;
+        let model = Dlrm::new(&examples.schema(), &options.model_config(), vb)?;
         let before = evaluate(&model, examples, Part::Valid)?;
         let best = train::train(&model, &vars, examples, settings)?;
         assert!(best.valid.logloss < before.logloss);

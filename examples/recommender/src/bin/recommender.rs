@@ -15,6 +15,7 @@ use anyhow::{Context, Result};
 use candle_nn::VarMap;
 use clap::Parser;
 
+use recommender::allocator::{keep_memory, Allocator};
 use recommender::data::{write_generated, Data, Part};
 use recommender::evaluate::evaluate;
 use recommender::model::Dlrm;
@@ -26,17 +27,18 @@ use recommender::saved::{self, ClickModel, Recommender};
 use recommender::sweep::sweep;
 use recommender::{init, train};
 
-/// Keeps memory between batches, which glibc's allocator returns to the kernel, and starts large tensors at a cache line.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator = Allocator {};
 
 fn main() -> Result<()> {
+    keep_memory();
     match Options::parse().command() {
         Command::Train(options) => train_and_save(&options),
         Command::Evaluate(options) => evaluate_saved(&options),
         Command::Recommend(options) => print_recommendations(&options),
         Command::Sweep(options) => sweep(&options),
         Command::Generate(options) => generate(&options),
+        Command::Prepare(options) => prepare(&options),
     }?;
     output::finish()
 }
@@ -50,9 +52,10 @@ fn train_and_save(options: &options::Train) -> Result<()> {
     let vars = VarMap::new();
     let model = Dlrm::new(
         &examples.schema(),
-        options.embedding_config()?,
+        &options.model_config(),
         init::seeded(&vars, options.seed, &device),
     )?;
+    let model = model.with_precision(options.precision())?;
     report::introduction(&data, &model);
 
     let best = train::train(&model, &vars, examples, options.settings(&data))?;
@@ -87,6 +90,7 @@ fn train_and_save(options: &options::Train) -> Result<()> {
                 start.elapsed().as_secs_f64()
             ),
         )
+        .fact("speed", report::rate(best.rate))
         .print();
     best.ensure_converged()
 }
@@ -122,6 +126,28 @@ fn print_recommendations(options: &options::Recommend) -> Result<()> {
     let movies = recommend(&recommender, user, 10)?;
     let titles = recommender.source(options.common.data.clone())?.titles()?;
     report::recommendations(&recommender.catalog, user, &titles, &movies);
+    Ok(())
+}
+
+fn prepare(options: &options::Prepare) -> Result<()> {
+    output::ensure_replaceable(&options.out)?;
+    let start = Instant::now();
+    let clicks = options.open()?;
+    let read = start.elapsed().as_secs_f64();
+    clicks.prepare(&options.out)?;
+    let counts = clicks.counts();
+    Summary::default()
+        .fact("written", options.out.display().to_string())
+        .fact("examples", counts.examples.to_string())
+        .fact("malformed lines", counts.malformed.to_string())
+        .fact(
+            "seconds",
+            format!(
+                "{read:.1} to read, {:.1} in all",
+                start.elapsed().as_secs_f64()
+            ),
+        )
+        .print();
     Ok(())
 }
 

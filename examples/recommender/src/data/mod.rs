@@ -42,12 +42,21 @@ pub struct Schema {
 }
 
 /// Examples without their labels.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     /// `Schema::numbers` of each example, one example after the other.
     pub numbers: Vec<f32>,
-    /// For each table of the schema, the bag of rows that each example pools.
-    pub bags: Vec<Bags>,
+    /// What each example looks up in the tables of the schema.
+    pub rows: Rows,
+}
+
+/// The rows of a batch.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Rows {
+    /// One row of each table per example, one example after the other.
+    OnePerTable(Vec<u32>),
+    /// For each table, the bag of rows that each example pools.
+    Bags(Vec<Bags>),
 }
 
 /// Batches with a label per example.

@@ -51,7 +51,7 @@ pub struct Point {
 
 /// Trains the models that `options` ask for and `auc-vs-size.csv` does not hold yet, and prints and draws all results.
 pub fn sweep(options: &Sweep) -> Result<()> {
-    let (plan, device) = (plan(options)?, options.device()?);
+    let (plan, device) = (plan(options), options.device()?);
     let data = options.load()?;
     std::fs::create_dir_all(&options.out)
         .with_context(|| format!("cannot make {}", options.out.display()))?;
@@ -110,17 +110,17 @@ pub fn sweep(options: &Sweep) -> Result<()> {
 }
 
 /// The models to train: the names of their hashes, and their embeddings.
-fn plan(options: &Sweep) -> Result<Vec<(String, EmbeddingConfig)>> {
+fn plan(options: &Sweep) -> Vec<(String, EmbeddingConfig)> {
     // If nothing is hashed, the hash does not matter.
-    let plain = options.embedding_config(1.0, BASELINE)?;
+    let plain = options.embedding_config(1.0, BASELINE);
     let mut plan = vec![(PLAIN.to_owned(), plain)];
     for &compression in options.compressions.iter().filter(|&&c| c < 1.0) {
         for &hash in &options.hashes {
-            let config = options.embedding_config(compression, hash)?;
+            let config = options.embedding_config(compression, hash);
             plan.push((hash.to_string(), config));
         }
     }
-    Ok(plan)
+    plan
 }
 
 /// Trains one model and scores it on the test part.
@@ -132,7 +132,7 @@ fn run(
 ) -> Result<Outcome> {
     let (examples, vars) = (data.examples(), VarMap::new());
     let vb = init::seeded(&vars, settings.seed, device);
-    let model = Dlrm::new(&examples.schema(), config, vb)?;
+    let model = Dlrm::new(&examples.schema(), &config.into(), vb)?;
     let best = train::train(&model, &vars, examples, settings)?;
     best.ensure_converged()?;
     let test = evaluate(&model, examples, Part::Test)?;

@@ -19,7 +19,7 @@ use crate::metrics::{self, Metrics};
 use crate::serving::{Model, Serving};
 use recommender::data::Entities;
 use recommender::evaluate::sigmoid;
-use recommender::recommend::{best, unseen};
+use recommender::recommend::best;
 
 pub struct App {
     pub batcher: Batcher,
@@ -103,15 +103,16 @@ async fn recommend(
     let catalog = model.catalog();
     let user = row(&catalog.users, "user", input.user, || "user".into())?;
     in_range("k", input.k, 1, catalog.movies.ids.len())?;
-    let pairs = unseen(catalog, user);
-    let mut logits = Vec::with_capacity(pairs.len());
+    let count = catalog.movies.ids.len();
+    let mut logits = Vec::with_capacity(count);
     // One part after the other, so that a long list leaves room in the queue and in the batches for others.
-    for part in pairs.chunks(app.batcher.max_rows()) {
-        let part = Work::Pairs(part.to_vec());
-        let scored = app.batcher.compute(&model, part).await?;
-        logits.extend(scored.into_iter().map(f64::from));
+    let most = app.batcher.max_rows();
+    for start in (0..count).step_by(most) {
+        let movies = start..count.min(start + most);
+        let part = Work::Candidates { user, movies };
+        logits.extend(app.batcher.compute(&model, part).await?);
     }
-    let best = best(&pairs, logits, input.k)
+    let best = best(catalog, user, &logits, input.k)
         .map_err(|error| ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}")))?;
     let movies = best.into_iter().map(|best| {
         let movie = catalog.movies.ids[best.movie as usize];

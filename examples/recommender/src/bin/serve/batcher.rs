@@ -1,12 +1,15 @@
 //! Concurrent requests gathered into batches, behind a bounded queue.
 //!
-//! A batch is computed when it is full, or when its oldest request has waited until the deadline. The next batch gathers in the
-//! meantime, so under load nobody waits for the deadline. Room in the queue is counted in rows and not in requests, since rows
+//! A batch is computed when it is full, or when its oldest request has waited until the deadline. The next batch gathers while as
+//! many as allowed are being computed, so under load nobody waits for the deadline. Room in the queue is counted in rows and not in requests, since rows
 //! take time and memory. A request keeps its room until it is answered.
 
+use std::ops::Range;
+use std::panic::{catch_unwind, AssertUnwindSafe};
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::sync::mpsc::error::TryRecvError;
 use tokio::sync::{mpsc, oneshot, OwnedSemaphorePermit, Semaphore};
 use tokio::time::{timeout_at, Instant};
 
@@ -21,12 +24,16 @@ pub struct Limits {
     pub deadline: Duration,
     /// The most rows that wait or are being computed.
     pub queue_rows: usize,
+    /// The most batches that are computed at a time.
+    pub batches: usize,
 }
 
 /// What a request asks of a model. All of its rows must be valid for that model.
 pub enum Work {
     /// (user row, movie row) pairs, to be scored.
     Pairs(Vec<(u32, u32)>),
+    /// The movies of some rows, to be scored for one user.
+    Candidates { user: u32, movies: Range<usize> },
     /// Bags of rows of a table, to be pooled; `offsets` are their starts.
     Bags {
         table: String,
@@ -124,16 +131,18 @@ impl Work {
     fn rows(&self) -> usize {
         match self {
             Self::Pairs(pairs) => pairs.len(),
+            Self::Candidates { movies, .. } => movies.len(),
             Self::Bags {
                 indices, offsets, ..
             } => indices.len().max(offsets.len()),
         }
     }
 
-    /// How many answers there are: one per pair or bag, all of the same number of values.
+    /// How many answers there are: one per pair, movie or bag, all of the same number of values.
     fn answers(&self) -> usize {
         match self {
             Self::Pairs(pairs) => pairs.len(),
+            Self::Candidates { movies, .. } => movies.len(),
             Self::Bags { offsets, .. } => offsets.len(),
         }
     }
@@ -169,17 +178,26 @@ impl Work {
 
 /// Gathers and computes batches until the queue is closed.
 async fn run(mut jobs: mpsc::UnboundedReceiver<Job>, limits: Limits, metrics: Batches) {
+    let turns = Arc::new(Semaphore::new(limits.batches));
     let mut next = None;
-    while let Some(batch) = gather(&mut jobs, &mut next, limits).await {
+    // A batch is gathered when it can be computed, so that it holds all that came before. The semaphore is never closed.
+    while let Ok(turn) = turns.clone().acquire_owned().await {
+        let Some(batch) = gather(&mut jobs, &mut next, limits).await else {
+            return;
+        };
         let rows: usize = batch.iter().map(|job| job.work.rows()).sum();
         metrics.requests.observe(batch.len() as f64);
         metrics.rows.observe(rows as f64);
-        let start = Instant::now();
+        let seconds = metrics.seconds.clone();
         // Off the threads that serve connections. The callers of a computation that panics learn of it by their replies.
-        if let Err(error) = tokio::task::spawn_blocking(|| compute(batch)).await {
-            tracing::error!(%error, "a batch");
-        }
-        metrics.seconds.observe(start.elapsed().as_secs_f64());
+        tokio::task::spawn_blocking(move || {
+            let start = Instant::now();
+            if catch_unwind(AssertUnwindSafe(|| compute(batch))).is_err() {
+                tracing::error!("a batch panicked");
+            }
+            seconds.observe(start.elapsed().as_secs_f64());
+            drop(turn);
+        });
     }
 }
 
@@ -196,11 +214,15 @@ async fn gather(
     let deadline = first.accepted + limits.deadline;
     let mut rows = first.work.rows();
     let mut batch = vec![first];
-    // Past the deadline this still takes requests that are already queued.
     while rows < limits.batch_rows {
-        let Ok(Some(job)) = timeout_at(deadline, jobs.recv()).await else {
-            break;
+        let job = match jobs.try_recv() {
+            // A timer rounds up to whole milliseconds, so one for a deadline that has passed would still wait.
+            Err(TryRecvError::Empty) if Instant::now() < deadline => {
+                timeout_at(deadline, jobs.recv()).await.ok().flatten()
+            }
+            queued => queued.ok(),
         };
+        let Some(job) = job else { break };
         rows += job.work.rows();
         if rows > limits.batch_rows {
             *next = Some(job);

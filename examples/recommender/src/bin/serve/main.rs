@@ -41,6 +41,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use recommender::allocator::Allocator;
 use recommender::{output, say};
 use tokio::net::TcpListener;
 use tokio::time::timeout;
@@ -54,14 +55,23 @@ use crate::options::Options;
 use crate::serving::Serving;
 use crate::signals::HangUps;
 
-/// Keeps memory between requests, which glibc's allocator returns to the kernel, and starts large tensors at a cache line.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: Allocator = Allocator {};
+
+fn main() -> Result<()> {
+    // Requests keep the cores busy, each batch one of them. Dividing a batch among threads would only make them wait for each
+    // other. candle reads this once, when it first computes; there are no other threads yet.
+    for variable in ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS"] {
+        if env::var_os(variable).is_none() {
+            env::set_var(variable, "1");
+        }
+    }
+    serve(Options::parse())
+}
 
 #[tokio::main]
-async fn main() -> Result<()> {
+async fn serve(options: Options) -> Result<()> {
     let start = Instant::now();
-    let options = Options::parse();
     start_log()?;
     // Before anything else, because the default action of these signals ends the process.
     let (terminated, hang_ups) = (signals::terminated()?, HangUps::new()?);

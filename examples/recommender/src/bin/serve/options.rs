@@ -1,6 +1,7 @@
 //! The command line.
 
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{ensure, Result};
@@ -59,6 +60,11 @@ impl Options {
             batch_rows: self.batch_rows as usize,
             deadline: Duration::from_millis(self.batch_deadline_ms),
             queue_rows: self.queue_rows as usize,
+            batches: if self.model.is_on_cpu() {
+                thread::available_parallelism().map_or(1, NonZeroUsize::get)
+            } else {
+                1
+            },
         })
     }
 

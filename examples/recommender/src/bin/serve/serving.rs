@@ -11,13 +11,16 @@ use candle_core::Device;
 use candle_hashed_embedding_bag::HashedEmbeddingBag;
 
 use crate::batcher::Work;
+use recommender::candidates::Candidates;
 use recommender::data::Catalog;
 use recommender::embeddings::{list, Embeddings};
 use recommender::options::Common;
 use recommender::saved::Recommender;
+use recommender::step;
 
 pub struct Model {
     recommender: Recommender,
+    candidates: Candidates,
     tables: Vec<(String, HashedEmbeddingBag)>,
     /// By published movie id; empty if the checkpoint does not have them and `--data` is not given.
     titles: BTreeMap<i64, String>,
@@ -78,6 +81,7 @@ impl Model {
         };
         let model = Self {
             tables: tables(recommender.model.embeddings())?,
+            candidates: Candidates::new(&recommender.model, &recommender.catalog)?,
             recommender,
             titles,
             device: device.clone(),
@@ -111,12 +115,18 @@ impl Model {
             .find_map(|(table, layer)| (table == name).then_some(layer))
     }
 
-    /// A logit per pair, or the vectors of the bags one after the other.
+    /// A logit per pair or movie, or the vectors of the bags one after the other.
     pub fn compute(&self, work: &Work) -> Result<Vec<f32>> {
         match work {
             Work::Pairs(pairs) => {
                 let batch = self.catalog().batch(pairs);
-                Ok(self.recommender.model.forward(&batch)?.to_vec1()?)
+                let model = &self.recommender.model;
+                Ok(step::logits(model, &model.inputs(&batch)?)?)
+            }
+            Work::Candidates { user, movies } => {
+                let (model, movies) = (&self.recommender.model, movies.clone());
+                let candidates = &self.candidates;
+                candidates.logits(model, self.catalog(), *user, movies)
             }
             Work::Bags {
                 table,

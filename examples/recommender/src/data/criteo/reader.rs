@@ -2,6 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 use std::io::Read;
+use std::sync::LazyLock;
 
 use anyhow::{anyhow, Context, Error, Result};
 use csv::{ByteRecord, ReaderBuilder};
@@ -16,7 +17,8 @@ pub const CATEGORIES: [&str; 26] = [
     "C16", "C17", "C18", "C19", "C20", "C21", "C22", "C23", "C24", "C25", "C26",
 ];
 
-const FIELDS: usize = 1 + NUMBERS + CATEGORIES.len();
+/// The number of fields.
+pub const FIELDS: usize = 1 + NUMBERS + CATEGORIES.len();
 
 /// How much of a wrong value an error shows.
 const SHOWN: usize = 40;
@@ -35,6 +37,7 @@ pub struct Reader<R> {
     lines: csv::Reader<R>,
     record: ByteRecord,
     name: String,
+    lines_before: u64,
     rows_per_field: u32,
     skip_malformed: bool,
     skipped: u64,
@@ -42,14 +45,21 @@ pub struct Reader<R> {
 }
 
 /// Why a line is no click.
-enum Malformed {
+#[derive(Debug)]
+pub enum Malformed {
     FieldCount,
     Field(usize, &'static str),
 }
 
 impl<R: Read> Reader<R> {
-    /// `name` is what errors call `input`.
-    pub fn new(input: R, name: String, rows_per_field: u32, skip_malformed: bool) -> Self {
+    /// `name` is what errors call the file, of which `input` begins after `lines_before` lines.
+    pub fn new(
+        input: R,
+        name: String,
+        lines_before: u64,
+        rows_per_field: u32,
+        skip_malformed: bool,
+    ) -> Self {
         let lines = ReaderBuilder::new()
             .delimiter(b'\t')
             .has_headers(false)
@@ -62,6 +72,7 @@ impl<R: Read> Reader<R> {
             lines,
             record: ByteRecord::new(),
             name,
+            lines_before,
             rows_per_field,
             skip_malformed,
             skipped: 0,
@@ -83,7 +94,11 @@ impl<R: Read> Reader<R> {
             match Click::parse(&self.record, self.rows_per_field) {
                 Ok(click) => return Ok(Some(click)),
                 Err(_) if self.skip_malformed => self.skipped += 1,
-                Err(malformed) => return Err(malformed.error(&self.name, &self.record)),
+                Err(malformed) => {
+                    let line = self.record.position().map_or(0, csv::Position::line);
+                    let line = self.lines_before + line;
+                    return Err(malformed.error(&self.name, line, &self.record));
+                }
             }
         }
     }
@@ -127,11 +142,8 @@ impl Click {
                 log_of(&record[field]).ok_or(Malformed::Field(field, "is not a 64-bit integer"))?;
         }
         for (field, row) in (1 + NUMBERS..).zip(&mut click.rows) {
-            let category = &record[field];
-            if !category.iter().all(u8::is_ascii_hexdigit) {
-                return Err(Malformed::Field(field, "is not hexadecimal"));
-            }
-            *row = row_of(category, rows_per_field);
+            *row = category(&record[field], rows_per_field)
+                .ok_or(Malformed::Field(field, "is not hexadecimal"))?;
         }
         Ok(click)
     }
@@ -143,7 +155,22 @@ fn log_of(integer: &[u8]) -> Option<f32> {
         [] => 0,
         _ => str::from_utf8(integer).ok()?.parse::<i64>().ok()?,
     };
-    Some((value.max(0) as f64).ln_1p() as f32)
+    Some(log(value))
+}
+
+/// `ln(1 + value)`, or 0 of a negative value.
+pub fn log(value: i64) -> f32 {
+    /// Most are small counts.
+    static SMALL: LazyLock<[f32; 1024]> =
+        LazyLock::new(|| std::array::from_fn(|x| (x as f64).ln_1p() as f32));
+    let small = SMALL.get(value.max(0) as usize).copied();
+    small.unwrap_or_else(|| (value as f64).ln_1p() as f32)
+}
+
+/// The row of a category of hexadecimal digits.
+pub fn category(text: &[u8], rows: u32) -> Option<u32> {
+    let is_hexadecimal = text.iter().all(u8::is_ascii_hexdigit);
+    is_hexadecimal.then(|| row_of(text, rows))
 }
 
 /// The row of a category, uniform in `0..rows`. Saved models depend on it: it must not change.
@@ -153,8 +180,16 @@ fn row_of(category: &[u8], rows: u32) -> u32 {
 }
 
 impl Malformed {
-    fn error(&self, name: &str, record: &ByteRecord) -> Error {
-        let line = record.position().map_or(0, csv::Position::line);
+    /// What a field is called.
+    pub fn name(field: usize) -> String {
+        match field {
+            0 => "label".to_owned(),
+            1..=NUMBERS => format!("I{field}"),
+            _ => CATEGORIES[field - 1 - NUMBERS].to_owned(),
+        }
+    }
+
+    fn error(&self, name: &str, line: u64, record: &ByteRecord) -> Error {
         match *self {
             Self::FieldCount => {
                 anyhow!(
@@ -166,11 +201,7 @@ impl Malformed {
                 let value = &record[field];
                 let shown = value[..value.len().min(SHOWN)].escape_ascii();
                 let more = if value.len() > SHOWN { "…" } else { "" };
-                let field = match field {
-                    0 => "label".to_owned(),
-                    1..=NUMBERS => format!("I{field}"),
-                    _ => CATEGORIES[field - 1 - NUMBERS].to_owned(),
-                };
+                let field = Self::name(field);
                 anyhow!("{name}:{line}: field {field}: `{shown}{more}` {complaint}")
             }
         }
@@ -193,7 +224,7 @@ mod tests {
     }
 
     fn read(input: &[u8]) -> Result<Vec<Click>> {
-        Reader::new(input, "log".to_owned(), 1000, false).collect()
+        Reader::new(input, "log".to_owned(), 0, 1000, false).collect()
     }
 
     fn error(input: &[u8]) -> String {
@@ -266,7 +297,7 @@ mod tests {
             line(1, "8"),
         ]
         .concat();
-        let mut reader = Reader::new(text.as_bytes(), "log".to_owned(), 1000, true);
+        let mut reader = Reader::new(text.as_bytes(), "log".to_owned(), 0, 1000, true);
         let clicks = reader.by_ref().collect::<Result<Vec<_>>>()?;
         assert_eq!((clicks.len(), reader.skipped()), (2, 2));
         Ok(())
@@ -319,11 +350,11 @@ mod tests {
                 let piece = pieces.choose(&mut rng).expect("there are pieces");
                 bytes.splice(at..end, piece.iter().copied());
             }
-            let errors = Reader::new(&bytes[..], "log".to_owned(), u32::MAX, false)
+            let errors = Reader::new(&bytes[..], "log".to_owned(), 0, u32::MAX, false)
                 .filter(Result::is_err)
                 .count();
             assert!(errors <= 1);
-            let mut reader = Reader::new(&bytes[..], "log".to_owned(), u32::MAX, true);
+            let mut reader = Reader::new(&bytes[..], "log".to_owned(), 0, u32::MAX, true);
             assert!(reader.by_ref().all(|click| click.is_ok()));
             assert_eq!(reader.skipped() > 0, errors > 0);
         }

@@ -21,7 +21,7 @@ use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
 use self::split::part;
-use super::{Bags, Batch, Batches, Examples, Part, Schema, Truth};
+use super::{Bags, Batch, Batches, Examples, Part, Rows, Schema, Truth};
 
 /// The features a user or a movie may have besides its id, in the order in which the model reads them.
 pub const USER_FEATURES: [&str; 4] = ["gender", "age", "occupation", "zip"];
@@ -210,7 +210,7 @@ impl Catalog {
         let (users, movies) = pairs.iter().copied().unzip();
         Batch {
             numbers: Vec::new(),
-            bags: [side(&self.users, users), side(&self.movies, movies)].concat(),
+            rows: Rows::Bags([side(&self.users, users), side(&self.movies, movies)].concat()),
         }
     }
 }
@@ -332,10 +332,17 @@ mod tests {
         assert_eq!(bags, [&[1, 0][..], &[], &[0, 1]]);
     }
 
+    fn bags(batch: Batch) -> Vec<Bags> {
+        match batch.rows {
+            Rows::Bags(bags) => bags,
+            Rows::OnePerTable(rows) => panic!("ratings have bags, not {rows:?}"),
+        }
+    }
+
     #[test]
     fn a_batch_asks_every_table_for_one_bag_per_pair() -> Result<()> {
         let catalog = generated::generate(0)?.catalog;
-        let bags = catalog.batch(&[(7, 1), (3, 0), (7, 0)]).bags;
+        let bags = bags(catalog.batch(&[(7, 1), (3, 0), (7, 0)]));
         assert_eq!(bags.len(), catalog.schema().tables.len());
         assert!(bags.iter().all(|bags| bags.len() == 3));
         assert_eq!(bags[0].indices(), [7, 3, 7]);
@@ -352,7 +359,8 @@ mod tests {
             let mut rows = Vec::new();
             for batch in ratings.batches(Part::Valid, 1000, shuffle)? {
                 let (batch, liked) = batch?;
-                let pairs = batch.bags[0].indices().iter().zip(batch.bags[4].indices());
+                let bags = bags(batch);
+                let pairs = bags[0].indices().iter().zip(bags[4].indices());
                 rows.extend(pairs.zip(liked).map(|((&user, &movie), liked)| Rating {
                     user,
                     movie,
