@@ -123,10 +123,7 @@ fn a_layer_in_low_bits_is_not_expanded() -> Result<()> {
     let (bytes, _, more) = measured("a layer of 16 M values in 4 bits", look_up);
     assert_eq!(bytes?, 8 * MB);
     // Once in the file's pages and once in the tensor.
-    assert!(
-        (32 * MB..80 * MB).contains(&more),
-        "32 MB took {more} bytes"
-    );
+    assert!((8 * MB..20 * MB).contains(&more), "8 MB took {more} bytes");
     Ok(())
 }
 
