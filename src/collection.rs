@@ -261,7 +261,8 @@ impl HashedEmbeddingBagCollection {
     fn looked_up_by(&self, tables: Tables) -> Result<Self> {
         let hashed_weight = self.hashed_weight().clone();
         let (tables, config) = (Arc::new(tables), self.config());
-        let bag = HashedEmbeddingBag::over(hashed_weight, tables, self.embedding_dim(), config)?;
+        let (low_bit, dim) = (self.low_bit().cloned(), self.embedding_dim());
+        let bag = HashedEmbeddingBag::over_stored(hashed_weight, low_bit, tables, dim, config)?;
         Ok(Self { bag })
     }
 

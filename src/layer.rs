@@ -275,6 +275,11 @@ impl HashedEmbeddingBag {
         let layer = Self {
             hashed_weight: packed,
             low_bit: Some(low_bit),
+            config: HashedEmbeddingBagConfig {
+                sparse: false,
+                ..self.config
+            },
+            sparse_gradient: None,
             ..self.clone()
         };
         Ok((layer, error))
@@ -372,8 +377,8 @@ impl HashedEmbeddingBag {
             embedding_dim: self.embedding_dim,
             mode: config.mode,
             padding_idx: config.padding_idx,
-            sparse_gradient: self.sparse_gradient.clone(),
             low_bit: self.low_bit.clone(),
+            sparse_gradient: self.sparse_gradient.clone(),
         };
         op::hashed_embedding_bag(
             &self.hashed_weight,
@@ -483,15 +488,19 @@ impl HashedEmbeddingBag {
     /// [`HashedEmbeddingBagConfig::sparse`].
     ///
     /// # Errors
-    /// A `hashed_weight` that is tracked and no variable.
+    /// A `hashed_weight` that is tracked and no variable, or a layer in 8 or 4 bits, which does not train.
     pub fn with_sparse(&self, sparse: bool) -> Result<Self> {
         let config = HashedEmbeddingBagConfig {
             sparse,
             ..self.config
         };
-        let hashed_weight = self.hashed_weight.clone();
-        Self::over(
-            hashed_weight,
+        if let (true, Some(low_bit)) = (sparse, &self.low_bit) {
+            let bits = u32::from(low_bit.bits());
+            bail!("a layer in {bits} bits does not train, and has no gradients");
+        }
+        Self::over_stored(
+            self.hashed_weight.clone(),
+            self.low_bit.clone(),
             self.tables.clone(),
             self.embedding_dim,
             config,

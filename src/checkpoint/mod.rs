@@ -290,6 +290,17 @@ fn check_unshared(name: &str, tensors: &BTreeMap<String, Tensor>) -> Result<()> 
     Ok(())
 }
 
+/// Refuses to train a layer or collection in low bits.
+fn refuse_low_bit(name: &str, low_bit: Option<LowBitSpec>) -> Result<()> {
+    match low_bit {
+        None => Ok(()),
+        Some(LowBitSpec { bits, .. }) => bail!(
+            "checkpoint: {name} is in {} bits and does not train; train from the checkpoint that it was made of",
+            u32::from(bits)
+        ),
+    }
+}
+
 /// The variables of a `VarMap` with their names, as [`save`] takes them.
 pub fn variables(vars: &VarMap) -> Vec<(String, Tensor)> {
     // A thread that panicked while it held the lock leaves whole variables behind.
@@ -390,9 +401,8 @@ impl Checkpoint {
     }
 
     /// The hashed layer `name`, its parameter cast to `dtype` on `device`; untracked, for inference. An optimiser does not
-    /// change it: see [`trainable_hashed_embedding_bag`](Self::trainable_hashed_embedding_bag).
-    ///
-    /// A layer in 8 or 4 bits keeps its bytes, and gives `dtype`: f32, f16 or bf16.
+    /// change it: see [`trainable_hashed_embedding_bag`](Self::trainable_hashed_embedding_bag). A layer in 8 or 4 bits keeps its
+    /// bytes, and gives `dtype`: f32, f16 or bf16.
     ///
     /// # Errors
     /// No such layer, or what the device says.
@@ -471,7 +481,8 @@ impl Checkpoint {
         vb: VarBuilder,
     ) -> Result<HashedEmbeddingBag> {
         let spec = self.layer(name)?;
-        spec.build(self.variable(name, spec.low_bit, vb)?, None)
+        refuse_low_bit(name, spec.low_bit)?;
+        spec.build(self.variable(name, vb)?, None)
     }
 
     /// The collection `name`, to be trained on; see
@@ -485,7 +496,8 @@ impl Checkpoint {
         vb: VarBuilder,
     ) -> Result<HashedEmbeddingBagCollection> {
         let spec = self.collection(name)?;
-        spec.build(self.variable(name, spec.low_bit, vb)?, None)
+        refuse_low_bit(name, spec.low_bit)?;
+        spec.build(self.variable(name, vb)?, None)
     }
 
     /// The [`HashedEmbedding`] `name`, saved as layer `<name>.hashed_embedding_bag`, to be trained on. Its variable is
@@ -503,14 +515,8 @@ impl Checkpoint {
     }
 
     /// A variable of the `VarBuilder` with the values of the parameter of layer or collection `name`.
-    fn variable(&self, name: &str, low_bit: Option<LowBitSpec>, vb: VarBuilder) -> Result<Tensor> {
+    fn variable(&self, name: &str, vb: VarBuilder) -> Result<Tensor> {
         let weight = weight_name(name);
-        if let Some(LowBitSpec { bits, .. }) = low_bit {
-            bail!(
-                "checkpoint: {weight} is in {} bits, which do not train",
-                u32::from(bits)
-            );
-        }
         if !WEIGHT_DTYPES.contains(&vb.dtype()) {
             bail!(
                 "checkpoint: {weight} must have a float dtype, got {:?}",
