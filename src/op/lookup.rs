@@ -133,11 +133,20 @@ pub(crate) fn hashed_embedding_bag(
         }
         (offsets, Some(weights)) => hashed_weight.apply_op3(
             &indices,
-            &weights.to_dtype(sum_dtype)?.contiguous()?,
+            &cast(weights, sum_dtype)?.contiguous()?,
             Ternary(WeightedBags { lookup, offsets }),
         ),
     }?;
-    output.to_dtype(output_dtype)
+    cast(&output, output_dtype)
+}
+
+/// `Tensor::to_dtype`, also of a tensor without values: on CUDA, candle itself cannot cast one.
+fn cast(tensor: &Tensor, dtype: DType) -> Result<Tensor> {
+    if tensor.dtype() == dtype || tensor.elem_count() > 0 {
+        return tensor.to_dtype(dtype);
+    }
+    let one = Tensor::zeros(1, dtype, tensor.device())?;
+    one.narrow(0, 0, 0)?.reshape(tensor.shape())
 }
 
 /// Refuses an output that is too large to be addressed in f64, the largest dtype. The indices do not bound its size, since empty

@@ -240,7 +240,7 @@ fn another_weight_changes_nothing_else() -> Result<()> {
         assert!(!forward(&frozen)?.track_op());
         assert_eq!(to_vec(&forward(&frozen)?)?, to_vec(&forward(&trained)?)?);
         // To another device.
-        let moved = trained.with_hashed_weight(doubled.to_device(&Device::Cpu)?)?;
+        let moved = trained.with_hashed_weight(doubled.to_device(&Device::Cpu)?.detach())?;
         let on_cpu = |tensor: &Tensor| tensor.to_device(&Device::Cpu);
         let out = moved.forward_with_offsets(&on_cpu(&indices)?, &on_cpu(&offsets)?)?;
         assert!(out.device().is_cpu());
