@@ -99,8 +99,9 @@ impl SparseGradient {
     /// Uses the sums up: `f` leaves zeros.
     pub(crate) fn take(&self, f: impl FnOnce(&mut Sums) -> Result<()>) -> Result<()> {
         let State { sums, is_pending } = &mut *self.lock();
+        sums.as_mut().map_or(Ok(()), f)?;
         *is_pending = false;
-        sums.as_mut().map_or(Ok(()), f)
+        Ok(())
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

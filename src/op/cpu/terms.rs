@@ -256,7 +256,9 @@ impl<T: Load> Gradient<'_, T> {
                 })
             })
             .collect();
-        for tasks in tasks.chunks(threads) {
+        let tasks_per_round =
+            (u32::MAX as usize / (bags_per_task * embedding_dim)).clamp(1, threads);
+        for tasks in tasks.chunks(tasks_per_round) {
             let first_grad = tasks[0].bags.start * embedding_dim;
             let terms = team.map(tasks.iter(), |task| {
                 let mut terms = Terms::new(ranges, first_grad);
