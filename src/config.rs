@@ -42,7 +42,8 @@ pub struct HashedEmbeddingBagConfig {
     /// How the gradient of `hashed_weight` is summed on CUDA. Default [`Gradient::Fastest`].
     pub gradient: Gradient,
     /// Whether the gradient of `hashed_weight` is sparse, as with `sparse` of `torch.nn.EmbeddingBag`: a backward pass then takes
-    /// time for the rows that were looked up, and none for the length of `hashed_weight`. Default `false`.
+    /// time for the rows that were looked up, and hardly any for the length of `hashed_weight`, except for deterministic gradients
+    /// on CUDA. Default `false`.
     ///
     /// candle has no sparse tensors, so the gradient is in no `GradStore`: it is a [`SparseGradient`](crate::SparseGradient) of the
     /// variable, which [`optim::Sgd`](crate::optim::Sgd), [`optim::Adagrad`](crate::optim::Adagrad) and

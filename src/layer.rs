@@ -190,6 +190,10 @@ impl HashedEmbeddingBag {
         config: HashedEmbeddingBagConfig,
     ) -> Result<Self> {
         check_embedding_dim(embedding_dim)?;
+        if let (true, Some(low_bit)) = (config.sparse, &low_bit) {
+            let bits = u32::from(low_bit.bits());
+            bail!("a layer in {bits} bits does not train, and has no gradients");
+        }
         let dtypes = match low_bit {
             None => &WEIGHT_DTYPES[..],
             Some(_) => &[DType::U8],
@@ -494,10 +498,6 @@ impl HashedEmbeddingBag {
             sparse,
             ..self.config
         };
-        if let (true, Some(low_bit)) = (sparse, &self.low_bit) {
-            let bits = u32::from(low_bit.bits());
-            bail!("a layer in {bits} bits does not train, and has no gradients");
-        }
         Self::over_stored(
             self.hashed_weight.clone(),
             self.low_bit.clone(),

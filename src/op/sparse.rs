@@ -19,8 +19,12 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 /// The sparse gradient of a `hashed_weight`, with the option [`sparse`](crate::HashedEmbeddingBagConfig::sparse).
 ///
 /// Backward passes add to it until a step of [`optim::Sgd`](crate::optim::Sgd), [`optim::Adagrad`](crate::optim::Adagrad) or
-/// [`optim::SparseAdam`](crate::optim::SparseAdam) uses it up. All layers on one variable share it; clones are the same gradient.
-/// It takes as much memory as its `hashed_weight` in f32 (f64 for f64), from the first backward pass on.
+/// [`optim::SparseAdam`](crate::optim::SparseAdam) uses it up. What a backward pass that failed has added stays too: call
+/// [`clear`](Self::clear) before you try again.
+///
+/// All layers on one variable share it; clones are the same gradient. It lives as long as one of them or of their graphs, so keep
+/// the layer until the step. From the first backward pass on it takes as much memory as its `hashed_weight` in f32 (f64 for f64),
+/// and with [`Gradient::Deterministic`](crate::Gradient::Deterministic) on CUDA three times as much.
 #[derive(Clone)]
 pub struct SparseGradient(Arc<Inner>);
 

@@ -14,7 +14,8 @@ use half::{bf16, f16};
 
 /// Enough thread blocks to fill a large GPU several times; beyond that, threads stride.
 const MAX_BLOCKS: usize = 1 << 14;
-/// So few values lie in the L2 cache, where waiting for a gradient to be not zero costs more than reading what it does not change.
+/// So few values lie in the L2 cache, where waiting to see whether a gradient is zero costs more than
+/// reading values that stay as they are.
 const EAGER_VALUES: usize = 1 << 22;
 /// The number of state arrays that every kernel takes, and the argument for those that its rule does not use.
 const MAX_STATE: usize = 2;

@@ -1,6 +1,7 @@
 //! Optimisers that update a parameter and its state in place, in one pass over memory.
 //!
-//! [`AdamW`], [`Adagrad`] and [`Sgd`] are [`candle_nn::Optimizer`]s whose hyper-parameters mean what they mean in `torch.optim`.
+//! [`AdamW`], [`Adagrad`], [`Sgd`] and [`SparseAdam`] are [`candle_nn::Optimizer`]s whose hyper-parameters mean what they mean in
+//! `torch.optim`.
 //! `candle_nn::AdamW` creates some fifteen tensors of the size of each parameter per step; these create none. On the CPU they use
 //! all of candle's threads, on CUDA they launch one kernel per parameter.
 //!
@@ -114,7 +115,7 @@ pub trait Params: Algorithm {}
 
 impl<P: Algorithm> Params for P {}
 
-/// An optimiser that updates in place: see [`AdamW`], [`Adagrad`] and [`Sgd`].
+/// An optimiser that updates in place: see [`AdamW`], [`Adagrad`], [`Sgd`] and [`SparseAdam`].
 pub struct InPlace<P> {
     parameters: Vec<Parameter>,
     params: P,

@@ -395,7 +395,7 @@ impl Algorithm for ParamsAdagrad {
         if self.weight_decay != 0.0 {
             return no_sparse(Self::NAME, "weight decay");
         }
-        if self.eps == 0.0 && self.initial_accumulator_value == 0.0 {
+        if self.eps as f32 == 0.0 && self.initial_accumulator_value as f32 == 0.0 {
             // Zero over zero.
             return no_sparse(Self::NAME, "an eps of 0");
         }

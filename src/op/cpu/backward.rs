@@ -96,12 +96,14 @@ fn write<T: Load, H: Locate, S: Scale<T::Acc>>(
     let column_blocks = call.column_blocks.len();
     let mut window = call.window(bags);
     loop {
-        if window.is_taken() {
-            terms.reserve(window.capacity() * column_blocks);
-        }
+        let is_new = window.is_taken();
+        let capacity = window.capacity();
         let Some((bag, rows)) = window.take_next() else {
             return;
         };
+        if is_new {
+            terms.reserve(capacity * column_blocks);
+        }
         let mean_scale = call.mean_scale(bag);
         for column_block in 0..column_blocks {
             let blocks = rows.blocks(column_block);

@@ -55,7 +55,7 @@ impl Touched {
     #[inline(always)]
     pub(super) fn mark(&self, start: usize, len: usize) {
         for chunk in start / CHUNK..(start + len).div_ceil(CHUNK) {
-            // Without a branch, which no processor could foretell. Threads mark slots of their own.
+            // No branch here: its outcome could not be predicted. Threads mark slots of their own.
             self.chunks[chunk].store(1, Relaxed);
             // Marked by all threads, and seldom for the first time.
             let region = &self.regions[chunk * CHUNK / REGION];

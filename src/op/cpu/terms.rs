@@ -4,8 +4,8 @@
 //! and partial sums are added in their order. The number of shares depends on the sizes alone. What the threads do depends on
 //! their number too, but gives the same bits:
 //!
-//! * *Directly*, where there are shares enough to keep all threads busy, one thread alone included: each share is added by one
-//!   thread, into grad_weight or into a buffer of its length.
+//! * *Directly*, where there is a share for more than half of the threads, as always for a single thread: each share is added by
+//!   one thread, into grad_weight or into a buffer of its length.
 //! * *By ranges of slots*, else, in two steps. First, the bags are divided among the threads, and their terms are written into
 //!   lists, one for each range of slots. Then the ranges are divided among the threads, and the terms of each are added in the
 //!   order of the bags. So no two threads add to one slot, and no thread needs a copy of all slots. Many bags are taken in
@@ -32,7 +32,7 @@ const TERMS_PER_THREAD: usize = 1 << 16;
 /// Ranges of slots for each thread: one that comes late leaves some to others. More would be more lists to allocate.
 const RANGES_PER_THREAD: usize = 2;
 
-/// Ranges are of whole granules, so that no two threads write to the same cache lines, of sums or of marks.
+/// Ranges are of whole granules, so that threads share at most the cache lines at either end, of sums or of marks.
 const LOG2_GRANULE: u32 = 10;
 
 /// What is added to consecutive slots: `scale * (-1)^(bit i of signs) * grad[i]`.
@@ -218,10 +218,12 @@ impl<T: Load> Gradient<'_, T> {
         let shares = (0..num_bags).step_by(bags_per_share);
         let shares = shares.map(|start| start..num_bags.min(start + bags_per_share));
         if shares.len() > 1 {
-            // So many terms that hardly a slot is left out.
+            // So many terms that hardly a slot is left out, unless few rows are drawn most of the time.
             slots.mark_all();
         }
-        if shares.len() > team.threads() / 2 {
+        // A small weight has few ranges.
+        let most_ranges = len.div_ceil(1 << LOG2_GRANULE);
+        if shares.len() > team.threads().min(most_ranges) / 2 {
             sum_directly(&team, shares, slots, add);
         } else {
             self.sum_by_ranges(&team, shares, slots, write);

@@ -9,7 +9,7 @@
 pub const LONG_BAG: usize = 256;
 /// The highest rank of a tensor that the contiguous copy can read.
 pub const MAX_RANK: usize = 8;
-/// So many slots of a sparse gradient share a mark: one warp updates them, eight values or four f64 a lane.
+/// So many slots of a sparse gradient share a mark: one warp updates them, eight values a lane.
 pub const TOUCHED_CHUNK: usize = 256;
 
 /// The dtype of indices or offsets.

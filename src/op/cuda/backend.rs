@@ -8,7 +8,7 @@ use super::sparse::SparseSums;
 use crate::bounds::BoundsCheck;
 use crate::error::bail;
 use crate::low_bit::Bits;
-use crate::op::{lend, Backend, Gradient, Lookup, Operands, View};
+use crate::op::{lend, Backend, Gradient, Lookup, Mode, Operands, View};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::{CudaStorage, DType, Result, Storage};
@@ -194,7 +194,12 @@ impl SparseSums {
         grad_output: View<CudaStorage>,
     ) -> Result<()> {
         let Lookup { table, bags, .. } = launch.lookup;
-        let marks = self.marks_for(bags.nnz.saturating_mul(table.embedding_dim));
+        // For max, one row of a bag gets the gradient of a column.
+        let rows = match table.mode {
+            Mode::Max => bags.num_bags.min(bags.nnz),
+            Mode::Sum | Mode::Mean => bags.nnz,
+        };
+        let marks = self.marks_for(rows.saturating_mul(table.embedding_dim));
         let values = self.values.as_cuda_slice_mut::<T::Acc>()?;
         let touched = marks.then(|| self.touched.slice(..));
         add_grad_weight(

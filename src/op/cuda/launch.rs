@@ -386,7 +386,7 @@ fn push_fixed_point<'b, A: DeviceRepr>(
     args: &mut LaunchArgs<'b>,
     fixed_point: &'b FixedPoint<'_, A>,
 ) {
-    args.arg(fixed_point.units); // int64_t *units, changed by atomic additions alone
+    args.arg(fixed_point.units); // int64_t *units, changed by the kernels of this stream alone
     args.arg(&fixed_point.len); // uint64_t len
     args.arg(&fixed_point.largest); // const A *largest
     args.arg(&fixed_point.log2_terms); // uint32_t log2_terms
