@@ -14,8 +14,6 @@
 //!  "embedding_dim":16,"mode":"sum","padding_idx":null,"include_last_offset":false,"hash":{…}}}
 //! ```
 //!
-//! docs/format.md specifies all fields.
-//!
 //! The parameter of layer `user` is the tensor `user.hashed_weight` (of the layer with the empty name,
 //! `hashed_weight`). Any other reader of safetensors reads the file as it reads every other.
 //!
@@ -159,8 +157,9 @@ fn shift_name(name: &str) -> String {
 /// Saves a model: its tensors, and its hashed layers and collections by name (the prefix of their variable).
 ///
 /// The parameter of layer `name` is written as `<name>.hashed_weight`; `tensors` may hold it too, as the variables of a
-/// `VarMap` do. (Those of a layer in 8 or 4 bits hold its values from before: leave them out.) A [`HashedEmbedding`] `emb` is saved as layer `emb.hashed_embedding_bag`: pass `emb.bag()`. Where there are
-/// both layers and collections, each goes [`into`](Into::into) a [`Layer`].
+/// `VarMap` do. (Those of a layer in 8 or 4 bits hold its values from before: leave them out.) A [`HashedEmbedding`] `emb` is
+/// saved as layer `emb.hashed_embedding_bag`: pass `emb.bag()`. Where there are both layers and collections, each goes
+/// [`into`](Into::into) a [`Layer`].
 ///
 /// The file appears whole or not at all: it is written beside `path`, synced, and renamed over it, and the folder is synced.
 /// Where only that last step fails, the error is reported though the new file is in place.

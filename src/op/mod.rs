@@ -90,8 +90,8 @@ trait Backend {
     /// The storage as one of this backend.
     fn storage(storage: &Storage) -> Result<&Self::Storage>;
 
-    /// `(num_bags, embedding_dim)` in the dtype of `hashed_weight`, or f32 if that is packed bytes; with [`BoundsCheck::Error`](crate::BoundsCheck::Error), an error for the first
-    /// offset or row that breaks the contract.
+    /// `(num_bags, embedding_dim)` in the dtype of `hashed_weight`, or f32 if that is packed bytes; with
+    /// [`BoundsCheck::Error`](crate::BoundsCheck::Error), an error for the first offset or row that breaks the contract.
     fn forward(lookup: &Lookup, operands: &Operands<Self::Storage>) -> Result<Self::Storage>;
 
     /// `(len,)` in the accumulator's dtype: f64 for f64, else f32.

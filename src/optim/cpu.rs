@@ -2,9 +2,9 @@
 
 use super::rules::{AnyRule, Real, Rule};
 use crate::error::bail;
-use crate::op::cpu::{prefetch, SparseSums, REGION};
+use crate::op::cpu::{prefetch, SparseSums, ValuesMut, REGION};
 use crate::parallel::Team;
-use candle_core::{CpuStorage, DType, Result, Storage, WithDType};
+use candle_core::{Result, Storage};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::{array, iter};
@@ -19,13 +19,9 @@ const WIDENED: usize = 1 << 10;
 const UPDATE_AHEAD: usize = 8;
 
 /// A dtype of parameters.
-pub(super) trait ParamDType: WithDType {
+pub(super) trait ParamDType: ValuesMut {
     /// The dtype of state and arithmetic.
-    type State: Real + WithDType;
-
-    fn param(storage: &mut CpuStorage) -> Result<&mut [Self]>;
-
-    fn state(storage: &mut CpuStorage) -> Result<&mut [Self::State]>;
+    type State: Real + ValuesMut;
 
     /// Updates the values of slices of equal length. Gradients are of this dtype, or of that of the state.
     fn apply<G: Gradient<Self::State>, R: Rule<Self::State, S>, const S: usize>(
@@ -68,28 +64,10 @@ macro_rules! half_gradient {
 half_gradient!(f16);
 half_gradient!(bf16);
 
-macro_rules! storage_of {
-    ($name:ident, $t:ty, $dtype:ident) => {
-        fn $name(storage: &mut CpuStorage) -> Result<&mut [$t]> {
-            match storage {
-                CpuStorage::$dtype(values) => Ok(values),
-                other => bail!(
-                    "expected {:?}, got {:?}",
-                    DType::$dtype,
-                    candle_core::backend::BackendStorage::dtype(other)
-                ),
-            }
-        }
-    };
-}
-
 macro_rules! full_precision {
-    ($t:ty, $dtype:ident) => {
+    ($t:ty) => {
         impl ParamDType for $t {
             type State = $t;
-
-            storage_of!(param, $t, $dtype);
-            storage_of!(state, $t, $dtype);
 
             fn apply<G: Gradient<$t>, R: Rule<$t, S>, const S: usize>(
                 rule: R,
@@ -102,16 +80,13 @@ macro_rules! full_precision {
         }
     };
 }
-full_precision!(f32, F32);
-full_precision!(f64, F64);
+full_precision!(f32);
+full_precision!(f64);
 
 macro_rules! half_precision {
-    ($t:ty, $dtype:ident) => {
+    ($t:ty) => {
         impl ParamDType for $t {
             type State = f32;
-
-            storage_of!(param, $t, $dtype);
-            storage_of!(state, f32, F32);
 
             fn apply<G: Gradient<f32>, R: Rule<f32, S>, const S: usize>(
                 rule: R,
@@ -131,8 +106,8 @@ macro_rules! half_precision {
         }
     };
 }
-half_precision!(f16, F16);
-half_precision!(bf16, BF16);
+half_precision!(f16);
+half_precision!(bf16);
 
 /// Divides slices of equal length into chunks of at most `len` values.
 fn chunks<'a, T, G, A, const S: usize>(
@@ -245,7 +220,7 @@ fn on_touched<T: ParamDType<State: Gradient<T::State>>, R: Rule<T::State, S>, co
     SparseSums { values, touched }: &mut SparseSums,
     state: [&mut [T::State]; S],
 ) -> Result<()> {
-    let sums = T::state(values)?.chunks_mut(REGION);
+    let sums = T::State::values_mut(values)?.chunks_mut(REGION);
     let state = state_chunks(REGION, state);
     let regions = touched
         .regions()
@@ -295,7 +270,7 @@ fn arrays<T: ParamDType, const S: usize>(state: &mut [Storage]) -> Result<[&mut 
     let mut arrays = array::from_fn(|_| Default::default());
     for (array, storage) in arrays.iter_mut().zip(state) {
         *array = match storage {
-            Storage::Cpu(storage) => T::state(storage)?,
+            Storage::Cpu(storage) => T::State::values_mut(storage)?,
             Storage::Cuda(_) | Storage::Metal(_) => bail!("state is not on the CPU"),
         };
     }

@@ -460,6 +460,24 @@ impl<P: Params> fmt::Debug for InPlace<P> {
     }
 }
 
+/// Evaluates `$body` with `$t` as the type of a parameter's dtype.
+macro_rules! with_dtype {
+    ($dtype:expr, $t:ident => $body:expr) => {{
+        macro_rules! case {
+            ($type:ty) => {{
+                type $t = $type;
+                $body
+            }};
+        }
+        match $dtype {
+            DType::F16 => case!(f16),
+            DType::BF16 => case!(bf16),
+            DType::F32 => case!(f32),
+            _ => case!(f64),
+        }
+    }};
+}
+
 /// What a parameter is updated with.
 enum Gradient {
     Dense(Tensor),
@@ -488,12 +506,7 @@ impl<P: Algorithm> InplaceOp2 for Update<'_, P> {
         grad: &CpuStorage,
         grad_layout: &Layout,
     ) -> Result<()> {
-        match param.dtype() {
-            DType::F16 => self.on_cpu::<f16>(param, param_layout, grad, grad_layout),
-            DType::BF16 => self.on_cpu::<bf16>(param, param_layout, grad, grad_layout),
-            DType::F32 => self.on_cpu::<f32>(param, param_layout, grad, grad_layout),
-            _ => self.on_cpu::<f64>(param, param_layout, grad, grad_layout),
-        }
+        with_dtype!(param.dtype(), T => self.on_cpu::<T>(param, param_layout, grad, grad_layout))
     }
 
     #[cfg(feature = "cuda")]
@@ -504,12 +517,7 @@ impl<P: Algorithm> InplaceOp2 for Update<'_, P> {
         grad: &candle_core::CudaStorage,
         grad_layout: &Layout,
     ) -> Result<()> {
-        match param.dtype() {
-            DType::F16 => self.on_cuda::<f16>(param, param_layout, grad, grad_layout),
-            DType::BF16 => self.on_cuda::<bf16>(param, param_layout, grad, grad_layout),
-            DType::F32 => self.on_cuda::<f32>(param, param_layout, grad, grad_layout),
-            _ => self.on_cuda::<f64>(param, param_layout, grad, grad_layout),
-        }
+        with_dtype!(param.dtype(), T => self.on_cuda::<T>(param, param_layout, grad, grad_layout))
     }
 }
 
@@ -525,22 +533,12 @@ impl<P: Algorithm> InplaceOp1 for SparseUpdate<'_, '_, P> {
     }
 
     fn cpu_fwd(&self, param: &mut CpuStorage, layout: &Layout) -> Result<()> {
-        match param.dtype() {
-            DType::F16 => self.on_cpu::<f16>(param, layout),
-            DType::BF16 => self.on_cpu::<bf16>(param, layout),
-            DType::F32 => self.on_cpu::<f32>(param, layout),
-            _ => self.on_cpu::<f64>(param, layout),
-        }
+        with_dtype!(param.dtype(), T => self.on_cpu::<T>(param, layout))
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(&self, param: &mut candle_core::CudaStorage, layout: &Layout) -> Result<()> {
-        match param.dtype() {
-            DType::F16 => self.on_cuda::<f16>(param, layout),
-            DType::BF16 => self.on_cuda::<bf16>(param, layout),
-            DType::F32 => self.on_cuda::<f32>(param, layout),
-            _ => self.on_cuda::<f64>(param, layout),
-        }
+        with_dtype!(param.dtype(), T => self.on_cuda::<T>(param, layout))
     }
 }
 
@@ -549,7 +547,7 @@ impl<P: Algorithm> SparseUpdate<'_, '_, P> {
     where
         T: cpu::ParamDType<State: cpu::Gradient<T::State>>,
     {
-        let param = &mut T::param(param)?[contiguous(layout)?];
+        let param = &mut T::values_mut(param)?[contiguous(layout)?];
         let rule = self.update.params.rule::<T::State>(self.update.step);
         match &mut **self.sums.borrow_mut() {
             Sums::Cpu(sums) => {
@@ -589,7 +587,7 @@ impl<P: Algorithm> Update<'_, P> {
         grad: &CpuStorage,
         grad_layout: &Layout,
     ) -> Result<()> {
-        let param = &mut T::param(param)?[contiguous(param_layout)?];
+        let param = &mut T::values_mut(param)?[contiguous(param_layout)?];
         let grad = &T::cpu_storage_as_slice(grad)?[contiguous(grad_layout)?];
         let rule = self.params.rule::<T::State>(self.step);
         cpu::step(rule, param, grad, &mut self.state.borrow_mut())

@@ -6,7 +6,7 @@
 use super::call::{with_block, Call};
 use super::combine::{combine, Load, Sum};
 use super::lanes::{prefetch, Lanes, Loop};
-use super::scalar::Accumulator;
+use super::scalar::{Accumulator, ValuesMut};
 use super::sparse::SparseSums;
 use super::terms::{Gradient, Scale, Slots, Terms};
 use super::window::{Blocks, ADD_AHEAD};
@@ -42,7 +42,7 @@ impl Pass for AddGradWeight<'_> {
 
     fn run<T: Load, H: Locate>(self, call: &Call<T, H>) -> Result<()> {
         let SparseSums { values, touched } = self.sums;
-        let values = T::Acc::sums(values);
+        let values = T::Acc::values_mut(values)?;
         add(call, self.grad_output, Slots::new(values, Some(touched)))
     }
 }
@@ -70,6 +70,7 @@ fn add_rows<T: Load, H: Locate, S: Scale<T::Acc>>(
     slots: Slots<T::Acc>,
 ) {
     let gradient = Gradient {
+        team: call.team(),
         grad_output,
         embedding_dim: call.embedding_dim(),
         num_terms: call.rows.nnz().saturating_mul(call.column_blocks.len()),
@@ -144,55 +145,51 @@ impl<const BLOCK: usize, T: Load, H: Locate> Loop for AddRows<'_, BLOCK, T, H> {
             let mean_scale = call.mean_scale(bag);
             for (column_block, grads) in grads.chunks(block).enumerate() {
                 let blocks = rows.blocks(column_block);
+                let n = rows.len();
+                let weighted = |row| mean_scale.or_else(|| call.sample_weight(&rows, row));
                 match grads.first_chunk::<BLOCK>() {
-                    Some(&grads) if BLOCK > 0 && call.is_weighted() => {
-                        for row in 0..rows.len() {
-                            let scale = mean_scale.or_else(|| call.sample_weight(&rows, row));
-                            add_row::<BLOCK, _, _, _>(
-                                lanes, call, &blocks, row, &grads, scale, &mut slots,
-                            );
-                        }
-                    }
-                    // A copy, which stays in registers: what is added to might be the same memory for all the compiler knows.
-                    Some(&grads) if BLOCK > 0 => {
-                        for row in 0..rows.len() {
-                            add_row::<BLOCK, _, _, _>(
-                                lanes, call, &blocks, row, &grads, mean_scale, &mut slots,
-                            );
-                        }
-                    }
-                    _ => {
-                        for row in 0..rows.len() {
-                            let scale = mean_scale.or_else(|| call.sample_weight(&rows, row));
-                            add_row::<BLOCK, _, _, _>(
-                                lanes, call, &blocks, row, grads, scale, &mut slots,
-                            );
-                        }
-                    }
+                    // Copies, which stay in registers: what is added to might be the same memory for all the compiler knows.
+                    Some(&grads) if BLOCK > 0 && call.is_weighted() => add_block::<BLOCK, _, _, _>(
+                        lanes, call, &blocks, n, &grads, weighted, &mut slots,
+                    ),
+                    Some(&grads) if BLOCK > 0 => add_block::<BLOCK, _, _, _>(
+                        lanes,
+                        call,
+                        &blocks,
+                        n,
+                        &grads,
+                        |_| mean_scale,
+                        &mut slots,
+                    ),
+                    _ => add_block::<BLOCK, _, _, _>(
+                        lanes, call, &blocks, n, grads, weighted, &mut slots,
+                    ),
                 }
             }
         }
     }
 }
 
-/// Adds one block of columns of row `row`.
+/// Adds one block of columns of each of `n` rows, times its scale.
 #[inline(always)]
-fn add_row<const BLOCK: usize, T: Load, H: Locate, L: Lanes>(
+fn add_block<const BLOCK: usize, T: Load, H: Locate, L: Lanes>(
     lanes: L,
     call: &Call<T, H>,
     blocks: &Blocks<H::Place>,
-    row: usize,
+    n: usize,
     grads: &[T],
-    scale: Option<T::Acc>,
+    scale: impl Fn(usize) -> Option<T::Acc>,
     slots: &mut Slots<T::Acc>,
 ) {
     let block = call.block::<BLOCK>();
-    if BLOCK > 1 {
-        let ahead = call.hash.slot(blocks.place(row + ADD_AHEAD), block);
-        prefetch(slots.values.as_ptr().wrapping_add(ahead));
+    for row in 0..n {
+        if BLOCK > 1 {
+            let ahead = call.hash.slot(blocks.place(row + ADD_AHEAD), block);
+            prefetch(slots.values.as_ptr().wrapping_add(ahead));
+        }
+        let (slot, signs) = call.locate(blocks, row, block);
+        let sums = &mut slots.values[slot..slot + grads.len()];
+        combine::<Sum, T, _>(lanes, sums, grads, signs, scale(row));
+        slots.mark(slot, grads.len());
     }
-    let (slot, signs) = call.locate(blocks, row, block);
-    let sums = &mut slots.values[slot..slot + grads.len()];
-    combine::<Sum, T, _>(lanes, sums, grads, signs, scale);
-    slots.mark(slot, grads.len());
 }

@@ -369,8 +369,8 @@ trait Pooling {
     /// [`row`](Self::row) for one column.
     fn one<S: Stored>(pooled: Option<Self::Column>, level: u8, weight: f32) -> Self::Column;
 
-    /// Adds the sums of a window to the totals of a bag, which are empty at first.
-    fn add_to(totals: &mut Vec<i64>, pooled: &[Self::Column]);
+    /// Adds the sums of a window to the totals of a bag, which are empty at first; nothing where windows continue each other.
+    fn add_to(_totals: &mut Vec<i64>, _pooled: &[Self::Column]) {}
 
     /// Writes the value of each column.
     fn write<S: Stored>(pooled: &[Self::Column], values: &Values, output: &mut [MaybeUninit<f32>]);
@@ -464,8 +464,6 @@ impl Pooling for Max {
         pooled.unwrap_or(0).max(level)
     }
 
-    fn add_to(_: &mut Vec<i64>, _: &[u8]) {}
-
     #[inline(always)]
     fn write<S: Stored>(pooled: &[u8], values: &Values, output: &mut [MaybeUninit<f32>]) {
         for (output, &most) in output.iter_mut().zip(pooled) {
@@ -505,8 +503,6 @@ impl Pooling for Weighted {
         let value = (S::FACTOR * i32::from(level) - S::OFFSET) as f32;
         pooled.unwrap_or(0.0) + weight * value
     }
-
-    fn add_to(_: &mut Vec<i64>, _: &[f32]) {}
 
     #[inline(always)]
     fn write<S: Stored>(pooled: &[f32], values: &Values, output: &mut [MaybeUninit<f32>]) {

@@ -37,6 +37,7 @@ use candle_core::{CpuStorage, DType, Result, Storage, WithDType};
 use combine::Load;
 use half::{bf16, f16};
 pub(crate) use lanes::prefetch;
+pub(crate) use scalar::ValuesMut;
 pub(crate) use sparse::{SparseSums, REGION};
 
 /// Fewer gathered values than this are not worth a second thread: some ten microseconds of work where blocks are of 16, and a

@@ -3,11 +3,36 @@
 //! Plain arithmetic without branches, so that loops over these functions become vector instructions. `lanes.rs` and
 //! `combine.rs` build on it.
 
-use candle_core::{CpuStorage, WithDType};
+use crate::error::bail;
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, DType, Result, WithDType};
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use std::mem::MaybeUninit;
 use std::ops::{AddAssign, Div, DivAssign, Mul};
+
+/// A dtype whose values are changed where they are stored.
+pub(crate) trait ValuesMut: WithDType {
+    /// The values of a storage, which must have this dtype.
+    fn values_mut(storage: &mut CpuStorage) -> Result<&mut [Self]>;
+}
+
+macro_rules! values_mut {
+    ($t:ty, $dtype:ident) => {
+        impl ValuesMut for $t {
+            fn values_mut(storage: &mut CpuStorage) -> Result<&mut [$t]> {
+                match storage {
+                    CpuStorage::$dtype(values) => Ok(values),
+                    other => bail!("expected {:?}, got {:?}", DType::$dtype, other.dtype()),
+                }
+            }
+        }
+    };
+}
+values_mut!(f16, F16);
+values_mut!(bf16, BF16);
+values_mut!(f32, F32);
+values_mut!(f64, F64);
 
 /// A dtype of `hashed_weight`, and the dtype its sums are kept in.
 pub(super) trait Scalar: WithDType {
@@ -31,16 +56,13 @@ pub(super) trait Scalar: WithDType {
 
 /// A dtype of sums.
 pub(super) trait Accumulator:
-    Scalar<Acc = Self> + AddAssign + DivAssign + Mul<Output = Self> + Div<Output = Self>
+    Scalar<Acc = Self> + ValuesMut + AddAssign + DivAssign + Mul<Output = Self> + Div<Output = Self>
 {
     const ZERO: Self;
     const ONE: Self;
     const NEG_INFINITY: Self;
 
     fn from_count(count: usize) -> Self;
-
-    /// The values of sums in this dtype.
-    fn sums(storage: &mut CpuStorage) -> &mut [Self];
 
     /// Whether `self` takes the place of `best` in a maximum: it is larger, or the first NaN.
     #[inline(always)]
@@ -115,13 +137,6 @@ impl Accumulator for f32 {
         count as f32
     }
 
-    fn sums(storage: &mut CpuStorage) -> &mut [f32] {
-        match storage {
-            CpuStorage::F32(values) => values,
-            _ => unreachable!("sums are kept in the dtype of the accumulator"),
-        }
-    }
-
     #[inline(always)]
     fn flip(self, signs: u32, i: usize) -> f32 {
         f32::from_bits(self.to_bits() ^ ((signs >> (i % 32)) << 31))
@@ -136,13 +151,6 @@ impl Accumulator for f64 {
     #[inline(always)]
     fn from_count(count: usize) -> f64 {
         count as f64
-    }
-
-    fn sums(storage: &mut CpuStorage) -> &mut [f64] {
-        match storage {
-            CpuStorage::F64(values) => values,
-            _ => unreachable!("sums are kept in the dtype of the accumulator"),
-        }
     }
 
     #[inline(always)]

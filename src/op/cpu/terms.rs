@@ -183,6 +183,8 @@ impl<S: Copy> Terms<S> {
 
 /// A gradient to be summed.
 pub(super) struct Gradient<'a, T: Load> {
+    /// The threads for the whole of it, which finds the terms as well.
+    pub team: Team,
     /// `(num_bags, embedding_dim)`
     pub grad_output: &'a [T],
     pub embedding_dim: usize,
@@ -210,7 +212,6 @@ impl<T: Load> Gradient<'_, T> {
             self.grad_output.len() / self.embedding_dim,
         );
         let values = self.num_terms.saturating_mul(self.block);
-        let team = Team::new(values / MIN_VALUES_PER_THREAD);
         // So few that the buffers hold at most a quarter as many values as are added.
         let buffers = (values / (4 * len)).min(values / MIN_VALUES_PER_THREAD);
         let shares = (1 + buffers).min(MAX_SHARES);
@@ -223,22 +224,21 @@ impl<T: Load> Gradient<'_, T> {
         }
         // A small weight has few ranges.
         let most_ranges = len.div_ceil(1 << LOG2_GRANULE);
-        if shares.len() > team.threads().min(most_ranges) / 2 {
-            sum_directly(&team, shares, slots, add);
+        if shares.len() > self.team.threads().min(most_ranges) / 2 {
+            sum_directly(&self.team, shares, slots, add);
         } else {
-            self.sum_by_ranges(&team, shares, slots, write);
+            self.sum_by_ranges(shares, slots, write);
         }
     }
 
     fn sum_by_ranges<S: Scale<T::Acc>>(
         &self,
-        team: &Team,
         shares: impl ExactSizeIterator<Item = Range<usize>>,
         mut slots: Slots<T::Acc>,
         write: WriteBags<S>,
     ) {
         let (len, threads, embedding_dim) =
-            (slots.values.len(), team.threads(), self.embedding_dim);
+            (slots.values.len(), self.team.threads(), self.embedding_dim);
         let num_bags = self.grad_output.len() / embedding_dim;
         let ranges = Ranges::new(len, RANGES_PER_THREAD * threads);
         // Bags are taken to be of about one length; gradients are counted in 32 bits.
@@ -262,21 +262,21 @@ impl<T: Load> Gradient<'_, T> {
             (u32::MAX as usize / (bags_per_task * embedding_dim)).clamp(1, threads);
         for tasks in tasks.chunks(tasks_per_round) {
             let first_grad = tasks[0].bags.start * embedding_dim;
-            let terms = team.map(tasks.iter(), |task| {
+            let terms = self.team.map(tasks.iter(), |task| {
                 let mut terms = Terms::new(ranges, first_grad);
                 write(task.bags.clone(), &mut terms);
                 terms
             });
             let grads = &self.grad_output[first_grad..];
             let targets = slots.reborrow().divide(ranges).zip(&mut buffers);
-            team.for_each(targets.enumerate(), |(range, (mut slots, buffer))| {
+            self.team.for_each(targets.enumerate(), |(range, (mut slots, buffer))| {
                 for (task, terms) in tasks.iter().zip(&terms) {
                     let (terms, _) = &terms.lists[range];
                     let slots_of_share = match task.is_first_share {
                         true => slots.reborrow(),
                         false => {
                             buffer.resize(slots.values.len(), T::Acc::ZERO);
-                            slots.of(buffer)
+                            Slots::new(buffer, None)
                         }
                     };
                     with_block!(self.block, T::CONSTANT_BLOCKS, BLOCK, lanes => lanes.run(Add::<BLOCK, T, S> {
@@ -310,7 +310,7 @@ fn sum_directly<A: Accumulator>(
     mut slots: Slots<A>,
     add: AddBags<A>,
 ) {
-    let (len, touched) = (slots.values.len(), slots.touched);
+    let len = slots.values.len();
     let mut first = Some(slots.reborrow());
     let shares = shares.map(|share| (share, first.take()));
     let buffers = team.map(shares, |(share, slots)| match slots {
@@ -320,8 +320,7 @@ fn sum_directly<A: Accumulator>(
         }
         None => {
             let mut buffer = vec![A::ZERO; len];
-            let values = &mut buffer[..];
-            add(share, Slots { values, touched });
+            add(share, Slots::new(&mut buffer, None));
             buffer
         }
     });
@@ -365,20 +364,11 @@ impl<'a, A> Slots<'a, A> {
         }
     }
 
-    /// Marks all slots, once and for all.
+    /// Marks all slots, once and for all: buffers of shares need no marks.
     fn mark_all(&mut self) {
         if let Some((touched, _)) = self.touched.take() {
             touched.mark_all();
         }
-    }
-
-    /// The same slots of another buffer.
-    fn of<'b>(&self, values: &'b mut [A]) -> Slots<'b, A>
-    where
-        'a: 'b,
-    {
-        let touched = self.touched;
-        Slots { values, touched }
     }
 
     fn reborrow(&mut self) -> Slots<'_, A> {

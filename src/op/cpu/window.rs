@@ -39,11 +39,10 @@ pub(super) struct Window<'a, H: Locate> {
     next_segment: usize,
     /// The length of bags that all have one, lie one behind the other, are of one feature and have no padding.
     plain_bag_len: Option<usize>,
-    /// The bags that are left to read; of the first perhaps only some positions.
-    unread: Range<usize>,
-    /// The first of them.
+    /// The first bag that is left to read, perhaps only some positions of it, and the number of the bag behind the last.
     next: Bag,
     unread_part: Option<Range<usize>>,
+    end: usize,
 }
 
 /// Consecutive rows of a window that are of one bag.
@@ -138,8 +137,8 @@ impl<'a, H: Locate> Window<'a, H> {
             next_segment: 0,
             plain_bag_len: source.plain_bag_len(),
             next: source.lookup.bags.bag(bags.start),
-            unread: bags,
             unread_part: None,
+            end: bags.end,
         }
     }
 
@@ -148,7 +147,7 @@ impl<'a, H: Locate> Window<'a, H> {
     pub fn take(&mut self, bag: usize) -> Option<Rows<'_, H::Place>> {
         if self.is_taken() {
             // An unread bag that comes later says that this one has been read.
-            if self.unread.start > bag || self.unread.is_empty() {
+            if self.next.number > bag || self.is_read() {
                 return None;
             }
             self.fill();
@@ -165,7 +164,7 @@ impl<'a, H: Locate> Window<'a, H> {
     #[inline(always)]
     pub fn take_next(&mut self) -> Option<(usize, Rows<'_, H::Place>)> {
         while self.is_taken() {
-            if self.unread.is_empty() {
+            if self.is_read() {
                 return None;
             }
             self.fill();
@@ -178,6 +177,12 @@ impl<'a, H: Locate> Window<'a, H> {
     /// The most rows of a window.
     pub fn capacity(&self) -> usize {
         self.capacity
+    }
+
+    /// Whether no bag is left to read.
+    #[inline(always)]
+    fn is_read(&self) -> bool {
+        self.next.number >= self.end
     }
 
     /// Whether all rows of the window have been taken.
@@ -234,11 +239,11 @@ impl<'a, H: Locate> Window<'a, H> {
         let mut rows = [0; MAX_ROWS];
         // Rows, and how many more indices may be read.
         let (mut n, mut room) = (0, self.capacity);
-        while room > 0 && !self.unread.is_empty() {
-            let bag = self.unread.start;
+        while room > 0 && !self.is_read() {
+            let bag = self.next.number;
             if let Some(bag_len) = self.plain_bag_len {
                 // Bags of one length lie one behind the other and are read at once.
-                let bags = (room / bag_len).min(self.unread.len());
+                let bags = (room / bag_len).min(self.end - bag);
                 if bags > 0 {
                     let (start, read) = (bag * bag_len, bags * bag_len);
                     let segments = (bag..bag + bags).zip((n..).step_by(bag_len));
@@ -247,8 +252,7 @@ impl<'a, H: Locate> Window<'a, H> {
                         rows: first..first + bag_len,
                     }));
                     n += self.read(0, start..start + read, &mut rows[n..], n);
-                    self.unread.start += bags;
-                    self.next = self.source.lookup.bags.bag(self.unread.start);
+                    self.next = self.source.lookup.bags.bag(bag + bags);
                     room -= read;
                     continue;
                 }
@@ -280,7 +284,6 @@ impl<'a, H: Locate> Window<'a, H> {
             if end < positions.end {
                 self.unread_part = Some(end..positions.end);
             } else {
-                self.unread.start += 1;
                 self.next = self.source.lookup.bags.after(self.next);
             }
         }

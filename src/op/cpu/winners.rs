@@ -12,6 +12,7 @@ use std::ops::Range;
 /// Adds what the winners get to `slots`: a term for each column of each bag.
 pub(super) fn add<T: Load, H: Locate>(call: &Call<T, H>, grad_output: &[T], slots: Slots<T::Acc>) {
     let gradient = Gradient {
+        team: call.team(),
         grad_output,
         embedding_dim: call.embedding_dim(),
         num_terms: grad_output.len(),
