@@ -245,7 +245,7 @@ impl HashedEmbeddingBag {
     ///   per-sample weights are sums taken in f32.
     /// * It does not train. An optimiser has no variable to change, and to ask for a gradient of per-sample weights is an error.
     ///
-    /// A block of 32 is fastest, of 16 nearly as fast. What this costs in quality, and what was measured: docs/performance.md.
+    /// A block of 32 is fastest. What this costs in quality, and what was measured: docs/performance.md.
     ///
     /// ```
     /// use candle_core::{DType, Device, Module, Tensor};
