@@ -23,10 +23,14 @@
 //! | [`baselines`] | the model beside popularity and a constant |
 //! | [`about`] | what a checkpoint says of itself |
 //! | [`saved`] | one checkpoint file with everything that a trained model needs |
+//! | [`profiles`] | users and movies as the model reads them, whether the catalogue has them or not |
+//! | [`popularity`] | what is liked by many |
 //! | [`candidates`] | all movies, ready to be scored for any user |
 //! | [`recommend`] | the best unseen movies |
 //! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
 //! | [`report`] | what is printed |
+//! | [`catalogue`] | how the movies of a model differ from those of another |
+//! | [`threads`] | how many compute |
 //! | [`allocator`] | the memory of both programs |
 //! | [`output`] | standard output that may be closed, files that may not be writable |
 
@@ -36,6 +40,7 @@ pub mod about;
 pub mod allocator;
 pub mod baselines;
 pub mod candidates;
+pub mod catalogue;
 pub mod data;
 pub mod embeddings;
 pub mod evaluate;
@@ -46,6 +51,8 @@ pub mod ops;
 #[allow(missing_docs)]
 pub mod options;
 pub mod output;
+pub mod popularity;
+pub mod profiles;
 pub mod ranking;
 pub mod rare;
 pub mod recommend;
@@ -54,4 +61,5 @@ pub mod resident;
 pub mod saved;
 pub mod step;
 pub mod sweep;
+pub mod threads;
 pub mod train;

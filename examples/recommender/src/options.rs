@@ -31,8 +31,11 @@ const TABLE_DECAY: f64 = 3.0;
 ///
 /// Without a subcommand it trains; without --data it makes its own ratings.
 #[derive(Parser)]
-#[command(name = "recommender", args_conflicts_with_subcommands = true)]
+#[command(name = "recommender", version, args_conflicts_with_subcommands = true)]
 pub struct Options {
+    /// Threads that compute [default: the cores that affinity and the quota of a container allow].
+    #[arg(long, global = true, value_name = "COUNT", env = "RECOMMENDER_THREADS")]
+    pub threads: Option<NonZeroUsize>,
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
@@ -59,12 +62,12 @@ pub enum Command {
 #[derive(Args, Clone)]
 pub struct Common {
     /// A MovieLens folder, in the .csv or the .dat layout, or a file in another --format [default: generated ratings].
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", env = "RECOMMENDER_DATA")]
     pub data: Option<PathBuf>,
     /// File of the trained model [default: recommender.safetensors in the folder of temporary files].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", env = "RECOMMENDER_CHECKPOINT")]
     checkpoint: Option<PathBuf>,
-    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
+    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu, env = "RECOMMENDER_DEVICE")]
     device: DeviceKind,
 }
 
@@ -77,17 +80,18 @@ pub struct Train {
     #[command(flatten)]
     fit: Fit,
     /// Parameters kept per value of the embedding tables, such as 1/16 or 0.0625; 1 is plain tables, not hashed.
-    #[arg(long, default_value = "1/16", value_parser = parse_compression)]
-    compression: f64,
+    /// [default: 1/2 of ratings, 1/16 of clicks].
+    #[arg(long, value_parser = parse_compression)]
+    compression: Option<f64>,
     #[arg(long, default_value = "default", help = HASH_HELP)]
     hash: HashChoice,
     /// Bits per value of the embedding tables in the checkpoint: 8 or 4, to which they are rounded after the training, or 32. The test
-    /// part is scored with both.
-    #[arg(long, value_name = "32|8|4", default_value = "32", value_parser = parse_bits)]
-    pub bits: TableBits,
-    /// Rows of an embedding table with fewer training examples share one row of it; 0 gives each its own.
-    #[arg(long, value_name = "EXAMPLES", default_value_t = 0)]
-    pub min_count: u32,
+    /// part is scored with both [default: 4 of ratings, 8 of clicks].
+    #[arg(long, value_name = "32|8|4", value_parser = parse_bits)]
+    bits: Option<TableBits>,
+    /// Rows of an embedding table with fewer training examples share one row of it; 0 gives each its own [default: 10].
+    #[arg(long, value_name = "EXAMPLES")]
+    min_count: Option<u32>,
     /// Decides the initial values, the order of the examples and the generated ratings.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
@@ -119,6 +123,9 @@ pub struct Recommend {
     /// Id of the user, as in the ratings.
     #[arg(long, value_name = "ID", allow_negative_numbers = true)]
     pub user: i64,
+    /// How many movies.
+    #[arg(short = 'k', long, default_value = "10")]
+    pub count: NonZeroUsize,
 }
 
 #[derive(Args)]
@@ -212,6 +219,30 @@ struct Layers {
     top_input: TopInputKind,
 }
 
+/// What the embedding tables are like, if nothing else is said. README.md has the figures by which it was chosen.
+struct Tables {
+    compression: f64,
+    bits: TableBits,
+    min_count: u32,
+}
+
+impl Format {
+    fn tables(self) -> Tables {
+        match self {
+            Self::Movielens => Tables {
+                compression: 1.0 / 2.0,
+                bits: TableBits::Rounded(Bits::Four),
+                min_count: 10,
+            },
+            Self::Criteo => Tables {
+                compression: 1.0 / 16.0,
+                bits: TableBits::Rounded(Bits::Eight),
+                min_count: 10,
+            },
+        }
+    }
+}
+
 /// How a checkpoint holds the embedding tables.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum TableBits {
@@ -270,6 +301,20 @@ impl Options {
 }
 
 impl Train {
+    fn compression(&self) -> f64 {
+        self.compression
+            .unwrap_or(self.reading.format.tables().compression)
+    }
+
+    pub fn bits(&self) -> TableBits {
+        self.bits.unwrap_or(self.reading.format.tables().bits)
+    }
+
+    pub fn min_count(&self) -> u32 {
+        self.min_count
+            .unwrap_or(self.reading.format.tables().min_count)
+    }
+
     pub fn load(&self) -> Result<Data> {
         let data = self.common.data.as_deref();
         self.reading.load(data, self.fit.rows_per_field, self.seed)
@@ -277,7 +322,7 @@ impl Train {
 
     pub fn model_config(&self) -> ModelConfig {
         ModelConfig {
-            embeddings: self.fit.embedding_config(self.compression, self.hash),
+            embeddings: self.fit.embedding_config(self.compression(), self.hash),
             bottom: self.layers.bottom_mlp.clone(),
             top: self.layers.top_mlp.clone(),
             input: match self.layers.top_input {
@@ -290,13 +335,13 @@ impl Train {
     /// What decides the model besides the data, by the names of the command line.
     pub fn hyper_parameters(&self, settings: &Settings) -> Value {
         json!({
-            "compression": self.compression,
+            "compression": self.compression(),
             "hash": self.hash.to_string(),
-            "bits": match self.bits {
+            "bits": match self.bits() {
                 TableBits::Exact => 32,
                 TableBits::Rounded(bits) => bits.into(),
             },
-            "min-count": self.min_count,
+            "min-count": self.min_count(),
             "embedding-dim": self.fit.embedding_dim,
             "bottom-mlp": self.layers.bottom_mlp,
             "top-mlp": self.layers.top_mlp,
@@ -323,7 +368,7 @@ impl Train {
         Settings {
             table_lr: self.table_lr.unwrap_or(TABLE_SPEED * self.fit.lr),
             resident: self.resident,
-            ..self.fit.settings(data, self.compression, self.seed)
+            ..self.fit.settings(data, self.compression(), self.seed)
         }
     }
 }

@@ -16,7 +16,8 @@ use twox_hash::XxHash64;
 use crate::candidates::Candidates;
 use crate::data::{Part, Ratings};
 use crate::model::Dlrm;
-use crate::recommend::top;
+use crate::profiles::Profile;
+use crate::recommend::{all_but, top};
 
 /// The places of a list.
 pub const PLACES: usize = 10;
@@ -81,7 +82,7 @@ impl Lists {
     pub fn of_model(&self, model: &Dlrm, ratings: &Ratings) -> Result<Ranking> {
         let (catalog, items) = (&ratings.catalog, self.examples.len());
         let candidates = Candidates::new(model, catalog)?;
-        self.rank(|user| candidates.logits(model, catalog, user, 0..items))
+        self.rank(|user| candidates.logits(model, catalog, &Profile::Row(user), 0..items))
     }
 
     /// Of a model that recommends to everybody what most training examples liked.
@@ -118,7 +119,8 @@ impl Lists {
             if liked.is_empty() {
                 continue;
             }
-            let list = top(&scores(user)?, &self.trained[user as usize], PLACES)?;
+            let open = all_but(&self.trained[user as usize], self.examples.len());
+            let list = top(&scores(user)?, &open, PLACES)?;
             let hits: Vec<bool> = list
                 .iter()
                 .map(|(item, _)| liked.binary_search(item).is_ok())

@@ -25,6 +25,7 @@
 //! | `bottom.<i>.weight`, `bottom.<i>.bias` | f32 | the MLP of the numbers |
 //! | `clicks.counts` | i64 | how many examples the log had, and how many were clicked |
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
@@ -32,12 +33,13 @@ use candle_core::{Device, Tensor};
 use candle_hashed_embedding_bag::{checkpoint, checkpoint::TableSpec, Checkpoint};
 use candle_nn::VarMap;
 
-use crate::about::About;
+use crate::about::{fingerprint, About};
 use crate::data::{
     Bags, Catalog, Clicks, Data, Entities, Feature, Ratings, Source, MOVIE_FEATURES, USER_FEATURES,
 };
 use crate::embeddings::rare_rows_name;
 use crate::model::Dlrm;
+use crate::popularity::Popularity;
 
 /// A trained model of ratings.
 pub struct Recommender {
@@ -45,11 +47,35 @@ pub struct Recommender {
     pub catalog: Catalog,
     /// Scores pairs of them.
     pub model: Dlrm,
-    /// The training examples of each movie, and how many of those were liked; files of version 0.1.0 may lack them.
-    pub examples: Option<Vec<[u32; 2]>>,
+    popularity: Option<Popularity>,
     /// What the checkpoint says of itself, if it does.
     pub about: Option<About>,
     generator_seed: Option<u64>,
+}
+
+/// A trained model of either kind.
+pub enum Saved {
+    /// Of ratings.
+    Ratings(Box<Recommender>),
+    /// Of clicks.
+    Clicks(ClickModel),
+}
+
+impl Saved {
+    /// Opens what [`save`] wrote.
+    ///
+    /// # Errors
+    /// A file that is missing, damaged or of another kind, by its path.
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
+        open(path, |checkpoint| {
+            if checkpoint.tensor_info(CLICK_COUNTS).is_ok() {
+                Ok(Self::Clicks(ClickModel::read(checkpoint, device)?))
+            } else {
+                let recommender = Recommender::read(checkpoint, device)?;
+                Ok(Self::Ratings(Box::new(recommender)))
+            }
+        })
+    }
 }
 
 /// A trained model of clicks.
@@ -58,7 +84,8 @@ pub struct ClickModel {
     pub model: Dlrm,
     /// What the checkpoint says of itself, if it does.
     pub about: Option<About>,
-    rows_per_field: u32,
+    /// The rows of each category's table.
+    pub rows_per_field: u32,
     /// The numbers of examples and of clicked examples in the log it was trained on.
     counts: [i64; 2],
 }
@@ -126,12 +153,42 @@ impl Recommender {
         let model = Dlrm::open(&catalog.schema(), checkpoint, device)?;
         let seed: Option<Vec<i64>> = get(checkpoint, "generator_seed").ok();
         Ok(Self {
-            examples: examples(checkpoint, catalog.movies.ids.len())?,
+            popularity: popularity(checkpoint, catalog.movies.ids.len())?,
             about: about(checkpoint)?,
             catalog,
             model,
             generator_seed: seed.and_then(|seed| seed.first().map(|&seed| seed as u64)),
         })
+    }
+
+    /// What is liked by many.
+    ///
+    /// # Errors
+    /// A checkpoint that does not tell.
+    pub fn popularity(&self) -> Result<&Popularity> {
+        let popularity = self.popularity.as_ref();
+        popularity.with_context(|| {
+            format!("an older version wrote the checkpoint, without {EXAMPLES}: it does not know what is popular")
+        })
+    }
+
+    /// The titles of all movies by published id, without reading or drawing a single rating.
+    ///
+    /// # Errors
+    /// Those of [`source`](Self::source), what reading says, and titles of other movies than the model was trained on.
+    pub fn titles(&self, dir: Option<PathBuf>) -> Result<BTreeMap<i64, String>> {
+        let titles = self.source(dir)?.titles()?;
+        let known = self.about.as_ref().and_then(|a| a.catalogue.as_ref());
+        let are_its_own = match known {
+            Some(known) => *known == fingerprint(&titles),
+            // An older checkpoint knows at least the ids.
+            None => titles.keys().eq(&self.catalog.movies.ids),
+        };
+        ensure!(
+            are_its_own,
+            "--data has the titles of another catalogue than that of the checkpoint"
+        );
+        Ok(titles)
     }
 
     /// The source of its ratings: the folder `dir`, or the generator, if they were generated.
@@ -210,7 +267,7 @@ fn about(checkpoint: &Checkpoint) -> Result<Option<About>> {
     Ok(Some(about.with_context(|| format!("tensor {ABOUT}"))?))
 }
 
-fn examples(checkpoint: &Checkpoint, movies: usize) -> Result<Option<Vec<[u32; 2]>>> {
+fn popularity(checkpoint: &Checkpoint, movies: usize) -> Result<Option<Popularity>> {
     if checkpoint.tensor_info(EXAMPLES).is_err() {
         return Ok(None);
     }
@@ -221,7 +278,10 @@ fn examples(checkpoint: &Checkpoint, movies: usize) -> Result<Option<Vec<[u32; 2
         counts.dims()
     );
     let counts: Vec<u32> = counts.flatten_all()?.to_vec1()?;
-    Ok(Some(counts.as_chunks().0.to_vec()))
+    let popularity = Popularity::new(counts.as_chunks().0.to_vec());
+    Ok(Some(
+        popularity.with_context(|| format!("tensor {EXAMPLES}"))?,
+    ))
 }
 
 fn counts(clicks: &Clicks) -> [i64; 2] {
@@ -387,7 +447,10 @@ mod tests {
         let opened = Recommender::open(&path, &Device::Cpu)?;
         assert_eq!(opened.model.embeddings().rare(), rare);
         assert_eq!(opened.about, Some(about(&data)?));
-        assert_eq!(opened.examples, Some(ratings.examples_per_movie()));
+        assert_eq!(
+            opened.popularity()?,
+            &Popularity::new(ratings.examples_per_movie())?
+        );
         assert_eq!(opened.catalog, ratings.catalog);
         assert_eq!(opened.ratings(None)?.rows, ratings.rows);
         assert!(opened.source(Some(dir.path().to_owned())).is_err());

@@ -25,18 +25,20 @@ use recommender::options::{self, Command, Format, Options, TableBits};
 use recommender::output;
 use recommender::ranking::Lists;
 use recommender::rare::TrainCounts;
-use recommender::recommend::{recommend, user_row};
+use recommender::recommend::recommend;
 use recommender::report::{self, Summary};
 use recommender::saved::{self, ClickModel, Recommender};
 use recommender::sweep::sweep;
-use recommender::{init, train};
+use recommender::{init, say, threads, train};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator {};
 
 fn main() -> Result<()> {
     keep_memory();
-    match Options::parse().command() {
+    let options = Options::parse();
+    threads::limit(options.threads);
+    match options.command() {
         Command::Train(options) => train_and_save(&options),
         Command::Evaluate(options) => evaluate_saved(&options),
         Command::Recommend(options) => print_recommendations(&options),
@@ -61,7 +63,7 @@ fn train_and_save(options: &options::Train) -> Result<()> {
         init::seeded(&vars, options.seed, &device),
     )?;
     let model = model
-        .sharing_rare_rows(&counts.rows, options.min_count)
+        .sharing_rare_rows(&counts.rows, options.min_count())
         .with_precision(options.precision())?;
     report::introduction(&data, &model);
 
@@ -73,7 +75,7 @@ fn train_and_save(options: &options::Train) -> Result<()> {
         .metrics("valid", best.valid)
         .metrics("test", test);
     let (mut kept, mut kept_test) = (model.clone(), test);
-    if let TableBits::Rounded(bits) = options.bits {
+    if let TableBits::Rounded(bits) = options.bits() {
         let (rounded, errors) = model.to_bits(bits)?;
         kept_test = evaluate(&rounded, examples, Part::Test)?;
         kept = rounded;
@@ -146,9 +148,14 @@ fn evaluate_saved(options: &options::Evaluate) -> Result<()> {
 
 fn print_recommendations(options: &options::Recommend) -> Result<()> {
     let recommender = Recommender::open(&options.common.checkpoint(), &options.common.device()?)?;
-    let user = user_row(&recommender, options.user)?;
-    let movies = recommend(&recommender, user, 10)?;
-    let titles = recommender.source(options.common.data.clone())?.titles()?;
+    let users = &recommender.catalog.users;
+    let user = users.row(options.user);
+    if user.is_none() {
+        let unknown = users.unknown("user", options.user);
+        say!("{unknown}; this is what most people like.");
+    }
+    let movies = recommend(&recommender, user, options.count.get())?;
+    let titles = recommender.titles(options.common.data.clone())?;
     report::recommendations(&recommender.catalog, user, &titles, &movies);
     Ok(())
 }

@@ -1,51 +1,85 @@
 //! The model in service, and its replacement while requests run.
 //!
 //! A [`Model`] never changes. Each request takes the one in service when it arrives and keeps it to its end, so a
-//! replacement disturbs none of them; the old model goes when its last request does.
+//! replacement disturbs none of them; the old model goes when its last request does, and no other is opened before: there are never
+//! more than two in memory.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
+use std::time::Duration;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
-use candle_hashed_embedding_bag::HashedEmbeddingBag;
+use candle_hashed_embedding_bag::{HashedEmbeddingBag, HashedEmbeddingBagCollection};
 
 use crate::batcher::Work;
+use recommender::about::About;
 use recommender::candidates::Candidates;
-use recommender::data::Catalog;
+use recommender::catalogue::Change;
+use recommender::data::{batch_of_fields, Catalog};
 use recommender::embeddings::{list, Embeddings};
+use recommender::model::Dlrm;
 use recommender::options::Common;
-use recommender::saved::Recommender;
+use recommender::profiles::{batch, Profile, Side};
+use recommender::rare::RareRows;
+use recommender::saved::{ClickModel, Recommender, Saved};
 use recommender::step;
 
+/// How often it is looked whether the last request of the model before has ended.
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
 pub struct Model {
-    recommender: Recommender,
-    candidates: Candidates,
-    tables: Vec<(String, HashedEmbeddingBag)>,
-    /// By published movie id; empty if the checkpoint does not have them and `--data` is not given.
-    titles: BTreeMap<i64, String>,
+    pub kind: Kind,
+    tables: Vec<Table>,
     device: Device,
     /// 1 for the model the server started with, and one more for each that replaced it.
     pub generation: u64,
+    /// How its catalogue differs from that of the model before.
+    pub change: Option<Change>,
+}
+
+/// An embedding table as a layer of its own, on the parameter that it shares with others.
+pub struct Table {
+    pub name: String,
+    pub layer: HashedEmbeddingBag,
+    /// Those that are looked up in one.
+    rare: Option<RareRows>,
+}
+
+/// What a model answers.
+pub enum Kind {
+    Ratings(Box<Ratings>),
+    Clicks(ClickModel),
+}
+
+/// A model of ratings, and what answering takes besides.
+pub struct Ratings {
+    pub recommender: Recommender,
+    candidates: Candidates,
+    /// By published movie id; empty if the checkpoint does not have them and `--data` is not given.
+    titles: BTreeMap<i64, String>,
 }
 
 pub struct Serving {
     source: Common,
+    /// Refuse a model of other movies.
+    keep_catalogue: bool,
     device: Device,
     current: RwLock<Arc<Model>>,
-    /// Held while a checkpoint is read, so that the later of two reloads reads the later file.
-    reloading: tokio::sync::Mutex<()>,
+    /// Held while a checkpoint is read, so that the later of two reloads reads the later file; the model that was replaced last.
+    replaced: tokio::sync::Mutex<Weak<Model>>,
 }
 
 impl Serving {
-    pub fn open(source: Common) -> Result<Self> {
+    pub fn open(source: Common, keep_catalogue: bool) -> Result<Self> {
         let device = source.device()?;
-        let model = Model::open(&source, &device, 1)?;
+        let model = Model::open(&source, &device)?;
         Ok(Self {
             source,
+            keep_catalogue,
             device,
             current: RwLock::new(Arc::new(model)),
-            reloading: tokio::sync::Mutex::default(),
+            replaced: tokio::sync::Mutex::default(),
         })
     }
 
@@ -58,13 +92,30 @@ impl Serving {
     /// Reads the checkpoint again and puts its model in service.
     ///
     /// # Errors
-    /// If something is wrong with the new checkpoint; the old model then stays.
+    /// If something is wrong with the new checkpoint, or its movies are others and may not be; the old model then stays.
     pub async fn reload(&self) -> Result<Arc<Model>> {
-        let _turn = self.reloading.lock().await;
+        let mut replaced = self.replaced.lock().await;
+        while replaced.upgrade().is_some() {
+            tokio::time::sleep(LOOK_AGAIN).await;
+        }
         let (source, device) = (self.source.clone(), self.device.clone());
-        let generation = self.model().generation + 1;
-        let open = move || Model::open(&source, &device, generation);
-        let model = Arc::new(tokio::task::spawn_blocking(open).await??);
+        let open = move || Model::open(&source, &device);
+        let mut model = tokio::task::spawn_blocking(open).await??;
+        let old = self.model();
+        model.generation = old.generation + 1;
+        model.change = match (&old.kind, &model.kind) {
+            (Kind::Ratings(old), Kind::Ratings(new)) => {
+                Change::between(&old.recommender, &new.recommender)
+            }
+            (Kind::Clicks(_), Kind::Clicks(_)) => None,
+            _ => bail!("the model in service and that of the checkpoint are not of one kind"),
+        };
+        if let (Some(change), true) = (&model.change, self.keep_catalogue) {
+            bail!("--keep-catalogue refuses another catalogue: {change}");
+        }
+        let model = Arc::new(model);
+        *replaced = Arc::downgrade(&old);
+        drop(old);
         let current = self.current.write();
         *current.unwrap_or_else(PoisonError::into_inner) = model.clone();
         Ok(model)
@@ -72,29 +123,138 @@ impl Serving {
 }
 
 impl Model {
-    fn open(source: &Common, device: &Device, generation: u64) -> Result<Self> {
-        let recommender = Recommender::open(&source.checkpoint(), device)?;
-        let titles = match recommender.source(source.data.clone()) {
-            Ok(data) => data.titles()?,
-            Err(_) if source.data.is_none() => BTreeMap::new(),
-            Err(error) => return Err(error),
+    pub fn open(source: &Common, device: &Device) -> Result<Self> {
+        let kind = match Saved::open(&source.checkpoint(), device)? {
+            Saved::Clicks(clicks) => Kind::Clicks(clicks),
+            Saved::Ratings(recommender) => {
+                let recommender = *recommender;
+                // Titles are read only where it is known where they are.
+                let titles = match recommender.source(source.data.clone()) {
+                    Err(_) if source.data.is_none() => BTreeMap::new(),
+                    _ => recommender.titles(source.data.clone())?,
+                };
+                let ratings = Ratings {
+                    candidates: Candidates::new(&recommender.model, &recommender.catalog)?,
+                    recommender,
+                    titles,
+                };
+                Kind::Ratings(Box::new(ratings))
+            }
         };
         let model = Self {
-            tables: tables(recommender.model.embeddings())?,
-            candidates: Candidates::new(&recommender.model, &recommender.catalog)?,
-            recommender,
-            titles,
+            tables: tables(kind.dlrm().embeddings())?,
+            kind,
             device: device.clone(),
-            generation,
+            generation: 1,
+            change: None,
         };
-        // The first forward starts thread pools and loads kernels: better now than at the first request. It also shows that
-        // this model works.
-        let scored = model.compute(&Work::Pairs(vec![(0, 0)]))?;
+        model.try_it()?;
+        Ok(model)
+    }
+
+    /// The first forward starts thread pools and loads kernels: better now than at the first request. It also shows that this model
+    /// works.
+    fn try_it(&self) -> Result<()> {
+        let (what, examples) = match &self.kind {
+            Kind::Ratings(ratings) => {
+                let (user, movie) = (Profile::Row(0), Profile::Row(0));
+                let batch = batch(ratings.catalog(), [(&user, &movie)]);
+                ("its first user and movie", batch)
+            }
+            Kind::Clicks(clicks) => {
+                let batch = batch_of_fields([[]], clicks.rows_per_field);
+                let batch = batch.ok().context("a row without fields is a row")?;
+                ("a row without fields", batch)
+            }
+        };
+        let scored = self.compute(&Work::Examples {
+            batch: examples,
+            count: 1,
+        })?;
         ensure!(
             scored.iter().all(|logit| logit.is_finite()),
-            "the model scores its first user and movie as {scored:?}"
+            "the model scores {what} as {scored:?}"
         );
-        Ok(model)
+        Ok(())
+    }
+
+    /// What its checkpoint says of itself.
+    pub fn about(&self) -> Option<&About> {
+        match &self.kind {
+            Kind::Ratings(ratings) => ratings.recommender.about.as_ref(),
+            Kind::Clicks(clicks) => clicks.about.as_ref(),
+        }
+    }
+
+    /// The embedding tables.
+    pub fn tables(&self) -> &[Table] {
+        &self.tables
+    }
+
+    pub fn table(&self, name: &str) -> Option<&Table> {
+        self.tables.iter().find(|table| table.name == name)
+    }
+
+    /// A logit per example or movie, or the vectors of the bags one after the other.
+    pub fn compute(&self, work: &Work) -> Result<Vec<f32>> {
+        let model = self.kind.dlrm();
+        match work {
+            Work::Examples { batch, .. } => Ok(step::logits(model, &model.inputs(batch)?)?),
+            Work::Candidates { user, movies } => {
+                let Kind::Ratings(ratings) = &self.kind else {
+                    bail!("a model of clicks has no candidates")
+                };
+                let candidates = &ratings.candidates;
+                candidates.logits(model, ratings.catalog(), user, movies.clone())
+            }
+            Work::Bags {
+                table,
+                indices,
+                offsets,
+            } => {
+                let Table { layer, rare, .. } = self.table(table).context("no such table")?;
+                let row = |&index: &i64| match (rare, u32::try_from(index)) {
+                    (Some(rare), Ok(row)) => rare.map(row).into(),
+                    _ => index,
+                };
+                let indices: Vec<i64> = indices.iter().map(row).collect();
+                let end = layer
+                    .config()
+                    .include_last_offset
+                    .then_some(indices.len() as i64);
+                let offsets: Vec<i64> = offsets.iter().copied().chain(end).collect();
+                let indices = list(&indices, &self.device)?;
+                let offsets = list(&offsets, &self.device)?;
+                let vectors = layer.forward_with_offsets(&indices, &offsets)?;
+                Ok(vectors.flatten_all()?.to_vec1()?)
+            }
+        }
+    }
+}
+
+impl Kind {
+    /// `ratings` or `clicks`.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Ratings(_) => "ratings",
+            Self::Clicks(_) => "clicks",
+        }
+    }
+
+    fn dlrm(&self) -> &Dlrm {
+        match self {
+            Self::Ratings(ratings) => &ratings.recommender.model,
+            Self::Clicks(clicks) => &clicks.model,
+        }
+    }
+}
+
+impl Ratings {
+    /// Whether a row of the catalogue shares one with others that were seldom seen in training.
+    pub fn is_rare(&self, side: Side, row: u32) -> bool {
+        let table = side.first_table(self.catalog());
+        let rare = self.recommender.model.embeddings().rare();
+        rare[table].as_ref().is_some_and(|rare| rare.contains(row))
     }
 
     pub fn catalog(&self) -> &Catalog {
@@ -104,56 +264,18 @@ impl Model {
     pub fn title(&self, movie: i64) -> Option<&str> {
         self.titles.get(&movie).map(String::as_str)
     }
-
-    /// The embedding tables, by name.
-    pub fn tables(&self) -> impl Iterator<Item = (&str, &HashedEmbeddingBag)> {
-        self.tables.iter().map(|(name, table)| (&**name, table))
-    }
-
-    pub fn table(&self, name: &str) -> Option<&HashedEmbeddingBag> {
-        self.tables()
-            .find_map(|(table, layer)| (table == name).then_some(layer))
-    }
-
-    /// A logit per pair or movie, or the vectors of the bags one after the other.
-    pub fn compute(&self, work: &Work) -> Result<Vec<f32>> {
-        match work {
-            Work::Pairs(pairs) => {
-                let batch = self.catalog().batch(pairs);
-                let model = &self.recommender.model;
-                Ok(step::logits(model, &model.inputs(&batch)?)?)
-            }
-            Work::Candidates { user, movies } => {
-                let (model, movies) = (&self.recommender.model, movies.clone());
-                let candidates = &self.candidates;
-                candidates.logits(model, self.catalog(), *user, movies)
-            }
-            Work::Bags {
-                table,
-                indices,
-                offsets,
-            } => {
-                let layer = self.table(table).context("no such table")?;
-                let end = layer
-                    .config()
-                    .include_last_offset
-                    .then_some(indices.len() as i64);
-                let offsets: Vec<i64> = offsets.iter().copied().chain(end).collect();
-                let indices = list(indices, &self.device)?;
-                let offsets = list(&offsets, &self.device)?;
-                let vectors = layer.forward_with_offsets(&indices, &offsets)?;
-                Ok(vectors.flatten_all()?.to_vec1()?)
-            }
-        }
-    }
 }
 
-/// The embedding tables by name, each as a layer of its own on the shared parameter.
-fn tables(embeddings: &Embeddings) -> Result<Vec<(String, HashedEmbeddingBag)>> {
+fn tables(embeddings: &Embeddings) -> Result<Vec<Table>> {
     let names = embeddings
         .collections()
         .flat_map(|(_, collection)| collection.tables().map(move |(name, _)| (collection, name)));
-    names
-        .map(|(collection, name)| Ok((name.to_owned(), collection.table(name)?)))
-        .collect()
+    let table = |((collection, name), position): ((&HashedEmbeddingBagCollection, &str), usize)| {
+        Ok(Table {
+            name: name.to_owned(),
+            layer: collection.table(name)?,
+            rare: embeddings.rare()[position].clone(),
+        })
+    };
+    names.zip(embeddings.order()).map(table).collect()
 }

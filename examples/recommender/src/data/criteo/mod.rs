@@ -18,6 +18,7 @@
 //! prepared file, mapped ───────────────────────┴──> windows, shuffled ──> queue of batches ──> training
 //! ```
 
+mod fields;
 mod generated;
 mod gzip;
 #[cfg(feature = "parquet")]
@@ -54,6 +55,7 @@ use self::reader::{Click, CATEGORIES, NUMBERS};
 use self::stream::{Format, Position};
 use super::{Batch, Batches, Examples, Part, Rows, Schema};
 
+pub use fields::{batch_of_fields, Value, WrongField};
 pub use generated::write as write_generated;
 
 /// The rows of each category's table, if nothing else is said.

@@ -10,7 +10,6 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,6 +20,7 @@ use anyhow::{Context, Result};
 use super::gzip::{is_gzip, Members};
 use super::parquet;
 use super::reader::{Click, Reader};
+use crate::threads;
 
 /// The bytes of a block, to the end of the line.
 const BLOCK: usize = 1 << 20;
@@ -71,7 +71,7 @@ impl Format {
         if self.is_parquet {
             return self.parquet(from);
         }
-        let workers = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let workers = threads::count();
         let (blocks, ordered) = sync_channel(2 * workers);
         let (jobs, queue) = sync_channel(workers);
         let queue = Arc::new(Mutex::new(queue));

@@ -311,6 +311,15 @@ fn seen(users: usize, ratings: &[Rating]) -> Bags {
     seen
 }
 
+/// The values of a feature that a text stands for, as a data set spells them: the words of a title, the region of a zip code.
+pub fn feature_values(feature: &str, text: &str) -> Vec<String> {
+    match feature {
+        "words" => title_words(text),
+        "zip" => vec![movielens::region(text)],
+        _ => vec![text.to_owned()],
+    }
+}
+
 /// The distinct words of a title, lower-cased; the year in brackets counts as a word.
 fn title_words(title: &str) -> Vec<String> {
     let mut words: Vec<String> = title

@@ -133,20 +133,24 @@ fn read_users(file: &File) -> Result<BTreeMap<i64, Demographics>> {
         );
         record.parse::<u32>(2)?;
         record.parse::<u32>(3)?;
-        let zip: String = zip.chars().take(ZIP_PREFIX).collect();
         let earlier = users.insert(
             record.parse(0)?,
             [
                 gender.to_owned(),
                 age.to_owned(),
                 occupation.to_owned(),
-                zip,
+                region(zip),
             ],
         );
         ensure!(earlier.is_none(), record.wrong(0, "appears a second time"));
         Ok(())
     })?;
     Ok(users)
+}
+
+/// See [`ZIP_PREFIX`].
+pub fn region(zip: &str) -> String {
+    zip.chars().take(ZIP_PREFIX).collect()
 }
 
 fn read_ratings(
