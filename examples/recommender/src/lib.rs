@@ -27,6 +27,7 @@
 //! | [`popularity`] | what is liked by many |
 //! | [`candidates`] | all movies, ready to be scored for any user |
 //! | [`recommend`] | the best unseen movies |
+//! | [`score`] | a probability for each line of a file |
 //! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
 //! | [`report`] | what is printed |
 //! | [`catalogue`] | how the movies of a model differ from those of another |
@@ -59,6 +60,7 @@ pub mod recommend;
 pub mod report;
 pub mod resident;
 pub mod saved;
+pub mod score;
 pub mod step;
 pub mod sweep;
 pub mod threads;

@@ -46,8 +46,10 @@ pub struct Options {
 pub enum Command {
     /// Train a model, evaluate it on the test part and write a checkpoint.
     Train(Train),
-    /// Evaluate a checkpoint on the test part.
+    /// Evaluate a checkpoint on the test part, or on other data.
     Evaluate(Evaluate),
+    /// Write a probability per line of a file: a click log, or pairs of a user and a movie.
+    Score(Score),
     /// Print the movies a user has not seen and will like best.
     Recommend(Recommend),
     /// Train at several compressions, with several hashes and seeds: quality against size as a table, a .csv and an .svg.
@@ -114,6 +116,46 @@ pub struct Evaluate {
     pub common: Common,
     #[command(flatten)]
     pub reading: Reading,
+    /// The part of the data [default: test of what the model was trained on, all of other data].
+    #[arg(long, value_enum)]
+    pub part: Option<PartKind>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum PartKind {
+    Train,
+    Valid,
+    Test,
+    All,
+}
+
+impl From<PartKind> for Part {
+    fn from(part: PartKind) -> Self {
+        match part {
+            PartKind::Train => Self::Train,
+            PartKind::Valid => Self::Valid,
+            PartKind::Test => Self::Test,
+            PartKind::All => Self::All,
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct Score {
+    /// A click log, in which labels may be missing, as text or Parquet, or text with the ids of a user and a movie in each line;
+    /// - reads the standard input.
+    pub file: PathBuf,
+    /// File of the trained model [default: recommender.safetensors in the folder of temporary files].
+    #[arg(long, value_name = "FILE", env = "RECOMMENDER_CHECKPOINT")]
+    checkpoint: Option<PathBuf>,
+    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu, env = "RECOMMENDER_DEVICE")]
+    device: DeviceKind,
+    /// Write the probabilities there [default: the standard output].
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Write an empty line for a line that does not fit the format, instead of stopping at the first.
+    #[arg(long)]
+    pub skip_malformed: bool,
 }
 
 #[derive(Args)]
@@ -429,11 +471,25 @@ impl Reading {
     }
 }
 
+fn checkpoint(given: &Option<PathBuf>) -> PathBuf {
+    given
+        .clone()
+        .unwrap_or_else(|| std::env::temp_dir().join("recommender.safetensors"))
+}
+
+impl Score {
+    pub fn checkpoint(&self) -> PathBuf {
+        checkpoint(&self.checkpoint)
+    }
+
+    pub fn device(&self) -> Result<Device> {
+        self.device.open()
+    }
+}
+
 impl Common {
     pub fn checkpoint(&self) -> PathBuf {
-        self.checkpoint
-            .clone()
-            .unwrap_or_else(|| std::env::temp_dir().join("recommender.safetensors"))
+        checkpoint(&self.checkpoint)
     }
 
     pub fn device(&self) -> Result<Device> {

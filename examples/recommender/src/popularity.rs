@@ -33,6 +33,11 @@ impl Popularity {
         self.examples[movie as usize][0]
     }
 
+    /// Of each movie, the training examples and how many of those were liked.
+    pub fn all_examples(&self) -> Vec<[u32; 2]> {
+        self.examples.clone()
+    }
+
     /// By how many each movie was liked: the order of a list for everybody.
     pub fn likes(&self) -> Vec<f32> {
         let likes = self.examples.iter().map(|&[_, likes]| likes as f32);

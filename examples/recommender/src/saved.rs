@@ -205,16 +205,40 @@ impl Recommender {
         }
     }
 
-    /// The ratings it was trained on.
-    pub fn ratings(&self, dir: Option<PathBuf>) -> Result<Ratings> {
+    /// The ratings it was trained on, or others by the rows of its catalogue.
+    ///
+    /// # Errors
+    /// Those of [`source`](Self::source), what reading says, and ratings of which it knows none.
+    pub fn ratings(&self, dir: Option<PathBuf>) -> Result<TriedOn<Ratings>> {
         let ratings = self.source(dir)?.load()?;
-        // The split goes by position: with other ratings, the test part would contain training examples.
+        if ratings.catalog == self.catalog {
+            return Ok(TriedOn {
+                data: ratings,
+                is_trained_on: true,
+                left_out: 0,
+            });
+        }
+        let (data, left_out) = ratings.in_catalog(&self.catalog);
         ensure!(
-            ratings.catalog == self.catalog,
-            "these are not the ratings that the checkpoint was trained on"
+            !data.rows.is_empty(),
+            "the checkpoint knows no user or no movie of these ratings"
         );
-        Ok(ratings)
+        Ok(TriedOn {
+            data,
+            is_trained_on: false,
+            left_out,
+        })
     }
+}
+
+/// Data to evaluate a model on.
+pub struct TriedOn<T> {
+    /// Examples that the model can score.
+    pub data: T,
+    /// Whether the model was trained on them, so that their parts mean what they did then.
+    pub is_trained_on: bool,
+    /// Examples that the model cannot score.
+    pub left_out: usize,
 }
 
 impl ClickModel {
@@ -242,14 +266,17 @@ impl ClickModel {
         })
     }
 
-    /// The clicks it was trained on, in the log at `path`.
-    pub fn clicks(&self, path: &Path, skip_malformed: bool) -> Result<Clicks> {
+    /// The clicks in the log at `path`, on which it was trained or not.
+    ///
+    /// # Errors
+    /// Those of [`Clicks::open`].
+    pub fn clicks(&self, path: &Path, skip_malformed: bool) -> Result<TriedOn<Clicks>> {
         let clicks = Clicks::open(path, Some(self.rows_per_field), skip_malformed)?;
-        ensure!(
-            counts(&clicks) == self.counts,
-            "these are not the clicks that the checkpoint was trained on"
-        );
-        Ok(clicks)
+        Ok(TriedOn {
+            is_trained_on: counts(&clicks) == self.counts,
+            data: clicks,
+            left_out: 0,
+        })
     }
 }
 
@@ -452,7 +479,9 @@ mod tests {
             &Popularity::new(ratings.examples_per_movie())?
         );
         assert_eq!(opened.catalog, ratings.catalog);
-        assert_eq!(opened.ratings(None)?.rows, ratings.rows);
+        let again = opened.ratings(None)?;
+        assert!(again.is_trained_on);
+        assert_eq!(again.data.rows, ratings.rows);
         assert!(opened.source(Some(dir.path().to_owned())).is_err());
 
         let pairs: Vec<_> = (0..100).map(|i| (i, 2 * i)).collect();
@@ -506,11 +535,12 @@ mod tests {
         save(&path, &model, &vars, &data, &about(&data)?)?;
         let opened = ClickModel::open(&path, &Device::Cpu)?;
         let clicks = opened.clicks(&log, false)?;
+        assert!(clicks.is_trained_on && opened.about.is_some());
         assert_eq!(
-            evaluate(&opened.model, &clicks, Part::Test)?,
+            evaluate(&opened.model, &clicks.data, Part::Test)?,
             evaluate(&model, data.examples(), Part::Test)?
         );
-        assert!(opened.clicks(&other, false).is_err());
+        assert!(!opened.clicks(&other, false)?.is_trained_on);
         assert!(Recommender::open(&path, &Device::Cpu).is_err());
         Ok(())
     }

@@ -9,6 +9,7 @@
 
 mod bags;
 mod criteo;
+mod gzip;
 mod ratings;
 
 use std::hash::{Hash, Hasher};
@@ -18,9 +19,12 @@ use rand::rngs::StdRng;
 use twox_hash::XxHash64;
 
 pub use bags::Bags;
-pub use criteo::{batch_of_fields, write_generated, Clicks, Value, WrongField};
+pub use criteo::{
+    batch_of_fields, unlabelled, write_generated, Clicks, Unlabelled, Value, WrongField,
+};
 pub use ratings::{
-    feature_values, Catalog, Entities, Feature, Ratings, Source, MOVIE_FEATURES, USER_FEATURES,
+    feature_values, pairs, Catalog, Entities, Feature, Ratings, Source, MOVIE_FEATURES,
+    USER_FEATURES,
 };
 
 /// Training fits the first part, chooses the epoch by the second, and never sees the third.
@@ -32,6 +36,20 @@ pub enum Part {
     Valid,
     /// Scored once, at the end.
     Test,
+    /// All of them.
+    All,
+}
+
+impl Part {
+    /// What it is called on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Valid => "valid",
+            Self::Test => "test",
+            Self::All => "all",
+        }
+    }
 }
 
 /// What a model reads of each example.

@@ -10,6 +10,7 @@
 
 mod generated;
 mod movielens;
+pub mod pairs;
 mod records;
 mod split;
 
@@ -20,7 +21,7 @@ use anyhow::Result;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 
-use self::split::part;
+use self::split::is_in;
 use super::{Bags, Batch, Batches, Examples, Part, Rows, Schema, Truth};
 
 /// The features a user or a movie may have besides its id, in the order in which the model reads them.
@@ -131,6 +132,31 @@ impl Ratings {
         })
     }
 
+    /// The same ratings by the rows of another catalogue, and how many are left out, as it lacks the user or the movie.
+    pub fn in_catalog(self, catalog: &Catalog) -> (Self, usize) {
+        let row = |own: &Entities, row: u32, other: &Entities| other.row(own.ids[row as usize]);
+        let own = &self.catalog;
+        let rows: Vec<_> = self
+            .rows
+            .iter()
+            .filter_map(|rating| {
+                Some(Rating {
+                    user: row(&own.users, rating.user, &catalog.users)?,
+                    movie: row(&own.movies, rating.movie, &catalog.movies)?,
+                    liked: rating.liked,
+                })
+            })
+            .collect();
+        let left_out = self.rows.len() - rows.len();
+        let ratings = Self {
+            rows,
+            catalog: catalog.clone(),
+            probabilities: None,
+            ..self
+        };
+        (ratings, left_out)
+    }
+
     /// How many ratings of the train part each movie has, and how many of those are likes.
     pub fn examples_per_movie(&self) -> Vec<[u32; 2]> {
         let mut counts = vec![[0; 2]; self.catalog.movies.ids.len()];
@@ -145,7 +171,7 @@ impl Ratings {
     fn select<T: Copy>(&self, wanted: Part, per_rating: &[T]) -> Vec<T> {
         (0..)
             .zip(per_rating)
-            .filter(|(row, _)| part(*row) == wanted)
+            .filter(|(row, _)| is_in(*row, wanted))
             .map(|(_, &value)| value)
             .collect()
     }
@@ -158,7 +184,7 @@ impl Examples for Ratings {
 
     fn len(&self, wanted: Part) -> usize {
         (0..self.rows.len() as u64)
-            .filter(|&row| part(row) == wanted)
+            .filter(|&row| is_in(row, wanted))
             .count()
     }
 

@@ -13,6 +13,11 @@ pub fn part(row: u64) -> Part {
     }
 }
 
+/// Whether the rating at `row` belongs to a part.
+pub fn is_in(row: u64, wanted: Part) -> bool {
+    wanted == Part::All || part(row) == wanted
+}
+
 fn splitmix64(seed: u64) -> u64 {
     let mut h = seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
     h = (h ^ h >> 30).wrapping_mul(0xBF58_476D_1CE4_E5B9);
