@@ -80,6 +80,9 @@ pub struct Train {
     compression: f64,
     #[arg(long, default_value = "default", help = HASH_HELP)]
     hash: HashChoice,
+    /// Columns of the large embedding tables, fewer than --embedding-dim: a learned matrix per table makes up for the others.
+    #[arg(long, value_name = "COLUMNS")]
+    inner_dim: Option<NonZeroU16>,
     /// Round the embedding tables to so many bits per value in the checkpoint, 8 or 4; the test part is also scored with them.
     #[arg(long, value_name = "8|4", value_parser = parse_bits)]
     pub bits: Option<Bits>,
@@ -211,6 +214,8 @@ struct Layers {
 pub enum Format {
     /// Ratings of movies, as GroupLens publishes them.
     Movielens,
+    /// What users visited, bought or read: a line is a user's number and those of their items; may be compressed by gzip.
+    Interactions,
     /// Clicks on advertisements: label, 13 integers, 26 categories, separated by tabs; may be compressed by gzip.
     Criteo,
 }
@@ -264,7 +269,9 @@ impl Train {
 
     pub fn model_config(&self) -> ModelConfig {
         ModelConfig {
-            embeddings: self.fit.embedding_config(self.compression, self.hash),
+            embeddings: self
+                .fit
+                .embedding_config(self.compression, self.hash, self.inner_dim),
             bottom: self.layers.bottom_mlp.clone(),
             top: self.layers.top_mlp.clone(),
             input: match self.layers.top_input {
@@ -303,7 +310,7 @@ impl Sweep {
     }
 
     pub fn embedding_config(&self, compression: f64, hash: HashChoice) -> EmbeddingConfig {
-        self.fit.embedding_config(compression, hash)
+        self.fit.embedding_config(compression, hash, None)
     }
 
     pub fn settings(&self, data: &Data, compression: f64, seed: u64) -> Settings {
@@ -337,6 +344,10 @@ impl Reading {
                     None => Source::Generated { seed },
                 };
                 Data::Ratings(source.load()?)
+            }
+            Format::Interactions => {
+                let path = path.context("--format interactions needs --data")?;
+                Data::Ratings(Source::Interactions(path.to_owned()).load()?)
             }
             Format::Criteo => {
                 let path = path.context("--format criteo needs --data")?;
@@ -379,13 +390,20 @@ impl DeviceKind {
 }
 
 impl Fit {
-    fn embedding_config(&self, compression: f64, hash: HashChoice) -> EmbeddingConfig {
+    fn embedding_config(
+        &self,
+        compression: f64,
+        hash: HashChoice,
+        inner_dim: Option<NonZeroU16>,
+    ) -> EmbeddingConfig {
         let embedding_dim = usize::from(self.embedding_dim.get());
+        let inner_dim = inner_dim.map(|columns| usize::from(columns.get()));
         EmbeddingConfig {
             embedding_dim,
+            inner_dim,
             compression,
             hash: match hash {
-                HashChoice::Default => Hash::default_for(embedding_dim),
+                HashChoice::Default => Hash::default_for(inner_dim.unwrap_or(embedding_dim)),
                 HashChoice::Balanced { block } => Hash::balanced(block),
                 HashChoice::Mix { block } => Hash::mix(block),
                 HashChoice::Original => Hash::original(),

@@ -28,6 +28,7 @@ fn ratings_introduction(ratings: &Ratings) {
             format!("generated from seed {seed}; --data DIR reads a MovieLens set instead")
         }
         Source::Files(dir) => format!("MovieLens, {}", dir.display()),
+        Source::Interactions(file) => format!("interactions, {}", file.display()),
     };
     let catalog = &ratings.catalog;
     let liked = ratings.rows.iter().filter(|rating| rating.liked).count();
