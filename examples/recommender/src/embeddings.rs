@@ -12,6 +12,8 @@
 //! large tables ── hashed, inner_dim columns ── (inner_dim x embedding_dim of each table) ──┴──> vectors
 //! ```
 
+use std::borrow::Cow;
+
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
 use candle_hashed_embedding_bag::{
@@ -22,6 +24,8 @@ use candle_nn::{Init, Module, VarBuilder};
 
 use crate::data::{Bags, Rows, Schema};
 use crate::ops::project;
+use crate::options::TableBits;
+use crate::rare::RareRows;
 
 /// Tables with fewer rows than this are small.
 const SMALL: usize = 64;
@@ -61,6 +65,8 @@ struct Shares {
 #[derive(Clone)]
 pub struct Embeddings {
     collections: Vec<Collection>,
+    /// Of each table of the schema, the rows that share one.
+    rare: Vec<Option<RareRows>>,
 }
 
 /// What one collection is to look up for a batch.
@@ -147,10 +153,24 @@ impl Embeddings {
                 projection: projection.transpose()?,
             });
         }
-        Ok(Self { collections })
+        let rare = vec![None; rows.len()];
+        Ok(Self { collections, rare })
     }
 
-    /// The tables of a checkpoint, which records their hash.
+    /// The same tables, in which rows with fewer than `min_count` training examples share one row of their table. `counts` are
+    /// those of the train part, per table.
+    pub fn sharing_rare_rows(mut self, counts: &[Vec<u32>], min_count: u32) -> Self {
+        let rare = |counts: &Vec<u32>| RareRows::of_counts(counts, min_count);
+        self.rare = counts.iter().map(rare).collect();
+        self
+    }
+
+    /// Of each table of the schema, the rows that share one.
+    pub fn rare(&self) -> &[Option<RareRows>] {
+        &self.rare
+    }
+
+    /// The tables of a checkpoint, which records their hash and their rare rows.
     ///
     /// # Errors
     /// Tables other than those of the schema.
@@ -204,7 +224,23 @@ impl Embeddings {
             "{found} embedding tables instead of {}",
             schema.tables.len()
         );
-        Ok(Self { collections })
+        let rare = |&(table, rows): &(&str, usize)| -> Result<Option<RareRows>> {
+            let name = rare_rows_name(table);
+            if checkpoint.tensor_info(&name).is_err() {
+                return Ok(None);
+            }
+            let bits: Vec<u8> = checkpoint.tensor(&name, &Device::Cpu)?.to_vec1()?;
+            let rare = RareRows::from_bits(bits);
+            let fits = |rare: &RareRows| {
+                rare.bits().len() == rows.div_ceil(8) && (rare.shared() as usize) < rows
+            };
+            let rare = rare.filter(fits);
+            let rare =
+                rare.with_context(|| format!("tensor {name} has no bit for each of {rows} rows"))?;
+            Ok(Some(rare))
+        };
+        let rare = schema.tables.iter().map(rare).collect::<Result<_>>()?;
+        Ok(Self { collections, rare })
     }
 
     /// The same tables in 8 or 4 bits, for serving, with the relative error of each collection.
@@ -223,7 +259,8 @@ impl Embeddings {
             });
             errors.push((kind.name, error));
         }
-        Ok((Self { collections }, errors))
+        let rare = self.rare.clone();
+        Ok((Self { collections, rare }, errors))
     }
 
     /// The rows of a batch, in the tables of the schema, as tensors: what each collection is to look up.
@@ -231,6 +268,7 @@ impl Embeddings {
     /// # Errors
     /// What the device says.
     pub fn lookups(&self, rows: &Rows, device: &Device) -> candle_core::Result<Vec<Lookup>> {
+        let rows = &*self.shared(rows);
         let lookup = |kind: &Collection| -> candle_core::Result<Lookup> {
             match rows {
                 Rows::OnePerTable(rows) => {
@@ -256,7 +294,33 @@ impl Embeddings {
         self.collections.iter().map(lookup).collect()
     }
 
-    /// [`lookups`](Self::lookups) of rows that are on the device: one of each table of the schema, `(batch, tables)`.
+    /// The rows to look up for those of a batch: rare rows are replaced by the one that they share.
+    pub fn shared<'a>(&self, rows: &'a Rows) -> Cow<'a, Rows> {
+        if self.rare.iter().all(Option::is_none) {
+            return Cow::Borrowed(rows);
+        }
+        let mut rows = rows.clone();
+        match &mut rows {
+            Rows::OnePerTable(rows) => {
+                for row in rows.chunks_exact_mut(self.rare.len()) {
+                    for (row, rare) in row.iter_mut().zip(&self.rare) {
+                        *row = rare.as_ref().map_or(*row, |rare| rare.map(*row));
+                    }
+                }
+            }
+            Rows::Bags(bags) => {
+                for (bags, rare) in bags.iter_mut().zip(&self.rare) {
+                    if let Some(rare) = rare {
+                        bags.map(|row| rare.map(row));
+                    }
+                }
+            }
+        }
+        Cow::Owned(rows)
+    }
+
+    /// [`lookups`](Self::lookups) of rows that are on the device: one [`shared`](Self::shared) row of each table of the schema,
+    /// `(batch, tables)`.
     ///
     /// # Errors
     /// What the device says.
@@ -437,6 +501,49 @@ impl EmbeddingConfig {
         }
     }
 
+    /// The same tables, as large as fits into `share` of the bytes of plain ones in f32 once they are rounded to `bits`, given their
+    /// numbers of rows. Matrices stay f32; scales and shifts count.
+    ///
+    /// # Errors
+    /// Too few bytes for the matrices.
+    pub fn within(self, share: f64, bits: TableBits, rows: &[usize]) -> Result<Self> {
+        let (dim, inner) = (self.embedding_dim as f64, self.inner_dim() as f64);
+        let (small, large): (Vec<_>, Vec<_>) = rows.iter().partition(|&&n| n < SMALL);
+        let count = |rows: &[usize]| rows.iter().sum::<usize>() as f64;
+        let values = count(rows) * dim;
+        // Two scales, and the last bytes of two lists of shifts.
+        let (bytes_of_value, rest) = match bits {
+            TableBits::Exact => (4.0, 0.0),
+            TableBits::Rounded(Bits::Eight) => (1.0, 8.0),
+            TableBits::Rounded(_) => (0.5 + 1.0 / 128.0, 10.0),
+        };
+        let projection = self.projection(large.len()) as f64;
+        let (budget, rest) = (4.0 * values * share, rest + 4.0 * projection);
+        let whole = count(&small) * dim + count(&large) * inner;
+        // Scales alone are no reason to hash what would fit.
+        let compression = if whole * bytes_of_value + rest <= 1.001 * budget {
+            1.0
+        } else {
+            ((budget - rest) / bytes_of_value + projection) / values
+        };
+        ensure!(
+            compression > 0.0,
+            "{budget:.0} bytes are too few for tables of {inner} columns"
+        );
+        Ok(Self {
+            compression,
+            ..self
+        })
+    }
+
+    /// Whether any of the tables is hashed.
+    ///
+    /// # Errors
+    /// Those of [`Embeddings::new`].
+    pub fn is_hashed(&self, rows: &[usize]) -> Result<bool> {
+        Ok(self.share_out(rows)?.name == "hashed")
+    }
+
     /// Decides which tables are plain, given their numbers of rows, and the compression of all others together.
     fn share_out(&self, rows: &[usize]) -> Result<Shares> {
         let (dim, inner) = (self.embedding_dim as f64, self.inner_dim());
@@ -490,6 +597,11 @@ impl EmbeddingConfig {
             compression: share,
         })
     }
+}
+
+/// The tensor of a checkpoint with the rare rows of a table.
+pub fn rare_rows_name(table: &str) -> String {
+    format!("{table}.rare")
 }
 
 /// A 1-D tensor. candle cannot allocate an empty one on CUDA, so an empty one is a view of another.
@@ -546,6 +658,123 @@ mod tests {
     }
 
     #[test]
+    fn narrow_tables_keep_the_promise_too() -> Result<()> {
+        let rows = [6040, 2, 7, 21, 678, 3883, 18, 1461];
+        let all = 16 * rows.iter().sum::<usize>();
+        for (inner, share) in [(8, 4), (4, 16), (8, 16), (4, 64), (12, 2), (16, 16)] {
+            let narrow = narrow(1.0 / share as f64, &rows, Some(inner))?;
+            let (kept, uncompressed) = narrow.parameters();
+            assert_eq!(uncompressed, all);
+            assert!(
+                kept * share <= all,
+                "{inner} columns, 1/{share}: {kept} of {all}"
+            );
+            assert!(
+                kept + 2 * 16 >= all / share,
+                "{inner} columns, 1/{share}: {kept} of {all}"
+            );
+            assert_eq!(narrow.bytes(), 4 * kept);
+            assert_eq!(narrow.embedding_dim(), 16);
+        }
+        // As much as all rows of 8 columns take, and all of them at compression 1.
+        let small = 16 * (2 + 7 + 21 + 18);
+        let large = 8 * (6040 + 678 + 3883 + 1461) + 4 * 8 * 16;
+        for compression in [0.9, 1.0] {
+            let narrow = narrow(compression, &rows, Some(8))?;
+            assert_eq!(narrow.parameters().0, small + large);
+            let names: Vec<_> = narrow.collections().map(|(name, _)| name).collect();
+            assert_eq!(names, ["plain", "narrow"]);
+        }
+        assert!(narrow(0.25, &rows, Some(17)).is_err());
+        // Matrices alone would be more.
+        assert!(narrow(0.005, &rows, Some(8)).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn bytes_are_kept_whatever_they_are_spent_on() -> Result<()> {
+        let rows = [6040, 2, 7, 21, 678, 3883, 18, 1461];
+        let schema = Schema {
+            numbers: 0,
+            tables: ["a", "b", "c", "d", "e", "f", "g", "h"]
+                .into_iter()
+                .zip(rows)
+                .collect(),
+        };
+        let all = 4 * 16 * rows.iter().sum::<usize>();
+        for inner_dim in [None, Some(8), Some(5)] {
+            for share in [2, 4, 16, 64] {
+                for bits in [
+                    TableBits::Exact,
+                    TableBits::Rounded(Bits::Eight),
+                    TableBits::Rounded(Bits::Four),
+                ] {
+                    let config = EmbeddingConfig {
+                        embedding_dim: 16,
+                        inner_dim,
+                        compression: 1.0,
+                        hash: Hash::default_for(inner_dim.unwrap_or(16)),
+                    };
+                    let config = config.within(1.0 / share as f64, bits, &rows)?;
+                    let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
+                    let mut tables = Embeddings::new(&schema, config, vb)?;
+                    if let TableBits::Rounded(bits) = bits {
+                        tables = tables.to_bits(bits)?.0;
+                    }
+                    let (bytes, budget) = (tables.bytes(), all / share);
+                    let said =
+                        format!("{inner_dim:?} {bits:?} 1/{share}: {bytes} of {budget} bytes");
+                    assert!(bytes as f64 <= 1.001 * budget as f64, "{said}");
+                    // Nothing is left over, unless everything is there.
+                    let is_hashed = config.is_hashed(&rows)?;
+                    assert!(!is_hashed || bytes + 200 > budget, "{said}");
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn narrow_rows_are_projected() -> Result<()> {
+        let embeddings = narrow(0.1, &[1000, 3, 500], Some(4))?;
+        let bags = [vec![999, 1], vec![2, 0], vec![3, 499]].map(Bags::of_one_each);
+        let vectors = pool(&embeddings, &bags)?;
+        let mut expected = Vec::new();
+        for (kind, collection) in embeddings.collections.iter().zip(embeddings.collections()) {
+            for (i, &table) in kind.tables.iter().enumerate() {
+                let rows = Tensor::new(bags[table].indices(), &Device::Cpu)?.unsqueeze(1)?;
+                let layer = collection.1.table(["a", "b", "c"][table])?;
+                let rows = layer.forward(&rows)?;
+                expected.push(match &kind.projection {
+                    Some(projection) => rows.matmul(&projection.get(i)?)?,
+                    None => rows,
+                });
+            }
+        }
+        let expected = Tensor::stack(&expected, 1)?;
+        let difference = (Tensor::new(vectors, &Device::Cpu)? - &expected)?.abs()?;
+        assert!(difference.max_all()?.to_scalar::<f32>()? < 1e-6);
+        assert_eq!(expected.dims(), [2, 3, 16]);
+        // One by one.
+        for (i, table) in embeddings.tables()?.iter().enumerate() {
+            let bags = &bags[["a", "b", "c"]
+                .iter()
+                .position(|n| *n == table.name)
+                .unwrap()];
+            let offsets = Tensor::new(bags.offsets(), &Device::Cpu)?;
+            let vectors = table.forward(&Tensor::new(bags.indices(), &Device::Cpu)?, &offsets)?;
+            let difference = (vectors - expected.narrow(1, i, 1)?.squeeze(1)?)?.abs()?;
+            assert!(
+                difference.max_all()?.to_scalar::<f32>()? < 1e-6,
+                "{}",
+                table.name
+            );
+            assert_eq!(table.embedding_dim(), 16);
+        }
+        Ok(())
+    }
+
+    #[test]
     fn plain_tables_are_plain() -> Result<()> {
         let embeddings = embeddings(1.0, &[100, 3])?;
         let (_, collection) = embeddings.collections().next().context("a collection")?;
@@ -592,6 +821,26 @@ mod tests {
         ] {
             assert_eq!(embeddings.forward(&lookups)?.to_vec3::<f32>()?, vectors);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn rare_rows_are_looked_up_in_one() -> Result<()> {
+        let all = embeddings(0.5, &[1000, 3, 500])?;
+        let mut counts = vec![vec![9; 1000], vec![9; 3], vec![9; 500]];
+        for row in [5, 7, 999] {
+            counts[0][row] = 2;
+        }
+        let sharing = all.clone().sharing_rare_rows(&counts, 3);
+        // Rows 7 and 999 of the first table are looked up as row 5; the last table has no rare rows.
+        let asked = [vec![7, 999, 6], vec![0, 1, 2], vec![7, 5, 6]].map(Bags::of_one_each);
+        let meant = [vec![5, 5, 6], vec![0, 1, 2], vec![7, 5, 6]].map(Bags::of_one_each);
+        assert_eq!(pool(&sharing, &asked)?, pool(&all, &meant)?);
+        assert_ne!(pool(&sharing, &asked)?, pool(&all, &asked)?);
+        let asked = Rows::OnePerTable(vec![7, 0, 7, 6, 2, 6]);
+        let meant = Rows::OnePerTable(vec![5, 0, 7, 6, 2, 6]);
+        assert_eq!(*sharing.shared(&asked), meant);
+        assert_eq!(*all.shared(&asked), asked);
         Ok(())
     }
 }

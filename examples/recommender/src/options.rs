@@ -9,6 +9,7 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
 use candle_hashed_embedding_bag::{Bits, Hash};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde_json::{json, Value};
 
 use crate::data::{Clicks, Data, Part, Source};
 use crate::embeddings::EmbeddingConfig;
@@ -83,9 +84,13 @@ pub struct Train {
     /// Columns of the large embedding tables, fewer than --embedding-dim: a learned matrix per table makes up for the others.
     #[arg(long, value_name = "COLUMNS")]
     inner_dim: Option<NonZeroU16>,
-    /// Round the embedding tables to so many bits per value in the checkpoint, 8 or 4; the test part is also scored with them.
-    #[arg(long, value_name = "8|4", value_parser = parse_bits)]
-    pub bits: Option<Bits>,
+    /// Bits per value of the embedding tables in the checkpoint: 8 or 4, to which they are rounded after the training, or 32. The test
+    /// part is scored with both.
+    #[arg(long, value_name = "32|8|4", default_value = "32", value_parser = parse_bits)]
+    pub bits: TableBits,
+    /// Rows of an embedding table with fewer training examples share one row of it; 0 gives each its own.
+    #[arg(long, value_name = "EXAMPLES", default_value_t = 0)]
+    pub min_count: u32,
     /// Decides the initial values, the order of the examples and the generated ratings.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
@@ -123,24 +128,36 @@ pub struct Recommend {
 pub struct Sweep {
     /// A MovieLens folder, or a file in another --format [default: generated ratings].
     #[arg(long, value_name = "PATH")]
-    data: Option<PathBuf>,
+    pub data: Option<PathBuf>,
     #[command(flatten)]
     reading: Reading,
     #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
     device: DeviceKind,
     #[command(flatten)]
     fit: Fit,
-    /// Compressions to train at, besides 1.
+    /// Bytes that the embedding tables may take, per byte of plain tables in f32, which are trained too.
     #[arg(long, value_delimiter = ',', default_value = "1/4,1/16,1/64", value_parser = parse_compression)]
-    pub compressions: Vec<f64>,
-    #[arg(long, value_delimiter = ',', default_value = "default,mix:16,original", help = HASH_HELP)]
+    pub sizes: Vec<f64>,
+    #[arg(long, value_delimiter = ',', default_value = "default", help = HASH_HELP)]
     pub hashes: Vec<HashChoice>,
+    /// Columns of the large tables, see --inner-dim of a training [default: --embedding-dim, and half of it].
+    #[arg(long, value_delimiter = ',', value_name = "COLUMNS")]
+    inner_dims: Vec<NonZeroU16>,
+    /// Bits per value of the embedding tables, to which they are rounded after the training.
+    #[arg(long, value_delimiter = ',', default_value = "32,8,4", value_parser = parse_bits)]
+    pub bits: Vec<TableBits>,
     /// How often to train each model: with the seeds 1, 2, …
     #[arg(long, default_value = "3")]
     pub seeds: NonZeroU64,
     /// Folder for auc-vs-size.csv and auc-vs-size.svg. Runs that the former already holds are not repeated.
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub out: PathBuf,
+    /// Trainings side by side, each by a process of its own with so many of the cores. They do not change the results.
+    #[arg(long, default_value = "1")]
+    pub jobs: NonZeroUsize,
+    /// Of all trainings, only this one; its runs are printed and not written. This is how --jobs divides the work.
+    #[arg(long, hide = true)]
+    pub only: Option<usize>,
 }
 
 #[derive(Args)]
@@ -210,6 +227,24 @@ struct Layers {
     top_input: TopInputKind,
 }
 
+/// How a checkpoint holds the embedding tables.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum TableBits {
+    /// As they were trained, in f32.
+    Exact,
+    Rounded(Bits),
+}
+
+impl TableBits {
+    /// 32, 8 or 4.
+    pub fn number(self) -> u32 {
+        match self {
+            Self::Exact => 32,
+            Self::Rounded(bits) => bits.into(),
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum Format {
     /// Ratings of movies, as GroupLens publishes them.
@@ -269,9 +304,11 @@ impl Train {
 
     pub fn model_config(&self) -> ModelConfig {
         ModelConfig {
-            embeddings: self
-                .fit
-                .embedding_config(self.compression, self.hash, self.inner_dim),
+            embeddings: self.fit.embedding_config(
+                self.compression,
+                self.hash,
+                self.inner_dim.map(|columns| columns.get().into()),
+            ),
             bottom: self.layers.bottom_mlp.clone(),
             top: self.layers.top_mlp.clone(),
             input: match self.layers.top_input {
@@ -279,6 +316,28 @@ impl Train {
                 TopInputKind::Bottom => TopInput::Bottom,
             },
         }
+    }
+
+    /// What decides the model besides the data, by the names of the command line.
+    pub fn hyper_parameters(&self, settings: &Settings) -> Value {
+        json!({
+            "compression": self.compression,
+            "hash": self.hash.to_string(),
+            "inner-dim": self.inner_dim,
+            "bits": self.bits.number(),
+            "min-count": self.min_count,
+            "embedding-dim": self.fit.embedding_dim,
+            "bottom-mlp": self.layers.bottom_mlp,
+            "top-mlp": self.layers.top_mlp,
+            "top-input": name(&self.layers.top_input),
+            "epochs": settings.epochs,
+            "batch-size": settings.batch_size,
+            "lr": settings.lr,
+            "table-lr": settings.table_lr,
+            "table-decay": settings.table_decay,
+            "precision": name(&self.precision),
+            "seed": self.seed,
+        })
     }
 
     pub fn precision(&self) -> Precision {
@@ -309,8 +368,21 @@ impl Sweep {
         self.device.open()
     }
 
-    pub fn embedding_config(&self, compression: f64, hash: HashChoice) -> EmbeddingConfig {
-        self.fit.embedding_config(compression, hash, None)
+    /// The columns that large tables are to have: those of all tables, and fewer.
+    pub fn inner_dims(&self) -> Vec<usize> {
+        let all = usize::from(self.fit.embedding_dim.get());
+        if self.inner_dims.is_empty() {
+            let mut both = vec![all, all / 2];
+            both.retain(|&columns| columns > 0);
+            return both;
+        }
+        let columns = self.inner_dims.iter();
+        columns.map(|columns| usize::from(columns.get())).collect()
+    }
+
+    /// Tables at compression 1.
+    pub fn embedding_config(&self, hash: HashChoice, inner_dim: Option<usize>) -> EmbeddingConfig {
+        self.fit.embedding_config(1.0, hash, inner_dim)
     }
 
     pub fn settings(&self, data: &Data, compression: f64, seed: u64) -> Settings {
@@ -394,10 +466,9 @@ impl Fit {
         &self,
         compression: f64,
         hash: HashChoice,
-        inner_dim: Option<NonZeroU16>,
+        inner_dim: Option<usize>,
     ) -> EmbeddingConfig {
         let embedding_dim = usize::from(self.embedding_dim.get());
-        let inner_dim = inner_dim.map(|columns| usize::from(columns.get()));
         EmbeddingConfig {
             embedding_dim,
             inner_dim,
@@ -468,9 +539,18 @@ impl fmt::Display for HashChoice {
     }
 }
 
-fn parse_bits(text: &str) -> Result<Bits> {
-    let bits: u32 = text.parse().context("no number")?;
-    Bits::try_from(bits).map_err(anyhow::Error::msg)
+/// What a value is called on the command line.
+fn name(value: &impl ValueEnum) -> Option<String> {
+    Some(value.to_possible_value()?.get_name().to_owned())
+}
+
+fn parse_bits(text: &str) -> Result<TableBits> {
+    Ok(match text {
+        "32" => TableBits::Exact,
+        "8" => TableBits::Rounded(Bits::Eight),
+        "4" => TableBits::Rounded(Bits::Four),
+        _ => bail!("it must be 32, 8 or 4"),
+    })
 }
 
 fn parse_compression(text: &str) -> Result<f64> {

@@ -129,6 +129,19 @@ impl Source {
 }
 
 impl Ratings {
+    /// The examples of a part: its ratings in file order, then the negative ones that are drawn, which are always the same.
+    pub fn examples(&self, part: Part) -> Vec<Rating> {
+        self.with_negatives(part, &mut StdRng::seed_from_u64(part as u64))
+    }
+
+    fn with_negatives(&self, part: Part, rng: &mut StdRng) -> Vec<Rating> {
+        let mut rows = self.part(part);
+        if let Some(popularity) = &self.popularity {
+            rows.extend(popularity.negatives(&rows, &self.catalog.seen, rng));
+        }
+        rows
+    }
+
     /// The ratings of a part, in file order.
     pub fn part(&self, wanted: Part) -> Vec<Rating> {
         self.select(wanted, &self.rows)
@@ -141,6 +154,17 @@ impl Ratings {
             labels: self.part(wanted).iter().map(|r| r.liked).collect(),
             probabilities: self.select(wanted, probabilities),
         })
+    }
+
+    /// How many ratings of the train part each movie has, and how many of those are likes.
+    pub fn examples_per_movie(&self) -> Vec<[u32; 2]> {
+        let mut counts = vec![[0; 2]; self.catalog.movies.ids.len()];
+        for rating in self.part(Part::Train) {
+            let [ratings, likes] = &mut counts[rating.movie as usize];
+            *ratings += 1;
+            *likes += u32::from(rating.liked);
+        }
+        counts
     }
 
     fn select<T: Copy>(&self, wanted: Part, per_rating: &[T]) -> Vec<T> {
@@ -172,16 +196,14 @@ impl Examples for Ratings {
         batch_size: usize,
         shuffle: Option<&'a mut StdRng>,
     ) -> Result<Batches<'a>> {
-        let mut rows = self.part(part);
-        let mut fixed = StdRng::seed_from_u64(part as u64);
-        let shuffled = shuffle.is_some();
-        let rng = shuffle.unwrap_or(&mut fixed);
-        if let Some(popularity) = &self.popularity {
-            rows.extend(popularity.negatives(&rows, &self.catalog.seen, rng));
-        }
-        if shuffled {
-            rows.shuffle(rng);
-        }
+        let rows = match shuffle {
+            Some(rng) => {
+                let mut rows = self.with_negatives(part, rng);
+                rows.shuffle(rng);
+                rows
+            }
+            None => self.examples(part),
+        };
         let starts = (0..rows.len()).step_by(batch_size);
         Ok(Box::new(starts.map(move |start| {
             let rows = &rows[start..rows.len().min(start + batch_size)];
