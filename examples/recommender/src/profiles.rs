@@ -236,6 +236,7 @@ mod tests {
         let catalog = Source::Generated { seed: 0 }.load()?.catalog;
         let embeddings = EmbeddingConfig {
             embedding_dim: 8,
+            inner_dim: None,
             compression: 0.25,
             hash: Hash::default_for(8),
         };

@@ -6,6 +6,7 @@
 //! cargo run --release -p recommender -- --data ml-1m            the same on a MovieLens set
 //! cargo run --release -p recommender -- recommend --user 42 --data ml-1m
 //! cargo run --release -p recommender -- --data train.txt --format criteo     a click log
+//! cargo run --release -p recommender -- --data pairs.txt --format interactions
 //! cargo run --release -p recommender -- sweep --data ml-1m      quality against size
 //! ```
 
@@ -137,7 +138,7 @@ fn evaluate_saved(options: &options::Evaluate) -> Result<()> {
         (None, false) => Part::All,
     };
     let (model, about, data, part, lists) = match reading.format {
-        Format::Movielens => {
+        Format::Movielens | Format::Interactions => {
             let recommender = Recommender::open(&path, &device)?;
             let tried = recommender.ratings(common.data.clone())?;
             let part = part(tried.is_trained_on);

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! MovieLens files ─┐
-//!                  ├──> Ratings, in memory ──┐
+//! interactions ────┼──> Ratings, in memory ──┐
 //! generator ───────┘                         ├──> Examples ──> batches of numbers, bags of rows and labels
 //! Criteo click log ───> Clicks, streamed ────┘
 //! ```

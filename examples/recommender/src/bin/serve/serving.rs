@@ -10,18 +10,16 @@ use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
-use candle_hashed_embedding_bag::{HashedEmbeddingBag, HashedEmbeddingBagCollection};
 
 use crate::batcher::Work;
 use recommender::about::About;
 use recommender::candidates::Candidates;
 use recommender::catalogue::Change;
 use recommender::data::{batch_of_fields, Catalog};
-use recommender::embeddings::{list, Embeddings};
+use recommender::embeddings::{list, Table};
 use recommender::model::Dlrm;
 use recommender::options::Common;
 use recommender::profiles::{batch, Profile, Side};
-use recommender::rare::RareRows;
 use recommender::saved::{ClickModel, Recommender, Saved};
 use recommender::step;
 
@@ -36,14 +34,6 @@ pub struct Model {
     pub generation: u64,
     /// How its catalogue differs from that of the model before.
     pub change: Option<Change>,
-}
-
-/// An embedding table as a layer of its own, on the parameter that it shares with others.
-pub struct Table {
-    pub name: String,
-    pub layer: HashedEmbeddingBag,
-    /// Those that are looked up in one.
-    rare: Option<RareRows>,
 }
 
 /// What a model answers.
@@ -129,9 +119,9 @@ impl Model {
             Saved::Ratings(recommender) => {
                 let recommender = *recommender;
                 // Titles are read only where it is known where they are.
-                let titles = match recommender.source(source.data.clone()) {
-                    Err(_) if source.data.is_none() => BTreeMap::new(),
-                    _ => recommender.titles(source.data.clone())?,
+                let titles = match &source.data {
+                    None if recommender.source(None).is_err() => BTreeMap::new(),
+                    data => recommender.titles(data.clone())?,
                 };
                 let ratings = Ratings {
                     candidates: Candidates::new(&recommender.model, &recommender.catalog)?,
@@ -142,7 +132,7 @@ impl Model {
             }
         };
         let model = Self {
-            tables: tables(kind.dlrm().embeddings())?,
+            tables: kind.dlrm().embeddings().tables()?,
             kind,
             device: device.clone(),
             generation: 1,
@@ -212,20 +202,17 @@ impl Model {
                 indices,
                 offsets,
             } => {
-                let Table { layer, rare, .. } = self.table(table).context("no such table")?;
-                let row = |&index: &i64| match (rare, u32::try_from(index)) {
-                    (Some(rare), Ok(row)) => rare.map(row).into(),
-                    _ => index,
-                };
-                let indices: Vec<i64> = indices.iter().map(row).collect();
-                let end = layer
+                let table = self.table(table).context("no such table")?;
+                let indices: Vec<i64> = indices.iter().map(|&row| table.shared(row)).collect();
+                let end = table
+                    .layer
                     .config()
                     .include_last_offset
                     .then_some(indices.len() as i64);
                 let offsets: Vec<i64> = offsets.iter().copied().chain(end).collect();
                 let indices = list(&indices, &self.device)?;
                 let offsets = list(&offsets, &self.device)?;
-                let vectors = layer.forward_with_offsets(&indices, &offsets)?;
+                let vectors = table.forward(&indices, &offsets)?;
                 Ok(vectors.flatten_all()?.to_vec1()?)
             }
         }
@@ -264,18 +251,4 @@ impl Ratings {
     pub fn title(&self, movie: i64) -> Option<&str> {
         self.titles.get(&movie).map(String::as_str)
     }
-}
-
-fn tables(embeddings: &Embeddings) -> Result<Vec<Table>> {
-    let names = embeddings
-        .collections()
-        .flat_map(|(_, collection)| collection.tables().map(move |(name, _)| (collection, name)));
-    let table = |((collection, name), position): ((&HashedEmbeddingBagCollection, &str), usize)| {
-        Ok(Table {
-            name: name.to_owned(),
-            layer: collection.table(name)?,
-            rare: embeddings.rare()[position].clone(),
-        })
-    };
-    names.zip(embeddings.order()).map(table).collect()
 }

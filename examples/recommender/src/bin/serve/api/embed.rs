@@ -37,12 +37,11 @@ pub async fn embed(
         let error = format!("no table {}, only {}", input.table, names.join(", "));
         return Err(ApiError::field("table", error));
     };
-    let layer = &table.layer;
     at_most("indices", input.indices.len(), app.batcher.max_rows())?;
     at_most("offsets", input.offsets.len(), app.batcher.max_rows())?;
-    let rows = layer.num_embeddings();
+    let rows = table.num_embeddings();
     for (i, &index) in input.indices.iter().enumerate() {
-        if Some(index) != layer.config().padding_idx {
+        if Some(index) != table.layer.config().padding_idx {
             in_range(format!("indices[{i}]"), index, 0, rows as i64 - 1)?;
         }
     }
@@ -57,7 +56,7 @@ pub async fn embed(
         in_range(format!("offsets[{i}]"), offset, least, most)?;
         (least, most) = (offset, end);
     }
-    let dim = layer.embedding_dim();
+    let dim = table.embedding_dim();
     let bags = Work::Bags {
         table: input.table,
         indices: input.indices,

@@ -61,8 +61,8 @@ impl From<&Model> for Health {
         };
         let tables = model.tables().iter().map(|table| TableShape {
             name: table.name.clone(),
-            num_embeddings: table.layer.num_embeddings(),
-            embedding_dim: table.layer.embedding_dim(),
+            num_embeddings: table.num_embeddings(),
+            embedding_dim: table.embedding_dim(),
         });
         let catalog = match &model.kind {
             Kind::Ratings(ratings) => Some(ratings.catalog()),
