@@ -4,6 +4,8 @@
 //! matter a lot and cost next to nothing. The large ones are hashed into the remaining parameters. Each of the two kinds is one
 //! collection: one parameter, one lookup.
 
+use std::borrow::Cow;
+
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
 use candle_hashed_embedding_bag::{
@@ -13,6 +15,7 @@ use candle_hashed_embedding_bag::{
 use candle_nn::{Module, VarBuilder};
 
 use crate::data::{Bags, Rows, Schema};
+use crate::rare::RareRows;
 
 /// Tables with fewer rows than this are small.
 const SMALL: usize = 64;
@@ -35,6 +38,8 @@ pub struct EmbeddingConfig {
 #[derive(Clone)]
 pub struct Embeddings {
     collections: Vec<Collection>,
+    /// Of each table of the schema, the rows that share one.
+    rare: Vec<Option<RareRows>>,
 }
 
 /// What one collection is to look up for a batch.
@@ -94,10 +99,24 @@ impl Embeddings {
                 collection,
             });
         }
-        Ok(Self { collections })
+        let rare = vec![None; rows.len()];
+        Ok(Self { collections, rare })
     }
 
-    /// The tables of a checkpoint, which records their hash.
+    /// The same tables, in which rows with fewer than `min_count` training examples share one row of their table. `counts` are
+    /// those of the train part, per table.
+    pub fn sharing_rare_rows(mut self, counts: &[Vec<u32>], min_count: u32) -> Self {
+        let rare = |counts: &Vec<u32>| RareRows::of_counts(counts, min_count);
+        self.rare = counts.iter().map(rare).collect();
+        self
+    }
+
+    /// Of each table of the schema, the rows that share one.
+    pub fn rare(&self) -> &[Option<RareRows>] {
+        &self.rare
+    }
+
+    /// The tables of a checkpoint, which records their hash and their rare rows.
     ///
     /// # Errors
     /// Tables other than those of the schema.
@@ -126,7 +145,23 @@ impl Embeddings {
             "{found} embedding tables instead of {}",
             schema.tables.len()
         );
-        Ok(Self { collections })
+        let rare = |&(table, rows): &(&str, usize)| -> Result<Option<RareRows>> {
+            let name = rare_rows_name(table);
+            if checkpoint.tensor_info(&name).is_err() {
+                return Ok(None);
+            }
+            let bits: Vec<u8> = checkpoint.tensor(&name, &Device::Cpu)?.to_vec1()?;
+            let rare = RareRows::from_bits(bits);
+            let fits = |rare: &RareRows| {
+                rare.bits().len() == rows.div_ceil(8) && (rare.shared() as usize) < rows
+            };
+            let rare = rare.filter(fits);
+            let rare =
+                rare.with_context(|| format!("tensor {name} has no bit for each of {rows} rows"))?;
+            Ok(Some(rare))
+        };
+        let rare = schema.tables.iter().map(rare).collect::<Result<_>>()?;
+        Ok(Self { collections, rare })
     }
 
     /// The same tables in 8 or 4 bits, for serving, with the relative error of each collection.
@@ -144,7 +179,8 @@ impl Embeddings {
             });
             errors.push((kind.name, error));
         }
-        Ok((Self { collections }, errors))
+        let rare = self.rare.clone();
+        Ok((Self { collections, rare }, errors))
     }
 
     /// The rows of a batch, in the tables of the schema, as tensors: what each collection is to look up.
@@ -152,6 +188,7 @@ impl Embeddings {
     /// # Errors
     /// What the device says.
     pub fn lookups(&self, rows: &Rows, device: &Device) -> candle_core::Result<Vec<Lookup>> {
+        let rows = &*self.shared(rows);
         let lookup = |kind: &Collection| -> candle_core::Result<Lookup> {
             match rows {
                 Rows::OnePerTable(rows) => {
@@ -177,7 +214,33 @@ impl Embeddings {
         self.collections.iter().map(lookup).collect()
     }
 
-    /// [`lookups`](Self::lookups) of rows that are on the device: one of each table of the schema, `(batch, tables)`.
+    /// The rows to look up for those of a batch: rare rows are replaced by the one that they share.
+    pub fn shared<'a>(&self, rows: &'a Rows) -> Cow<'a, Rows> {
+        if self.rare.iter().all(Option::is_none) {
+            return Cow::Borrowed(rows);
+        }
+        let mut rows = rows.clone();
+        match &mut rows {
+            Rows::OnePerTable(rows) => {
+                for row in rows.chunks_exact_mut(self.rare.len()) {
+                    for (row, rare) in row.iter_mut().zip(&self.rare) {
+                        *row = rare.as_ref().map_or(*row, |rare| rare.map(*row));
+                    }
+                }
+            }
+            Rows::Bags(bags) => {
+                for (bags, rare) in bags.iter_mut().zip(&self.rare) {
+                    if let Some(rare) = rare {
+                        bags.map(|row| rare.map(row));
+                    }
+                }
+            }
+        }
+        Cow::Owned(rows)
+    }
+
+    /// [`lookups`](Self::lookups) of rows that are on the device: one [`shared`](Self::shared) row of each table of the schema,
+    /// `(batch, tables)`.
     ///
     /// # Errors
     /// What the device says.
@@ -291,6 +354,11 @@ impl EmbeddingConfig {
     }
 }
 
+/// The tensor of a checkpoint with the rare rows of a table.
+pub fn rare_rows_name(table: &str) -> String {
+    format!("{table}.rare")
+}
+
 /// A 1-D tensor. candle cannot allocate an empty one on CUDA, so an empty one is a view of another.
 pub fn list<T: WithDType>(values: &[T], device: &Device) -> candle_core::Result<Tensor> {
     match values {
@@ -386,6 +454,26 @@ mod tests {
         ] {
             assert_eq!(embeddings.forward(&lookups)?.to_vec3::<f32>()?, vectors);
         }
+        Ok(())
+    }
+
+    #[test]
+    fn rare_rows_are_looked_up_in_one() -> Result<()> {
+        let all = embeddings(0.5, &[1000, 3, 500])?;
+        let mut counts = vec![vec![9; 1000], vec![9; 3], vec![9; 500]];
+        for row in [5, 7, 999] {
+            counts[0][row] = 2;
+        }
+        let sharing = all.clone().sharing_rare_rows(&counts, 3);
+        // Rows 7 and 999 of the first table are looked up as row 5; the last table has no rare rows.
+        let asked = [vec![7, 999, 6], vec![0, 1, 2], vec![7, 5, 6]].map(Bags::of_one_each);
+        let meant = [vec![5, 5, 6], vec![0, 1, 2], vec![7, 5, 6]].map(Bags::of_one_each);
+        assert_eq!(pool(&sharing, &asked)?, pool(&all, &meant)?);
+        assert_ne!(pool(&sharing, &asked)?, pool(&all, &asked)?);
+        let asked = Rows::OnePerTable(vec![7, 0, 7, 6, 2, 6]);
+        let meant = Rows::OnePerTable(vec![5, 0, 7, 6, 2, 6]);
+        assert_eq!(*sharing.shared(&asked), meant);
+        assert_eq!(*all.shared(&asked), asked);
         Ok(())
     }
 }

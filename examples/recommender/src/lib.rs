@@ -17,7 +17,11 @@
 //! | [`train`] | AdamW, best epoch |
 //! | [`step`] | the loss of a batch and its gradients, in shards on a CPU |
 //! | [`resident`] | the train part kept on a GPU |
+//! | [`rare`] | rows with few training examples, which share one |
 //! | [`evaluate`] | AUC and logloss |
+//! | [`ranking`] | how good top tens are |
+//! | [`baselines`] | the model beside popularity and a constant |
+//! | [`about`] | what a checkpoint says of itself |
 //! | [`saved`] | one checkpoint file with everything that a trained model needs |
 //! | [`candidates`] | all movies, ready to be scored for any user |
 //! | [`recommend`] | the best unseen movies |
@@ -28,7 +32,9 @@
 
 #![warn(missing_docs)]
 
+pub mod about;
 pub mod allocator;
+pub mod baselines;
 pub mod candidates;
 pub mod data;
 pub mod embeddings;
@@ -40,6 +46,8 @@ pub mod ops;
 #[allow(missing_docs)]
 pub mod options;
 pub mod output;
+pub mod ranking;
+pub mod rare;
 pub mod recommend;
 pub mod report;
 pub mod resident;

@@ -9,6 +9,7 @@ use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
 use candle_hashed_embedding_bag::{Bits, Hash};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde_json::{json, Value};
 
 use crate::data::{Clicks, Data, Part, Source};
 use crate::embeddings::EmbeddingConfig;
@@ -80,9 +81,13 @@ pub struct Train {
     compression: f64,
     #[arg(long, default_value = "default", help = HASH_HELP)]
     hash: HashChoice,
-    /// Round the embedding tables to so many bits per value in the checkpoint, 8 or 4; the test part is also scored with them.
-    #[arg(long, value_name = "8|4", value_parser = parse_bits)]
-    pub bits: Option<Bits>,
+    /// Bits per value of the embedding tables in the checkpoint: 8 or 4, to which they are rounded after the training, or 32. The test
+    /// part is scored with both.
+    #[arg(long, value_name = "32|8|4", default_value = "32", value_parser = parse_bits)]
+    pub bits: TableBits,
+    /// Rows of an embedding table with fewer training examples share one row of it; 0 gives each its own.
+    #[arg(long, value_name = "EXAMPLES", default_value_t = 0)]
+    pub min_count: u32,
     /// Decides the initial values, the order of the examples and the generated ratings.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
@@ -207,6 +212,14 @@ struct Layers {
     top_input: TopInputKind,
 }
 
+/// How a checkpoint holds the embedding tables.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum TableBits {
+    /// As they were trained, in f32.
+    Exact,
+    Rounded(Bits),
+}
+
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum Format {
     /// Ratings of movies, as GroupLens publishes them.
@@ -272,6 +285,30 @@ impl Train {
                 TopInputKind::Bottom => TopInput::Bottom,
             },
         }
+    }
+
+    /// What decides the model besides the data, by the names of the command line.
+    pub fn hyper_parameters(&self, settings: &Settings) -> Value {
+        json!({
+            "compression": self.compression,
+            "hash": self.hash.to_string(),
+            "bits": match self.bits {
+                TableBits::Exact => 32,
+                TableBits::Rounded(bits) => bits.into(),
+            },
+            "min-count": self.min_count,
+            "embedding-dim": self.fit.embedding_dim,
+            "bottom-mlp": self.layers.bottom_mlp,
+            "top-mlp": self.layers.top_mlp,
+            "top-input": name(&self.layers.top_input),
+            "epochs": settings.epochs,
+            "batch-size": settings.batch_size,
+            "lr": settings.lr,
+            "table-lr": settings.table_lr,
+            "table-decay": settings.table_decay,
+            "precision": name(&self.precision),
+            "seed": self.seed,
+        })
     }
 
     pub fn precision(&self) -> Precision {
@@ -450,9 +487,18 @@ impl fmt::Display for HashChoice {
     }
 }
 
-fn parse_bits(text: &str) -> Result<Bits> {
-    let bits: u32 = text.parse().context("no number")?;
-    Bits::try_from(bits).map_err(anyhow::Error::msg)
+/// What a value is called on the command line.
+fn name(value: &impl ValueEnum) -> Option<String> {
+    Some(value.to_possible_value()?.get_name().to_owned())
+}
+
+fn parse_bits(text: &str) -> Result<TableBits> {
+    Ok(match text {
+        "32" => TableBits::Exact,
+        "8" => TableBits::Rounded(Bits::Eight),
+        "4" => TableBits::Rounded(Bits::Four),
+        _ => bail!("it must be 32, 8 or 4"),
+    })
 }
 
 fn parse_compression(text: &str) -> Result<f64> {

@@ -6,9 +6,11 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use comfy_table::{presets, Table};
 
+use crate::baselines::Line;
 use crate::data::{Catalog, Clicks, Data, Examples, Ratings, Source, Truth};
 use crate::evaluate::Metrics;
 use crate::model::Dlrm;
+use crate::ranking::{Ranking, RARE};
 use crate::recommend::Recommendation;
 use crate::say;
 use crate::sweep::{Measure, Point};
@@ -90,6 +92,20 @@ impl Summary {
         self.fact(part, value)
     }
 
+    /// How good the top tens are, if there are any.
+    pub fn ranking(self, ranking: Option<Ranking>) -> Self {
+        let Some(ranking) = ranking else { return self };
+        let value = format!(
+            "NDCG@10 {:.4}   recall@10 {:.4}   {} of {} items   {:.1} % rare",
+            ranking.ndcg,
+            ranking.recall,
+            grouped(ranking.coverage),
+            grouped(ranking.items),
+            100.0 * ranking.rare
+        );
+        self.fact("test, top tens", value)
+    }
+
     /// The score of the true probabilities on the test part. No model can expect to do better.
     pub fn best_reachable(self, truth: Option<Truth>) -> Self {
         match truth {
@@ -124,6 +140,53 @@ impl Summary {
     /// Prints the table.
     pub fn print(self) {
         say!("\n{}", self.0);
+    }
+}
+
+/// A model and its baselines. `part` is the name of what they were tried on.
+pub fn comparison(part: &str, lines: &[Line]) {
+    let has_lists = lines.iter().any(|line| line.ranking.is_some());
+    let mut table = table();
+    let mut header = vec![part, "AUC", "logloss"];
+    if has_lists {
+        header.extend([
+            "NDCG@10",
+            "recall@10",
+            "items in top tens",
+            "rare items there",
+        ]);
+    }
+    table.set_header(header);
+    let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.4}"));
+    for line in lines {
+        let mut cells = vec![line.name.to_owned(), number(line.auc), number(line.logloss)];
+        if has_lists {
+            cells.extend(match &line.ranking {
+                Some(ranking) => [
+                    format!("{:.4}", ranking.ndcg),
+                    format!("{:.4}", ranking.recall),
+                    format!(
+                        "{} of {}",
+                        grouped(ranking.coverage),
+                        grouped(ranking.items)
+                    ),
+                    format!("{:.1} %", 100.0 * ranking.rare),
+                ],
+                None => [const { String::new() }; 4],
+            });
+        }
+        table.add_row(cells);
+    }
+    say!("\n{table}");
+    if lines.iter().all(|line| line.auc.is_none()) {
+        say!("no AUC: all labels are equal");
+    }
+    let users = lines.iter().find_map(|line| Some(line.ranking?.users));
+    if let Some(users) = users {
+        say!(
+            "top tens of {} users who liked items of this part; rare items have fewer than {RARE} training examples",
+            grouped(users)
+        );
     }
 }
 

@@ -33,7 +33,8 @@ impl<'a> Resident<'a> {
         let (mut numbers, mut rows, mut labels) = (Vec::new(), Vec::new(), Vec::new());
         for batch in examples.batches(Part::Train, CHUNK, None)? {
             let (batch, batch_labels) = batch?;
-            let Rows::OnePerTable(batch_rows) = &batch.rows else {
+            let shared = model.embeddings().shared(&batch.rows);
+            let Rows::OnePerTable(batch_rows) = &*shared else {
                 bail!("only examples with one row per table can be kept on the device")
             };
             let n = batch_labels.len();

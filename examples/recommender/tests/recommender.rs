@@ -135,7 +135,46 @@ fn tables_are_rounded_in_the_checkpoint() {
         folder.succeeds("evaluate --data ml --checkpoint m");
     }
     let (_, said) = folder.fails(&format!("{TRAIN} --bits 5"));
-    assert!(said.contains("bits must be 8 or 4, got 5"), "{said}");
+    assert!(said.contains("it must be 32, 8 or 4"), "{said}");
+}
+
+/// The row of a table with these first cells.
+fn row<'a>(printed: &'a str, first: &str) -> Vec<&'a str> {
+    let rows = printed.lines().map(|line| {
+        let cells = line.split(['│', '┆']).map(str::trim);
+        cells.filter(|cell| !cell.is_empty()).collect::<Vec<_>>()
+    });
+    let mut found = rows.filter(|cells| cells.first() == Some(&first));
+    found
+        .next()
+        .unwrap_or_else(|| panic!("no {first}: {printed}"))
+}
+
+#[test]
+fn a_model_is_evaluated_beside_baselines() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    folder.succeeds(TRAIN);
+    let printed = folder.succeeds("evaluate --data ml --checkpoint m");
+    let header = row(&printed, "test");
+    assert_eq!(header[3..5], ["NDCG@10", "recall@10"], "{printed}");
+    for name in ["model", "popularity", "constant"] {
+        assert_eq!(row(&printed, name).len(), header.len(), "{printed}");
+    }
+    // Whatever they liked they had rated before: nothing is left to be ranked.
+    assert!(printed.contains("top tens of 0 users"), "{printed}");
+}
+
+#[test]
+fn rare_movies_share_a_row() {
+    let folder = Folder::new();
+    // Nobody rated the last two, of which nothing else is known.
+    let movies = "1,Alien,Horror\n2,Brazil,Comedy\n3,Cube,\n4,Dune,\n";
+    folder.movielens("ml", movies);
+    folder.succeeds(&format!("{TRAIN} --min-count 1"));
+    let printed = folder.succeeds("recommend --user 1 --data ml --checkpoint m");
+    assert_eq!(row(&printed, "1")[1..], ["Cube", row(&printed, "2")[2]]);
+    assert_eq!(row(&printed, "2")[1], "Dune");
 }
 
 #[test]

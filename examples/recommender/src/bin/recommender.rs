@@ -15,12 +15,16 @@ use anyhow::{Context, Result};
 use candle_nn::VarMap;
 use clap::Parser;
 
+use recommender::about::{About, Reached};
 use recommender::allocator::{keep_memory, Allocator};
+use recommender::baselines::compare;
 use recommender::data::{write_generated, Data, Part};
 use recommender::evaluate::evaluate;
 use recommender::model::Dlrm;
-use recommender::options::{self, Command, Format, Options};
+use recommender::options::{self, Command, Format, Options, TableBits};
 use recommender::output;
+use recommender::ranking::Lists;
+use recommender::rare::TrainCounts;
 use recommender::recommend::{recommend, user_row};
 use recommender::report::{self, Summary};
 use recommender::saved::{self, ClickModel, Recommender};
@@ -49,36 +53,56 @@ fn train_and_save(options: &options::Train) -> Result<()> {
     output::ensure_replaceable(&path)?;
     let data = options.load()?;
     let examples = data.examples();
+    let counts = TrainCounts::of(examples)?;
     let vars = VarMap::new();
     let model = Dlrm::new(
         &examples.schema(),
         &options.model_config(),
         init::seeded(&vars, options.seed, &device),
     )?;
-    let model = model.with_precision(options.precision())?;
+    let model = model
+        .sharing_rare_rows(&counts.rows, options.min_count)
+        .with_precision(options.precision())?;
     report::introduction(&data, &model);
 
-    let best = train::train(&model, &vars, examples, options.settings(&data))?;
+    let settings = options.settings(&data);
+    let best = train::train(&model, &vars, examples, settings)?;
     let test = evaluate(&model, examples, Part::Test)?;
     let mut summary = Summary::default()
         .fact("best epoch", best.epoch.to_string())
         .metrics("valid", best.valid)
         .metrics("test", test);
-    if let Some(bits) = options.bits {
+    let (mut kept, mut kept_test) = (model.clone(), test);
+    if let TableBits::Rounded(bits) = options.bits {
         let (rounded, errors) = model.to_bits(bits)?;
-        let rounded_test = evaluate(&rounded, examples, Part::Test)?;
-        saved::save(&path, &rounded, &vars, &data)?;
+        kept_test = evaluate(&rounded, examples, Part::Test)?;
+        kept = rounded;
         let errors: Vec<_> = errors
             .iter()
             .map(|(name, error)| format!("{name} {error:.4}"))
             .collect();
         summary = summary
-            .metrics(&format!("test, {} bits", u32::from(bits)), rounded_test)
+            .metrics(&format!("test, {} bits", u32::from(bits)), kept_test)
             .fact("relative error of rounding", errors.join(", "));
-    } else {
-        saved::save(&path, &model, &vars, &data)?;
     }
+    let ranking = match &data {
+        Data::Ratings(ratings) => {
+            let lists = Lists::new(ratings, Part::Test);
+            Some(lists.of_model(&kept, ratings)?)
+        }
+        Data::Clicks(_) => None,
+    };
+    let reached = Reached {
+        best_epoch: best.epoch,
+        valid: best.valid,
+        test: kept_test,
+        test_ranking: ranking,
+    };
+    let hyper_parameters = options.hyper_parameters(&settings);
+    let about = About::new(&data, &counts, hyper_parameters, reached)?;
+    saved::save(&path, &kept, &vars, &data, &about)?;
     summary
+        .ranking(ranking)
         .best_reachable(data.truth())
         .parameters(&model)
         .checkpoint(&path)?
@@ -98,22 +122,22 @@ fn train_and_save(options: &options::Train) -> Result<()> {
 fn evaluate_saved(options: &options::Evaluate) -> Result<()> {
     let (common, reading) = (&options.common, &options.reading);
     let (path, device) = (common.checkpoint(), common.device()?);
-    let (model, data) = match reading.format {
+    let (model, about, data) = match reading.format {
         Format::Movielens => {
             let recommender = Recommender::open(&path, &device)?;
             let ratings = recommender.ratings(common.data.clone())?;
-            (recommender.model, Data::Ratings(ratings))
+            (recommender.model, recommender.about, Data::Ratings(ratings))
         }
         Format::Criteo => {
             let clicks = ClickModel::open(&path, &device)?;
             let log = common.data.as_deref().context("--format needs --data")?;
             let log = clicks.clicks(log, reading.skip_malformed)?;
-            (clicks.model, Data::Clicks(log))
+            (clicks.model, clicks.about, Data::Clicks(log))
         }
     };
-    let test = evaluate(&model, data.examples(), Part::Test)?.ensure_finite()?;
+    let train_rate = about.map(|about| about.data.train_rate);
+    report::comparison("test", &compare(&model, &data, Part::Test, train_rate)?);
     Summary::default()
-        .metrics("test", test)
         .best_reachable(data.truth())
         .parameters(&model)
         .print();

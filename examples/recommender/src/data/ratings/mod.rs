@@ -131,6 +131,17 @@ impl Ratings {
         })
     }
 
+    /// How many ratings of the train part each movie has, and how many of those are likes.
+    pub fn examples_per_movie(&self) -> Vec<[u32; 2]> {
+        let mut counts = vec![[0; 2]; self.catalog.movies.ids.len()];
+        for rating in self.part(Part::Train) {
+            let [ratings, likes] = &mut counts[rating.movie as usize];
+            *ratings += 1;
+            *likes += u32::from(rating.liked);
+        }
+        counts
+    }
+
     fn select<T: Copy>(&self, wanted: Part, per_rating: &[T]) -> Vec<T> {
         (0..)
             .zip(per_rating)
