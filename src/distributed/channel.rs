@@ -228,9 +228,8 @@ impl Channel {
 
     /// To be called at the start of each operation in which all ranks take part.
     pub fn enter(&self) -> Result<()> {
-        self.check()?;
         lock(&self.shared.state).entered += 1;
-        Ok(())
+        self.check()
     }
 
     /// The messages of all ranks, by rank, at rank 0; elsewhere `None`.
@@ -249,17 +248,19 @@ impl Channel {
 
     /// The message of rank 0, everywhere.
     pub fn broadcast(&self, message: Option<Vec<u8>>) -> Result<Vec<u8>> {
-        self.enter()?;
-        match message {
-            Some(message) if self.rank == 0 => {
-                for peer in &self.shared.peers {
-                    self.send(peer, &message)?;
-                }
-                Ok(message)
-            }
-            _ if self.rank > 0 => self.receive(&self.inboxes[0]),
-            _ => bail!("rank 0 has nothing to broadcast"),
+        let entered = self.enter();
+        if self.rank > 0 {
+            // What rank 0 has said before it ended is more than that it has ended.
+            return self.receive(&self.inboxes[0]);
         }
+        entered?;
+        let Some(message) = message else {
+            bail!("rank 0 has nothing to broadcast");
+        };
+        for peer in &self.shared.peers {
+            self.send(peer, &message)?;
+        }
+        Ok(message)
     }
 
     /// Waits until all ranks have called it.

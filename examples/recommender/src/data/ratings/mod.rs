@@ -14,6 +14,7 @@ mod records;
 mod split;
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -162,13 +163,16 @@ impl Examples for Ratings {
             .count()
     }
 
-    fn batches<'a>(
+    fn batches_at<'a>(
         &'a self,
         part: Part,
+        positions: Range<usize>,
         batch_size: usize,
         shuffle: Option<&'a mut StdRng>,
     ) -> Result<Batches<'a>> {
         let mut rows = self.part(part);
+        rows.truncate(positions.end);
+        rows.drain(..positions.start.min(rows.len()));
         if let Some(rng) = shuffle {
             rows.shuffle(rng);
         }
