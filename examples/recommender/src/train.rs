@@ -248,6 +248,9 @@ pub fn train_on(
     })
 }
 
+/// The inputs and labels of one step after the other.
+type Steps<'a> = Box<dyn Iterator<Item = Result<(Inputs, Tensor)>> + 'a>;
+
 /// The batches of the next epoch that this rank trains on, without the first `done`: inputs and labels.
 fn batches<'a>(
     model: &'a Dlrm,
@@ -255,7 +258,7 @@ fn batches<'a>(
     resident: Option<&'a Resident>,
     order: &'a mut Order,
     done: usize,
-) -> Result<Box<dyn Iterator<Item = Result<(Inputs, Tensor)>> + 'a>> {
+) -> Result<Steps<'a>> {
     if let Some(resident) = resident {
         return Ok(Box::new(resident.batches(order, done)?));
     }
