@@ -85,6 +85,9 @@ pub struct Train {
     compression: f64,
     #[arg(long, default_value = "default", help = HASH_HELP)]
     hash: HashChoice,
+    /// Columns of the large embedding tables, fewer than --embedding-dim: a learned matrix per table makes up for the others.
+    #[arg(long, value_name = "COLUMNS")]
+    inner_dim: Option<NonZeroU16>,
     /// Bits per value of the embedding tables in the checkpoint: 8 or 4, to which they are rounded after the training, or 32. The test
     /// part is scored with both.
     #[arg(long, value_name = "32|8|4", default_value = "32", value_parser = parse_bits)]
@@ -133,24 +136,36 @@ pub struct Recommend {
 pub struct Sweep {
     /// A MovieLens folder, or a file in another --format [default: generated ratings].
     #[arg(long, value_name = "PATH")]
-    data: Option<PathBuf>,
+    pub data: Option<PathBuf>,
     #[command(flatten)]
     reading: Reading,
     #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
     device: DeviceKind,
     #[command(flatten)]
     fit: Fit,
-    /// Compressions to train at, besides 1.
+    /// Bytes that the embedding tables may take, per byte of plain tables in f32, which are trained too.
     #[arg(long, value_delimiter = ',', default_value = "1/4,1/16,1/64", value_parser = parse_compression)]
-    pub compressions: Vec<f64>,
-    #[arg(long, value_delimiter = ',', default_value = "default,mix:16,original", help = HASH_HELP)]
+    pub sizes: Vec<f64>,
+    #[arg(long, value_delimiter = ',', default_value = "default", help = HASH_HELP)]
     pub hashes: Vec<HashChoice>,
+    /// Columns of the large tables, see --inner-dim of a training [default: --embedding-dim, and half of it].
+    #[arg(long, value_delimiter = ',', value_name = "COLUMNS")]
+    inner_dims: Vec<NonZeroU16>,
+    /// Bits per value of the embedding tables, to which they are rounded after the training.
+    #[arg(long, value_delimiter = ',', default_value = "32,8,4", value_parser = parse_bits)]
+    pub bits: Vec<TableBits>,
     /// How often to train each model: with the seeds 1, 2, …
     #[arg(long, default_value = "3")]
     pub seeds: NonZeroU64,
     /// Folder for auc-vs-size.csv and auc-vs-size.svg. Runs that the former already holds are not repeated.
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub out: PathBuf,
+    /// Trainings side by side, each by a process of its own with so many of the cores. They do not change the results.
+    #[arg(long, default_value = "1")]
+    pub jobs: NonZeroUsize,
+    /// Of all trainings, only this one; its runs are printed and not written. This is how --jobs divides the work.
+    #[arg(long, hide = true)]
+    pub only: Option<usize>,
 }
 
 #[derive(Args)]
@@ -252,10 +267,22 @@ pub enum TableBits {
     Rounded(Bits),
 }
 
+impl TableBits {
+    /// 32, 8 or 4.
+    pub fn number(self) -> u32 {
+        match self {
+            Self::Exact => 32,
+            Self::Rounded(bits) => bits.into(),
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum Format {
     /// Ratings of movies, as GroupLens publishes them.
     Movielens,
+    /// What users visited, bought or read: a line is a user's number and those of their items; may be compressed by gzip.
+    Interactions,
     /// Clicks on advertisements: label, 13 integers, 26 categories, separated by tabs; may be compressed by gzip.
     Criteo,
 }
@@ -309,7 +336,11 @@ impl Train {
 
     pub fn model_config(&self) -> ModelConfig {
         ModelConfig {
-            embeddings: self.fit.embedding_config(self.compression, self.hash),
+            embeddings: self.fit.embedding_config(
+                self.compression,
+                self.hash,
+                self.inner_dim.map(|columns| columns.get().into()),
+            ),
             bottom: self.layers.bottom_mlp.clone(),
             top: self.layers.top_mlp.clone(),
             input: match self.layers.top_input {
@@ -374,10 +405,8 @@ impl Train {
         json!({
             "compression": self.compression,
             "hash": self.hash.to_string(),
-            "bits": match self.bits {
-                TableBits::Exact => 32,
-                TableBits::Rounded(bits) => bits.into(),
-            },
+            "inner-dim": self.inner_dim,
+            "bits": self.bits.number(),
             "min-count": self.min_count,
             "embedding-dim": self.fit.embedding_dim,
             "bottom-mlp": self.layers.bottom_mlp,
@@ -430,8 +459,21 @@ impl Sweep {
         self.device.open()
     }
 
-    pub fn embedding_config(&self, compression: f64, hash: HashChoice) -> EmbeddingConfig {
-        self.fit.embedding_config(compression, hash)
+    /// The columns that large tables are to have: those of all tables, and fewer.
+    pub fn inner_dims(&self) -> Vec<usize> {
+        let all = usize::from(self.fit.embedding_dim.get());
+        if self.inner_dims.is_empty() {
+            let mut both = vec![all, all / 2];
+            both.retain(|&columns| columns > 0);
+            return both;
+        }
+        let columns = self.inner_dims.iter();
+        columns.map(|columns| usize::from(columns.get())).collect()
+    }
+
+    /// Tables at compression 1.
+    pub fn embedding_config(&self, hash: HashChoice, inner_dim: Option<usize>) -> EmbeddingConfig {
+        self.fit.embedding_config(1.0, hash, inner_dim)
     }
 
     pub fn settings(&self, data: &Data, compression: f64, seed: u64) -> Settings {
@@ -465,6 +507,10 @@ impl Reading {
                     None => Source::Generated { seed },
                 };
                 Data::Ratings(source.load()?)
+            }
+            Format::Interactions => {
+                let path = path.context("--format interactions needs --data")?;
+                Data::Ratings(Source::Interactions(path.to_owned()).load()?)
             }
             Format::Criteo => {
                 let path = path.context("--format criteo needs --data")?;
@@ -507,13 +553,19 @@ impl DeviceKind {
 }
 
 impl Fit {
-    fn embedding_config(&self, compression: f64, hash: HashChoice) -> EmbeddingConfig {
+    fn embedding_config(
+        &self,
+        compression: f64,
+        hash: HashChoice,
+        inner_dim: Option<usize>,
+    ) -> EmbeddingConfig {
         let embedding_dim = usize::from(self.embedding_dim.get());
         EmbeddingConfig {
             embedding_dim,
+            inner_dim,
             compression,
             hash: match hash {
-                HashChoice::Default => Hash::default_for(embedding_dim),
+                HashChoice::Default => Hash::default_for(inner_dim.unwrap_or(embedding_dim)),
                 HashChoice::Balanced { block } => Hash::balanced(block),
                 HashChoice::Mix { block } => Hash::mix(block),
                 HashChoice::Original => Hash::original(),

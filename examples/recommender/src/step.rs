@@ -11,17 +11,15 @@
 //! gradient, or a single example, shards run on rayon's threads.
 
 use std::ops::Range;
-use std::sync::Mutex;
 
 use candle_core::backprop::GradStore;
-use candle_core::utils::barrier_pool;
 use candle_core::{Error, Result, Tensor, Var};
 use candle_hashed_embedding_bag::optim::named_variables;
 use candle_nn::VarMap;
 use rayon::prelude::*;
 
 use crate::model::{Dlrm, Inputs};
-use crate::ops::backward;
+use crate::ops::{backward, in_pool};
 
 /// candle divides operations on at least so many values among its pool.
 const DIVIDED_BY_CANDLE: usize = 64 * 1024;
@@ -162,19 +160,7 @@ pub fn side_by_side<I: Sync, R: Send>(
     if model.largest().max(model.widest()) >= DIVIDED_BY_CANDLE {
         return items.par_iter().map(&work).collect();
     }
-    let results: Vec<_> = items.iter().map(|_| Mutex::new(None)).collect();
-    barrier_pool().execute_chunked(items.len(), |range| {
-        for i in range {
-            if let Ok(mut result) = results[i].lock() {
-                *result = Some(work(&items[i]));
-            }
-        }
-    });
-    let results = results.into_iter().map(|result| match result.into_inner() {
-        Ok(Some(result)) => result,
-        _ => Err(Error::msg("a thread of the pool panicked")),
-    });
-    results.collect()
+    in_pool(items, work)
 }
 
 /// The shards of a batch on the CPU.

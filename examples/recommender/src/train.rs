@@ -419,6 +419,7 @@ mod tests {
     fn model_config(embedding_dim: usize, compression: f64) -> ModelConfig {
         let embeddings = EmbeddingConfig {
             embedding_dim,
+            inner_dim: None,
             compression,
             hash: Hash::default_for(embedding_dim),
         };

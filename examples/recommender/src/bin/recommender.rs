@@ -6,6 +6,7 @@
 //! cargo run --release -p recommender -- --data ml-1m            the same on a MovieLens set
 //! cargo run --release -p recommender -- recommend --user 42 --data ml-1m
 //! cargo run --release -p recommender -- --data train.txt --format criteo     a click log
+//! cargo run --release -p recommender -- --data pairs.txt --format interactions
 //! cargo run --release -p recommender -- sweep --data ml-1m      quality against size
 //! torchrun --no-python --nproc-per-node 2 recommender train --data train.txt --format criteo --device cuda     on two GPUs
 //! ```
@@ -143,7 +144,7 @@ fn evaluate_saved(options: &options::Evaluate) -> Result<()> {
     let (common, reading) = (&options.common, &options.reading);
     let (path, device) = (common.checkpoint(), common.device()?);
     let (model, about, data) = match reading.format {
-        Format::Movielens => {
+        Format::Movielens | Format::Interactions => {
             let recommender = Recommender::open(&path, &device)?;
             let ratings = recommender.ratings(common.data.clone())?;
             (recommender.model, recommender.about, Data::Ratings(ratings))
@@ -168,7 +169,7 @@ fn print_recommendations(options: &options::Recommend) -> Result<()> {
     let recommender = Recommender::open(&options.common.checkpoint(), &options.common.device()?)?;
     let user = user_row(&recommender, options.user)?;
     let movies = recommend(&recommender, user, 10)?;
-    let titles = recommender.source(options.common.data.clone())?.titles()?;
+    let titles = recommender.titles(options.common.data.clone())?;
     report::recommendations(&recommender.catalog, user, &titles, &movies);
     Ok(())
 }

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! MovieLens files ─┐
-//!                  ├──> Ratings, in memory ──┐
+//! interactions ────┼──> Ratings, in memory ──┐
 //! generator ───────┘                         ├──> Examples ──> batches of numbers, bags of rows and labels
 //! Criteo click log ───> Clicks, streamed ────┘
 //! ```
 
 mod bags;
 mod criteo;
+mod gzip;
 mod ratings;
 
 use std::hash::{Hash, Hasher};

@@ -19,7 +19,6 @@
 //! ```
 
 mod generated;
-mod gzip;
 #[cfg(feature = "parquet")]
 mod parquet;
 mod prepared;
