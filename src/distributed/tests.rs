@@ -170,7 +170,7 @@ fn gradients_that_cannot_be_averaged_are_refused_by_name() -> Result<()> {
         let mut gradients = x.sqr()?.sum_all()?.backward()?;
         let vars = candle_nn::VarMap::new();
         let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-        let layer = crate::hashed_embedding_bag(100, 4, 0.5, sparse.clone(), vb.pp("items"))?;
+        let layer = crate::hashed_embedding_bag(100, 4, 0.5, sparse, vb.pp("items"))?;
         let table = crate::optim::named_variables(&vars)?;
         let mut said = vec![];
         for vars in [

@@ -13,7 +13,7 @@
 use std::ops::Range;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Error, Result, Tensor, Var};
+use candle_core::{Result, Tensor, Var};
 use candle_hashed_embedding_bag::optim::named_variables;
 use candle_nn::VarMap;
 use rayon::prelude::*;
