@@ -97,7 +97,7 @@ mod tests {
 
     #[test]
     fn they_mean_what_a_line_does() -> Result<()> {
-        let line = format!("0\t5\t\t-3{}\t68fd1e64{}", "\t".repeat(11), "\t".repeat(25));
+        let line = format!("0\t5\t\t-3{}\t68fd1e64{}", "\t".repeat(10), "\t".repeat(25));
         let read = Reader::new(line.as_bytes(), "log".to_owned(), 0, 1000, false);
         let expected = batch(&read.collect::<Result<Vec<_>>>()?).0;
         let text = |text: &str| Value::Text(text.to_owned());
