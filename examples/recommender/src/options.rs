@@ -27,8 +27,11 @@ const TABLE_SPEED: f64 = 3.0;
 /// sixteen values to remember them by. Hashed tables need less, as they have fewer values to remember with.
 const TABLE_DECAY: f64 = 3.0;
 
-/// The same of interactions, where a row is all that is known of a user or an item: with more, long rows never begin to grow.
-const INTERACTIONS_DECAY: f64 = 0.6;
+/// The same of interactions, where a row is all that is known of a user or an item: with much more, rows never begin to grow.
+const INTERACTIONS_DECAY: f64 = 0.9;
+
+/// Of tables with matrices, this much of it: few columns remember less, and what a matrix makes of them is not free either.
+const PROJECTED_DECAY: f64 = 0.5;
 
 /// Trains a recommender whose embedding tables are hashed, evaluates it, and recommends movies with it.
 ///
@@ -360,7 +363,9 @@ impl Train {
         Settings {
             table_lr: self.table_lr.unwrap_or(TABLE_SPEED * self.fit.lr),
             resident: self.resident,
-            ..self.fit.settings(data, self.compression, self.seed)
+            ..self
+                .fit
+                .settings(data, self.compression, self.inner_dim.is_some(), self.seed)
         }
     }
 }
@@ -390,8 +395,9 @@ impl Sweep {
         self.fit.embedding_config(1.0, hash, inner_dim)
     }
 
-    pub fn settings(&self, data: &Data, compression: f64, seed: u64) -> Settings {
-        self.fit.settings(data, compression, seed)
+    pub fn settings(&self, data: &Data, config: &EmbeddingConfig, seed: u64) -> Settings {
+        let projected = config.inner_dim.is_some();
+        self.fit.settings(data, config.compression, projected, seed)
     }
 
     /// What the examples are called in the results.
@@ -487,13 +493,17 @@ impl Fit {
         }
     }
 
-    fn settings(&self, data: &Data, compression: f64, seed: u64) -> Settings {
+    fn settings(&self, data: &Data, compression: f64, projected: bool, seed: u64) -> Settings {
         // A user's taste is learnt by going over their ratings again; a log is long, and its categories come again.
         let (epochs, table_decay) = match data {
             Data::Ratings(ratings) => {
                 let decay = match ratings.source {
                     Source::Interactions(_) => INTERACTIONS_DECAY,
                     Source::Generated { .. } | Source::Files(_) => TABLE_DECAY,
+                };
+                let decay = match projected {
+                    true => PROJECTED_DECAY * decay,
+                    false => decay,
                 };
                 (8, decay * compression.sqrt())
             }

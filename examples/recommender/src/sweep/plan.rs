@@ -81,7 +81,7 @@ impl Plan {
             };
             let mut model = Vec::new();
             for seed in 1..=options.seeds.get() {
-                let fit = options.settings(data, config.compression, seed);
+                let fit = options.settings(data, &config, seed);
                 let setting = Setting {
                     data: options.data(),
                     fingerprint,
