@@ -4,9 +4,11 @@ use std::fmt;
 use std::num::{NonZeroU16, NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
+use candle_hashed_embedding_bag::distributed::World;
 use candle_hashed_embedding_bag::{Bits, Hash};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::{json, Value};
@@ -15,6 +17,8 @@ use crate::data::{Clicks, Data, Part, Source};
 use crate::embeddings::EmbeddingConfig;
 use crate::model::{ModelConfig, Precision, HIDDEN};
 use crate::ops::TopInput;
+use crate::ranks::Ranks;
+use crate::resume::Saving;
 use crate::train::Settings;
 
 const STEPS_PER_EPOCH: usize = 400;
@@ -111,6 +115,10 @@ pub struct Train {
     /// Keep the train part of a click log on the device. Examples are then shuffled all together and not in windows.
     #[arg(long, requires = "format")]
     resident: bool,
+    #[command(flatten)]
+    stopping: Stopping,
+    #[command(flatten)]
+    ranks: RankOptions,
 }
 
 #[derive(Args)]
@@ -212,12 +220,36 @@ struct Fit {
     /// Passes over the train part [default: 8 of ratings, 1 of clicks].
     #[arg(long)]
     epochs: Option<NonZeroUsize>,
-    /// Examples per step [default: such that an epoch has about 400 steps, at most 4096].
+    /// Examples per step, of all ranks together [default: such that an epoch has about 400 steps, at most about 4096].
     #[arg(long)]
     batch_size: Option<NonZeroUsize>,
     /// Learning rate of the first step; it falls linearly to zero.
     #[arg(long, default_value = "0.002", value_parser = parse_lr)]
     lr: f64,
+}
+
+/// Trainings that are ended and go on.
+#[derive(Args)]
+struct Stopping {
+    /// Save the whole state of the training every so many steps, in a file beside the checkpoint whose name ends in .resume.
+    #[arg(long, value_name = "STEPS")]
+    save_every: Option<NonZeroUsize>,
+    /// Go on from what --save-every has saved, if that is there; the model will be the one of a training without a break. All other
+    /// options and the data must be the same.
+    #[arg(long)]
+    resume: bool,
+}
+
+/// Several processes, started by torchrun or the like, that train together.
+#[derive(Args)]
+struct RankOptions {
+    /// Shards of the train part, a multiple of the number of ranks: with the same number, any number of ranks sees the same
+    /// batches [default: one per rank].
+    #[arg(long)]
+    shards: Option<NonZeroUsize>,
+    /// How long a rank may keep the others waiting before it counts as lost.
+    #[arg(long, value_name = "SECONDS", default_value = "120")]
+    rank_timeout: NonZeroU32,
 }
 
 /// The layers that follow the embedding tables.
@@ -329,6 +361,56 @@ impl Train {
         }
     }
 
+    /// The device of this rank.
+    pub fn device(&self, world: &World) -> Result<Device> {
+        match self.common.device {
+            DeviceKind::Cuda if world.size > 1 => Ok(world.cuda_device()?),
+            device => device.open(),
+        }
+    }
+
+    pub fn connect(&self, world: &World, device: &Device) -> Result<Ranks> {
+        let limit = Duration::from_secs(self.ranks.rank_timeout.get().into());
+        Ranks::connect(
+            world,
+            device,
+            limit,
+            self.ranks.shards.map(NonZeroUsize::get),
+        )
+    }
+
+    /// How the training is saved, whose checkpoint will be at `checkpoint`, and what it depends on.
+    pub fn saving(
+        &self,
+        checkpoint: &Path,
+        data: &Data,
+        settings: &Settings,
+        ranks: &Ranks,
+    ) -> Saving {
+        let mut facts = vec![
+            ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+            ("data".to_owned(), format!("{:016x}", data.fingerprint())),
+            ("--shards".to_owned(), ranks.shards().to_string()),
+            ("--resident".to_owned(), self.resident.to_string()),
+        ];
+        for part in [Part::Train, Part::Valid, Part::Test] {
+            let examples = data.examples().len(part);
+            facts.push((format!("{part:?} examples"), examples.to_string()));
+        }
+        if let Value::Object(parameters) = self.hyper_parameters(settings) {
+            let parameters = parameters.into_iter();
+            facts.extend(parameters.map(|(name, value)| (format!("--{name}"), value.to_string())));
+        }
+        let mut path = checkpoint.as_os_str().to_owned();
+        path.push(".resume");
+        Saving {
+            path: path.into(),
+            every: self.stopping.save_every,
+            resume: self.stopping.resume,
+            facts,
+        }
+    }
+
     /// What decides the model besides the data, by the names of the command line.
     pub fn hyper_parameters(&self, settings: &Settings) -> Value {
         json!({
@@ -357,6 +439,15 @@ impl Train {
             PrecisionKind::Tf32 => Precision::Tf32,
             PrecisionKind::Bf16 => Precision::Bf16,
         }
+    }
+
+    /// [`settings`](Self::settings) on several ranks, among whose shards a batch must be divisible.
+    pub fn settings_on(&self, ranks: &Ranks, data: &Data) -> Settings {
+        let mut settings = self.settings(data);
+        if self.fit.batch_size.is_none() {
+            settings.batch_size = settings.batch_size.next_multiple_of(ranks.shards());
+        }
+        settings
     }
 
     pub fn settings(&self, data: &Data) -> Settings {

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use comfy_table::{presets, Table};
@@ -11,6 +12,7 @@ use crate::data::{Catalog, Clicks, Data, Examples, Ratings, Source, Truth};
 use crate::evaluate::Metrics;
 use crate::model::Dlrm;
 use crate::ranking::{Ranking, RARE};
+use crate::ranks::Ranks;
 use crate::recommend::Recommendation;
 use crate::say;
 use crate::sweep::{Measure, Point};
@@ -189,6 +191,24 @@ pub fn comparison(part: &str, lines: &[Line]) {
             grouped(users)
         );
     }
+}
+
+/// What averaging gradients has taken, if there are several ranks.
+pub fn all_reduce(summary: Summary, ranks: &Ranks) -> Summary {
+    let Some(times) = ranks.all_reduce_times() else {
+        return summary;
+    };
+    let ms = |time: Duration| format!("{:.3} ms", 1e3 * time.as_secs_f64());
+    summary.fact("ranks", ranks.count().to_string()).fact(
+        "all-reduce",
+        format!(
+            "{} bytes a step in {}, fastest {}, {:.1} GB/s bus bandwidth",
+            grouped(times.bytes),
+            ms(times.mean()),
+            ms(times.fastest),
+            times.bus_bandwidth(ranks.count()) / 1e9
+        ),
+    )
 }
 
 /// A user, and the movies recommended to them.

@@ -13,7 +13,8 @@
 use std::ops::Range;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Error, Result, Tensor, Var};
+use candle_core::{Result, Tensor, Var};
+use candle_hashed_embedding_bag::optim::named_variables;
 use candle_nn::VarMap;
 use rayon::prelude::*;
 
@@ -41,16 +42,10 @@ pub const TABLE: &str = ".hashed_weight";
 
 /// The variables of `vars` by name, in the order of their names: those of embedding tables if `tables`, else those of the MLPs.
 pub fn variables(vars: &VarMap, tables: bool) -> Result<Vec<(String, Var)>> {
-    let vars = match vars.data().lock() {
-        Ok(vars) => vars.clone(),
-        Err(error) => return Err(Error::msg(error.to_string())),
-    };
-    let mut vars: Vec<_> = vars
-        .into_iter()
+    let vars = named_variables(vars)?.into_iter();
+    Ok(vars
         .filter(|(name, _)| name.ends_with(TABLE) == tables)
-        .collect();
-    vars.sort_by(|(a, _), (b, _)| a.cmp(b));
-    Ok(vars)
+        .collect())
 }
 
 impl<'a> Stepper<'a> {

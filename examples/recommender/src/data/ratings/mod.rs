@@ -17,6 +17,7 @@ mod records;
 mod split;
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::PathBuf;
 
 use anyhow::Result;
@@ -190,19 +191,21 @@ impl Examples for Ratings {
         each * rows.count()
     }
 
-    fn batches<'a>(
+    fn batches_at<'a>(
         &'a self,
         part: Part,
+        positions: Range<usize>,
         batch_size: usize,
         shuffle: Option<&'a mut StdRng>,
     ) -> Result<Batches<'a>> {
+        let at = |rows: Vec<Rating>| rows[positions].to_vec();
         let rows = match shuffle {
             Some(rng) => {
-                let mut rows = self.with_negatives(part, rng);
+                let mut rows = at(self.with_negatives(part, rng));
                 rows.shuffle(rng);
                 rows
             }
-            None => self.examples(part),
+            None => at(self.examples(part)),
         };
         let starts = (0..rows.len()).step_by(batch_size);
         Ok(Box::new(starts.map(move |start| {
