@@ -69,8 +69,7 @@ fn try_draw(path: &Path, points: &[Point], measure: Measure) -> Result<(), Box<d
             .legend(|(x, y)| PathElement::new([(x, y), (x + 20, y)], BLACK));
     }
     // A colour for each hash and number of columns, and a shape for the bits.
-    let mut by_colour: BTreeMap<(&str, Option<usize>), BTreeMap<u32, Vec<&Point>>> =
-        BTreeMap::new();
+    let mut by_colour: BTreeMap<_, BTreeMap<u32, Vec<&Point>>> = BTreeMap::new();
     for point in points {
         let colour = (point.hash.as_str(), point.inner_dim);
         let of_colour = by_colour.entry(colour).or_default();
