@@ -6,6 +6,7 @@ mod batches;
 mod clicks;
 mod cold_start;
 mod connections;
+mod models;
 mod operation;
 mod reloads;
 mod support;

@@ -147,11 +147,11 @@ fn titles_of_other_movies_are_refused() {
             (7, "Cube (1997)"),
         ],
     );
-    let train = |data: &str| {
+    let train_on = |data: &str| {
         let flags = ["--compression", "1", "--epochs", "1", "--checkpoint"];
         recommender(&[&["--data", &text(data)], &flags[..], &[&text("m")]].concat());
     };
-    train("one");
+    train_on("one");
     let other = text("other");
     let refused = command("127.0.0.1:0", &path("m"), &["--data", &other])
         .output()
@@ -163,7 +163,7 @@ fn titles_of_other_movies_are_refused() {
     );
 
     for (flags, is_refused) in [(&[][..], false), (&["--keep-catalogue"], true)] {
-        train("one");
+        train_on("one");
         let server = Server::start(&path("m"), flags);
         let client = server.client();
         let same = client.ask("/reload", &json!(null));
@@ -179,7 +179,7 @@ fn titles_of_other_movies_are_refused() {
                 },
             ),
         ] {
-            train(data);
+            train_on(data);
             let (status, answer) = client.post("/reload", &json!(null));
             if is_refused {
                 assert_eq!(status, 409);

@@ -23,15 +23,20 @@ pub fn trained() -> &'static Path {
     static CHECKPOINT: OnceLock<PathBuf> = OnceLock::new();
     CHECKPOINT.get_or_init(|| {
         let checkpoint = Path::new(env!("CARGO_TARGET_TMPDIR")).join("serve.safetensors");
-        // Too short a training for a good model, long enough for one whose scores differ.
-        let trained = Command::new(RECOMMENDER)
-            .args(["--epochs", "1", "--batch-size", "20000", "--checkpoint"])
-            .arg(&checkpoint)
-            .stdout(Stdio::null())
-            .status();
-        assert!(trained.unwrap().success());
+        train(&checkpoint, &[]);
         checkpoint
     })
+}
+
+/// Trains a model: too short for a good one, long enough for one whose scores differ.
+pub fn train(checkpoint: &Path, flags: &[&str]) {
+    let trained = Command::new(RECOMMENDER)
+        .args(["--epochs", "1", "--batch-size", "20000", "--checkpoint"])
+        .arg(checkpoint)
+        .args(flags)
+        .stdout(Stdio::null())
+        .status();
+    assert!(trained.unwrap().success());
 }
 
 /// A running server; killed when it goes out of scope.
