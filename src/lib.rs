@@ -12,6 +12,7 @@
 //! | look up single rows | [`hashed_embedding()`], [`HashedEmbedding`] |
 //! | choose where values go, or match weights trained in PyTorch | [`Hash`](enum@Hash) |
 //! | train with one pass over memory per step, and resume | [`optim::AdamW`], [`optim::Adagrad`], [`optim::Sgd`] |
+//! | train on several GPUs | [`distributed::Communicator`] |
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
 //! | open what PyTorch saved | [`StateDict`] |
 //! | compress a table that was not hashed | [`HashedEmbeddingBag::fit`] |
@@ -55,6 +56,7 @@ mod bounds;
 pub mod checkpoint;
 mod collection;
 mod config;
+pub mod distributed;
 mod error;
 mod fit;
 mod hash;

@@ -34,7 +34,7 @@ pub struct About {
 /// A data set.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct TrainedOn {
-    /// `generated ratings`, `ratings` or `clicks`.
+    /// `generated ratings`, `ratings`, `interactions` or `clicks`.
     pub kind: String,
     /// A hash of all examples, in hexadecimal.
     pub fingerprint: String,
@@ -74,6 +74,7 @@ impl About {
                 let kind = match ratings.source {
                     Source::Generated { .. } => "generated ratings",
                     Source::Files(_) => "ratings",
+                    Source::Interactions(_) => "interactions",
                 };
                 (kind, Some(fingerprint(&ratings.source.titles()?)))
             }

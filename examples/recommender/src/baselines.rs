@@ -47,7 +47,7 @@ pub fn compare(
     let lists = lists.as_ref();
     let examples = ratings.examples_per_movie();
     let likes: Vec<f64> = ratings
-        .part(part)
+        .examples(part)
         .iter()
         .map(|rating| examples[rating.movie as usize][1].into())
         .collect();

@@ -1,5 +1,7 @@
 //! How good the scores are: the area under the ROC curve, and the logloss.
 
+use std::ops::Range;
+
 use anyhow::{ensure, Result};
 use serde::{Deserialize, Serialize};
 
@@ -37,8 +39,18 @@ pub fn evaluate(model: &Dlrm, examples: &dyn Examples, part: Part) -> Result<Met
 
 /// The logits of the model for a part of some examples, and the labels of these.
 pub fn scored(model: &Dlrm, examples: &dyn Examples, part: Part) -> Result<(Vec<f64>, Vec<bool>)> {
+    scored_at(model, examples, part, 0..examples.len(part))
+}
+
+/// [`scored`], for the examples at these positions of the part.
+pub fn scored_at(
+    model: &Dlrm,
+    examples: &dyn Examples,
+    part: Part,
+    positions: Range<usize>,
+) -> Result<(Vec<f64>, Vec<bool>)> {
     let (mut logits, mut labels) = (Vec::new(), Vec::new());
-    for batch in examples.batches(part, CHUNK, None)? {
+    for batch in examples.batches_at(part, positions, CHUNK, None)? {
         let (batch, batch_labels) = batch?;
         logits.extend(logits_of(model, &batch)?);
         labels.extend(batch_labels);

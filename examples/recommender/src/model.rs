@@ -532,6 +532,7 @@ mod tests {
     fn an_example_does_not_depend_on_its_batch() -> Result<()> {
         let (catalog, model) = model(EmbeddingConfig {
             embedding_dim: 8,
+            inner_dim: None,
             compression: 0.25,
             hash: Hash::default_for(8),
         })?;

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use comfy_table::{presets, Table};
@@ -11,6 +12,7 @@ use crate::data::{Catalog, Clicks, Data, Examples, Ratings, Source, Truth};
 use crate::evaluate::Metrics;
 use crate::model::Dlrm;
 use crate::ranking::{Ranking, RARE};
+use crate::ranks::Ranks;
 use crate::recommend::Recommendation;
 use crate::say;
 use crate::sweep::{Measure, Point};
@@ -30,6 +32,7 @@ fn ratings_introduction(ratings: &Ratings) {
             format!("generated from seed {seed}; --data DIR reads a MovieLens set instead")
         }
         Source::Files(dir) => format!("MovieLens, {}", dir.display()),
+        Source::Interactions(file) => format!("interactions, {}", file.display()),
     };
     let catalog = &ratings.catalog;
     let liked = ratings.rows.iter().filter(|rating| rating.liked).count();
@@ -190,6 +193,24 @@ pub fn comparison(part: &str, lines: &[Line]) {
     }
 }
 
+/// What averaging gradients has taken, if there are several ranks.
+pub fn all_reduce(summary: Summary, ranks: &Ranks) -> Summary {
+    let Some(times) = ranks.all_reduce_times() else {
+        return summary;
+    };
+    let ms = |time: Duration| format!("{:.3} ms", 1e3 * time.as_secs_f64());
+    summary.fact("ranks", ranks.count().to_string()).fact(
+        "all-reduce",
+        format!(
+            "{} bytes a step in {}, fastest {}, {:.1} GB/s bus bandwidth",
+            grouped(times.bytes),
+            ms(times.mean()),
+            ms(times.fastest),
+            times.bus_bandwidth(ranks.count()) / 1e9
+        ),
+    )
+}
+
 /// A user, and the movies recommended to them.
 pub fn recommendations(
     catalog: &Catalog,
@@ -224,59 +245,58 @@ pub fn recommendations(
     say!("\n{table}");
 }
 
-/// Quality, by `measure`, against size, and each hash compared with `baseline`, if that takes part.
-pub fn sweep(points: &[Point], measure: Measure, baseline: &str) {
-    let at = |hash: &str, compression| {
-        let mut points = points.iter();
-        points.find(|point| point.hash == hash && point.compression == compression)
-    };
-    let against = |point: &Point| {
-        let baseline = at(baseline, point.compression)?;
-        (point.hash != baseline.hash).then(|| point.mean() - baseline.mean())
-    };
+/// Quality, by `measure`, against bytes: the points in their order, and what the best of each size has over the plainest one, f32 in
+/// all `columns`.
+pub fn sweep(points: &[Point], measure: Measure, columns: usize) {
     let mut table = table();
     table.set_header([
-        "compression",
+        "size",
         "hash",
+        "columns",
+        "bits",
+        "bytes",
         "parameters",
         &format!("{measure}, mean"),
         "lowest, highest",
-        &format!("against {baseline}"),
+        "lost by rounding",
     ]);
     for point in points {
         let (lowest, highest) = point.range();
         table.add_row([
-            fraction(point.compression),
+            fraction(point.size),
             point.hash.clone(),
+            point.inner_dim.to_string(),
+            point.bits.to_string(),
+            grouped(point.bytes),
             grouped(point.parameters),
             format!("{:.4}", point.mean()),
             format!("{lowest:.4}, {highest:.4}"),
-            against(point).map_or(String::new(), |difference| format!("{difference:+.4}")),
+            match point.bits {
+                32 => String::new(),
+                _ => format!("{:.4}", point.loss),
+            },
         ]);
     }
     say!("\n{table}");
     if measure == Measure::Logloss {
         say!("All labels of the test part are equal, so there is no AUC; less logloss is better.");
     }
-
-    let mut hashes: Vec<&str> = points.iter().map(|point| point.hash.as_str()).collect();
-    hashes.sort_unstable();
-    hashes.dedup();
-    for hash in hashes {
-        let of_hash = points.iter().filter(|point| point.hash == hash);
-        let compared: Vec<_> = of_hash
-            .filter_map(|point| Some((fraction(point.compression), against(point)?)))
-            .collect();
-        let is_ahead = |(_, difference): &&(String, f64)| measure.is_better(*difference);
-        let (ahead, behind): (Vec<_>, Vec<_>) = compared.iter().partition(is_ahead);
-        for (word, those) in [("ahead of", ahead), ("not ahead of", behind)] {
-            let those: Vec<_> = those
-                .iter()
-                .map(|(c, d)| format!("{c} ({d:+.4})"))
-                .collect();
-            if !those.is_empty() {
-                say!("{hash} is {word} {baseline} at {}", those.join(", "));
-            }
+    for of_size in points.chunk_by(|a, b| a.size == b.size) {
+        let is_plainest = |point: &&Point| point.bits == 32 && point.inner_dim == columns;
+        let Some(plainest) = of_size.iter().find(is_plainest) else {
+            continue;
+        };
+        let best = &of_size[0];
+        let difference = best.mean() - plainest.mean();
+        if measure.is_better(difference) {
+            say!(
+                "best at {}: {}, {} columns, {} bits, {difference:+.4} over {} in f32 with {columns}",
+                fraction(best.size),
+                best.hash,
+                best.inner_dim,
+                best.bits,
+                plainest.hash
+            );
         }
     }
 }

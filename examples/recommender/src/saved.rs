@@ -2,7 +2,8 @@
 //!
 //! | tensor | dtype | |
 //! |---|---|---|
-//! | `plain.hashed_weight`, `hashed.hashed_weight` | f32; u8 in 8 or 4 bits | the embedding tables; the crate's metadata says how to read them |
+//! | `plain.hashed_weight`, `narrow.hashed_weight`, `hashed.hashed_weight` | f32; u8 in 8 or 4 bits | the embedding tables; the crate's metadata says how to read them |
+//! | `narrow.projection`, `hashed.projection` | f32 | only of narrow tables: their matrices, `(tables, inner_dim, embedding_dim)` |
 //! | `top.<i>.weight`, `top.<i>.bias` | f32 | the MLP |
 //! | `<table>.rare` | u8 | only with `--min-count`: a bit per row of the table, 1 if the row is rare; rare rows share the first of them |
 //! | `about` | u8 | what the checkpoint says of itself: [`About`], as JSON |
@@ -17,6 +18,7 @@
 //! | `seen.indices`, `seen.offsets` | u32 | the movies that each user has rated |
 //! | `movie.examples` | u32 | of each movie, the ratings of the train part, and how many of those are likes |
 //! | `generator_seed` | i64 | only if trained on generated data: its seed |
+//! | `interactions` | i64 | only if trained on interactions: how many |
 //!
 //! A model of clicks, a [`ClickModel`], needs only its hash:
 //!
@@ -25,6 +27,7 @@
 //! | `bottom.<i>.weight`, `bottom.<i>.bias` | f32 | the MLP of the numbers |
 //! | `clicks.counts` | i64 | how many examples the log had, and how many were clicked |
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
@@ -49,7 +52,15 @@ pub struct Recommender {
     pub examples: Option<Vec<[u32; 2]>>,
     /// What the checkpoint says of itself, if it does.
     pub about: Option<About>,
-    generator_seed: Option<u64>,
+    kind: Kind,
+}
+
+/// What a model of ratings was trained on.
+#[derive(Clone, Copy)]
+enum Kind {
+    Generated { seed: u64 },
+    MovieLens,
+    Interactions,
 }
 
 /// A trained model of clicks.
@@ -85,7 +96,10 @@ pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data, about: &About
     match data {
         Data::Ratings(ratings) => {
             let Ratings {
-                source, catalog, ..
+                source,
+                catalog,
+                rows,
+                ..
             } = ratings;
             let examples = ratings.examples_per_movie();
             let shape = (examples.len(), 2);
@@ -94,8 +108,14 @@ pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data, about: &About
             put_entities(&mut tensors, "user", &catalog.users)?;
             put_entities(&mut tensors, "movie", &catalog.movies)?;
             put_bags(&mut tensors, "seen", &catalog.seen)?;
-            if let Source::Generated { seed } = source {
-                put(&mut tensors, "generator_seed", &[*seed as i64])?;
+            match source {
+                Source::Generated { seed } => {
+                    put(&mut tensors, "generator_seed", &[*seed as i64])?;
+                }
+                Source::Files(_) => {}
+                Source::Interactions(_) => {
+                    put(&mut tensors, "interactions", &[rows.len() as i64])?;
+                }
             }
         }
         Data::Clicks(clicks) => put(&mut tensors, CLICK_COUNTS, &counts(clicks))?,
@@ -124,27 +144,44 @@ impl Recommender {
             seen,
         };
         let model = Dlrm::open(&catalog.schema(), checkpoint, device)?;
-        let seed: Option<Vec<i64>> = get(checkpoint, "generator_seed").ok();
+        let number = |name| -> Option<i64> { get(checkpoint, name).ok()?.first().copied() };
+        let kind = match (number("generator_seed"), number("interactions")) {
+            (Some(seed), _) => Kind::Generated { seed: seed as u64 },
+            (None, Some(_)) => Kind::Interactions,
+            (None, None) => Kind::MovieLens,
+        };
         Ok(Self {
             examples: examples(checkpoint, catalog.movies.ids.len())?,
             about: about(checkpoint)?,
             catalog,
             model,
-            generator_seed: seed.and_then(|seed| seed.first().map(|&seed| seed as u64)),
+            kind,
         })
     }
 
-    /// The source of its ratings: the folder `dir`, or the generator, if they were generated.
-    pub fn source(&self, dir: Option<PathBuf>) -> Result<Source> {
-        match (self.generator_seed, dir) {
-            (Some(seed), None) => Ok(Source::Generated { seed }),
-            (None, Some(dir)) => Ok(Source::Files(dir)),
-            (Some(_), Some(_)) => {
+    /// The source of its ratings: the folder or file `path`, or the generator, if they were generated.
+    pub fn source(&self, path: Option<PathBuf>) -> Result<Source> {
+        match (self.kind, path) {
+            (Kind::Generated { seed }, None) => Ok(Source::Generated { seed }),
+            (Kind::MovieLens, Some(dir)) => Ok(Source::Files(dir)),
+            (Kind::Interactions, Some(file)) => Ok(Source::Interactions(file)),
+            (Kind::Generated { .. }, Some(_)) => {
                 bail!("the checkpoint was trained on generated ratings: leave out --data")
             }
-            (None, None) => {
+            (Kind::MovieLens, None) => {
                 bail!("the checkpoint was trained on a MovieLens set: name its folder with --data")
             }
+            (Kind::Interactions, None) => {
+                bail!("the checkpoint was trained on interactions: name their file with --data")
+            }
+        }
+    }
+
+    /// The titles of all movies by published id, without reading a rating. Items of interactions have none.
+    pub fn titles(&self, path: Option<PathBuf>) -> Result<BTreeMap<i64, String>> {
+        match self.kind {
+            Kind::Interactions => Ok(BTreeMap::new()),
+            Kind::Generated { .. } | Kind::MovieLens => self.source(path)?.titles(),
         }
     }
 

@@ -6,12 +6,16 @@
 //! cargo run --release -p recommender -- --data ml-1m            the same on a MovieLens set
 //! cargo run --release -p recommender -- recommend --user 42 --data ml-1m
 //! cargo run --release -p recommender -- --data train.txt --format criteo     a click log
+//! cargo run --release -p recommender -- --data pairs.txt --format interactions
 //! cargo run --release -p recommender -- sweep --data ml-1m      quality against size
+//! torchrun --no-python --nproc-per-node 2 recommender train --data train.txt --format criteo --device cuda     on two GPUs
 //! ```
 
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
+use candle_hashed_embedding_bag::distributed::World;
+use candle_hashed_embedding_bag::optim::named_variables;
 use candle_nn::VarMap;
 use clap::Parser;
 
@@ -19,7 +23,6 @@ use recommender::about::{About, Reached};
 use recommender::allocator::{keep_memory, Allocator};
 use recommender::baselines::compare;
 use recommender::data::{write_generated, Data, Part};
-use recommender::evaluate::evaluate;
 use recommender::model::Dlrm;
 use recommender::options::{self, Command, Format, Options, TableBits};
 use recommender::output;
@@ -36,8 +39,15 @@ static ALLOCATOR: Allocator = Allocator {};
 
 fn main() -> Result<()> {
     keep_memory();
-    match Options::parse().command() {
-        Command::Train(options) => train_and_save(&options),
+    let command = Options::parse().command();
+    let world = World::from_env()?.unwrap_or_else(World::single);
+    ensure!(
+        world.size <= 1 || matches!(command, Command::Train(_)),
+        "only `train` runs on several ranks, and WORLD_SIZE is {}",
+        world.size
+    );
+    match command {
+        Command::Train(options) => train_and_save(&options, &world),
         Command::Evaluate(options) => evaluate_saved(&options),
         Command::Recommend(options) => print_recommendations(&options),
         Command::Sweep(options) => sweep(&options),
@@ -47,10 +57,15 @@ fn main() -> Result<()> {
     output::finish()
 }
 
-fn train_and_save(options: &options::Train) -> Result<()> {
+fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
     let start = Instant::now();
-    let (path, device) = (options.common.checkpoint(), options.common.device()?);
-    output::ensure_replaceable(&path)?;
+    let (path, device) = (options.common.checkpoint(), options.device(world)?);
+    let ranks = options.connect(world, &device)?;
+    if ranks.is_first() {
+        output::ensure_replaceable(&path)?;
+    } else {
+        output::silence();
+    }
     let data = options.load()?;
     let examples = data.examples();
     let counts = TrainCounts::of(examples)?;
@@ -65,9 +80,11 @@ fn train_and_save(options: &options::Train) -> Result<()> {
         .with_precision(options.precision())?;
     report::introduction(&data, &model);
 
-    let settings = options.settings(&data);
-    let best = train::train(&model, &vars, examples, settings)?;
-    let test = evaluate(&model, examples, Part::Test)?;
+    let settings = options.settings_on(&ranks, &data);
+    let saving = options.saving(&path, &data, &settings, &ranks);
+    ranks.ensure_same(&saving.facts, &named_variables(&vars)?)?;
+    let best = train::train_on(&ranks, &saving, &model, &vars, examples, settings)?;
+    let test = ranks.evaluate(&model, examples, Part::Test)?;
     let mut summary = Summary::default()
         .fact("best epoch", best.epoch.to_string())
         .metrics("valid", best.valid)
@@ -75,7 +92,7 @@ fn train_and_save(options: &options::Train) -> Result<()> {
     let (mut kept, mut kept_test) = (model.clone(), test);
     if let TableBits::Rounded(bits) = options.bits {
         let (rounded, errors) = model.to_bits(bits)?;
-        kept_test = evaluate(&rounded, examples, Part::Test)?;
+        kept_test = ranks.evaluate(&rounded, examples, Part::Test)?;
         kept = rounded;
         let errors: Vec<_> = errors
             .iter()
@@ -100,22 +117,26 @@ fn train_and_save(options: &options::Train) -> Result<()> {
     };
     let hyper_parameters = options.hyper_parameters(&settings);
     let about = About::new(&data, &counts, hyper_parameters, reached)?;
-    saved::save(&path, &kept, &vars, &data, &about)?;
-    summary
-        .ranking(ranking)
-        .best_reachable(data.truth())
-        .parameters(&model)
-        .checkpoint(&path)?
-        .fact(
-            "seconds",
-            format!(
-                "{:.1} training, {:.1} in all",
-                best.seconds,
-                start.elapsed().as_secs_f64()
-            ),
-        )
-        .fact("speed", report::rate(best.rate))
-        .print();
+    if ranks.is_first() {
+        saved::save(&path, &kept, &vars, &data, &about)?;
+        saving.remove()?;
+        let summary = summary
+            .ranking(ranking)
+            .best_reachable(data.truth())
+            .parameters(&model)
+            .checkpoint(&path)?
+            .fact(
+                "seconds",
+                format!(
+                    "{:.1} training, {:.1} in all",
+                    best.seconds,
+                    start.elapsed().as_secs_f64()
+                ),
+            )
+            .fact("speed", report::rate(best.rate));
+        report::all_reduce(summary, &ranks).print();
+    }
+    ranks.leave()?;
     best.ensure_converged()
 }
 
@@ -123,7 +144,7 @@ fn evaluate_saved(options: &options::Evaluate) -> Result<()> {
     let (common, reading) = (&options.common, &options.reading);
     let (path, device) = (common.checkpoint(), common.device()?);
     let (model, about, data) = match reading.format {
-        Format::Movielens => {
+        Format::Movielens | Format::Interactions => {
             let recommender = Recommender::open(&path, &device)?;
             let ratings = recommender.ratings(common.data.clone())?;
             (recommender.model, recommender.about, Data::Ratings(ratings))
@@ -148,7 +169,7 @@ fn print_recommendations(options: &options::Recommend) -> Result<()> {
     let recommender = Recommender::open(&options.common.checkpoint(), &options.common.device()?)?;
     let user = user_row(&recommender, options.user)?;
     let movies = recommend(&recommender, user, 10)?;
-    let titles = recommender.source(options.common.data.clone())?.titles()?;
+    let titles = recommender.titles(options.common.data.clone())?;
     report::recommendations(&recommender.catalog, user, &titles, &movies);
     Ok(())
 }
