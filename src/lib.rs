@@ -47,7 +47,8 @@
 //! On a CPU, set `CANDLE_NUM_THREADS` in a container that may use fewer cores than the machine has, and use an allocator that reuses
 //! and aligns memory, such as mimalloc.
 //!
-//! The feature `cuda` adds the CUDA kernels; it needs `nvcc`, and a driver at least as new as the toolkit.
+//! The feature `cuda` adds the CUDA kernels; it needs `nvcc`, and a driver at least as new as the toolkit. The feature `nccl` adds training on
+//! several GPUs; NCCL itself is needed only to run that.
 
 #![warn(missing_docs)]
 
@@ -87,6 +88,8 @@ pub use op::{Gradient, Mode, SparseGradient};
 mod documents {
     #[doc = include_str!("../README.md")]
     struct Readme;
+    #[doc = include_str!("../docs/distributed.md")]
+    struct Distributed;
     #[doc = include_str!("../docs/format.md")]
     struct Format;
     #[doc = include_str!("../docs/performance.md")]

@@ -232,12 +232,13 @@ impl Communicator {
     /// Sets the variables to the values they have at rank 0.
     ///
     /// # Errors
-    /// If a variable has a dtype other than f32, f64, f16 or bf16, or is on another device; a rank that was lost; what the device says.
+    /// If a variable has a dtype other than f32, f64, f16 or bf16, or is on another device, or has sparse gradients, which could not be
+    /// averaged later; a rank that was lost; what the device says.
     pub fn broadcast(&self, vars: &[(String, Var)]) -> Result<()> {
-        self.check_variables(vars)?;
         if self.ranks.is_none() {
             return Ok(());
         }
+        self.check_variables(vars)?;
         let values: Vec<_> = vars
             .iter()
             .map(|(_, var)| var.as_tensor().clone())
@@ -268,9 +269,6 @@ impl Communicator {
         self.check_variables(vars)?;
         let mut values = vec![];
         for (name, var) in vars {
-            if SparseGradient::find(var).is_some() {
-                bail!("{name} has sparse gradients, which ranks cannot average: build its layer without `sparse`");
-            }
             let Some(gradient) = grads.get(var) else {
                 bail!("{name} has no gradient to average");
             };
@@ -349,6 +347,9 @@ impl Communicator {
             let dtype = var.dtype();
             if !WEIGHT_DTYPES.contains(&dtype) {
                 bail!("{name} must have one of the dtypes {WEIGHT_DTYPES:?}, got {dtype:?}");
+            }
+            if SparseGradient::find(var).is_some() {
+                bail!("{name} has sparse gradients, which ranks cannot average: build its layer without `sparse`");
             }
             if !var.device().same_device(&self.device) {
                 bail!(

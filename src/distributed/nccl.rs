@@ -300,13 +300,17 @@ impl Engine for Watched {
             }
         }
         match &*lock(&self.0.waiting) {
-            Waiting::Start(since) if since.elapsed() > limit => Some(format!(
-                "NCCL has not connected the ranks within {limit:?}"
-            )),
-            Waiting::Collective(since, done) if since.elapsed() > limit && !done.is_complete() => {
-                Some(format!(
-                    "a collective of NCCL is not done after {limit:?}, though no rank is late to start it"
-                ))
+            Waiting::Start(since) if since.elapsed() > limit => {
+                Some(format!("NCCL has not connected the ranks within {limit:?}"))
+            }
+            Waiting::Collective(since, done) if since.elapsed() > limit => {
+                match self.0.stream.context().bind_to_thread().and_then(|()| done.try_is_complete()) {
+                    Ok(true) => None,
+                    Ok(false) => Some(format!(
+                        "a collective of NCCL is not done after {limit:?}, though no rank is late to start it"
+                    )),
+                    Err(e) => Some(format!("CUDA: {e}")),
+                }
             }
             _ => None,
         }

@@ -1,4 +1,4 @@
-//! Ranks as threads of one process, on the CPU.
+//! Ranks as threads of one process, on the CPU and, with the feature `nccl`, on as many GPUs.
 
 use super::channel::tests::free_port;
 use super::*;
@@ -20,19 +20,43 @@ fn worlds(size: usize) -> Vec<World> {
     ranks.map(world).collect()
 }
 
-/// What each rank returns.
-fn on_ranks<T: Send>(
-    size: usize,
+/// What each of these devices' ranks returns.
+fn on_devices<T: Send>(
+    devices: &[Device],
     work: impl Fn(Communicator) -> Result<T> + Sync,
 ) -> Vec<Result<T>> {
     let work = &work;
     thread::scope(|scope| {
-        let ranks = worlds(size).into_iter().map(|world| {
-            scope.spawn(move || work(Communicator::new(&world, &Device::Cpu, LIMIT)?))
-        });
+        let ranks = worlds(devices.len())
+            .into_iter()
+            .zip(devices)
+            .map(|(world, device)| {
+                scope.spawn(move || work(Communicator::new(&world, device, LIMIT)?))
+            });
         let ranks: Vec<_> = ranks.collect();
         ranks.into_iter().map(|rank| rank.join().unwrap()).collect()
     })
+}
+
+fn on_ranks<T: Send>(
+    size: usize,
+    work: impl Fn(Communicator) -> Result<T> + Sync,
+) -> Vec<Result<T>> {
+    on_devices(&vec![Device::Cpu; size], work)
+}
+
+/// The CPU as several devices and, where there are as many, GPUs.
+fn devices(size: usize) -> Result<Vec<Vec<Device>>> {
+    #[allow(unused_mut)] // without the feature
+    let mut kinds = vec![vec![Device::Cpu; size]];
+    #[cfg(feature = "nccl")]
+    match cudarc::driver::CudaContext::device_count() {
+        Ok(gpus) if gpus as usize >= size => {
+            kinds.push((0..size).map(Device::new_cuda).collect::<Result<_>>()?);
+        }
+        _ => println!("skipped on CUDA: fewer than {size} GPUs"),
+    }
+    Ok(kinds)
 }
 
 /// The error of each rank.
@@ -43,8 +67,8 @@ fn errors<T>(results: Vec<Result<T>>) -> Vec<String> {
     errors.map(first_line).collect()
 }
 
-fn var(values: &[f64], dtype: DType) -> Result<Var> {
-    Var::from_tensor(&Tensor::new(values, &Device::Cpu)?.to_dtype(dtype)?)
+fn var(values: &[f64], dtype: DType, device: &Device) -> Result<Var> {
+    Var::from_tensor(&Tensor::new(values, device)?.to_dtype(dtype)?)
 }
 
 fn values(tensor: &Tensor) -> Result<Vec<f64>> {
@@ -53,36 +77,113 @@ fn values(tensor: &Tensor) -> Result<Vec<f64>> {
 
 #[test]
 fn gradients_are_averaged_in_every_dtype() -> Result<()> {
-    let results = on_ranks(3, |communicator| {
-        let rank = communicator.rank() as f64;
-        let mut vars = vec![];
-        for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
-            vars.push((format!("{dtype:?}"), var(&[rank, 1.0, -2.0], dtype)?));
+    for devices in devices(2)? {
+        for averages in on_devices(&devices, averages) {
+            // d/dx (rank + 1) x² = 2 (rank + 1) x, on the average 3 x.
+            assert_eq!(averages?, vec![vec![0.0, 3.0, -6.0]; 4]);
         }
-        communicator.ensure_same(&[("examples", "3".to_owned())], &vars)?;
-        communicator.broadcast(&vars)?;
-        for (_, var) in &vars {
-            assert_eq!(values(var)?, [0.0, 1.0, -2.0]);
+    }
+    Ok(())
+}
+
+/// The gradients of `(rank + 1) x²` in all dtypes, as they are after averaging.
+fn averages(communicator: Communicator) -> Result<Vec<Vec<f64>>> {
+    let rank = communicator.rank() as f64;
+    let mut vars = vec![];
+    for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+        let var = var(&[rank, 1.0, -2.0], dtype, &communicator.device)?;
+        vars.push((format!("{dtype:?}"), var));
+    }
+    communicator.ensure_same(&[("examples", "3".to_owned())], &vars)?;
+    communicator.broadcast(&vars)?;
+    for (_, var) in &vars {
+        assert_eq!(values(var)?, [0.0, 1.0, -2.0]);
+    }
+    let mut loss = Tensor::zeros((), DType::F64, &communicator.device)?;
+    for (_, var) in &vars {
+        let squares = (var.sqr()? * (rank + 1.0))?.sum_all()?;
+        loss = (loss + squares.to_dtype(DType::F64)?)?;
+    }
+    let mut gradients = loss.backward()?;
+    communicator.average_gradients(&vars, &mut gradients)?;
+    let mut averages = vec![];
+    for (_, var) in &vars {
+        let gradient = gradients.get(var).unwrap();
+        assert_eq!(
+            (gradient.dtype(), gradient.dims()),
+            (var.dtype(), var.dims())
+        );
+        averages.push(values(gradient)?);
+    }
+    communicator.barrier()?;
+    let times = communicator.all_reduce_times();
+    assert_eq!((times.calls, times.bytes), (1, 3 * (4 + 8 + 2 + 2)));
+    communicator.leave()?;
+    Ok(averages)
+}
+
+/// Tensors that fill several buffers, in another order of dtypes.
+#[test]
+fn replicas_stay_the_same_bits() -> Result<()> {
+    use crate::optim::{AdamW, ParamsAdamW};
+    use candle_nn::Optimizer;
+
+    for devices in devices(2)? {
+        let replicas = on_devices(&devices, |communicator| {
+            let mut vars = vec![];
+            for (i, len) in [3, 20_000_000, 1, 1000].into_iter().enumerate() {
+                let values = Tensor::rand(-1f32, 1., len, &communicator.device)?;
+                vars.push((format!("var{i}"), Var::from_tensor(&values)?));
+            }
+            communicator.broadcast(&vars)?;
+            let mut optimizer = AdamW::with_names(vars.clone(), ParamsAdamW::default())?;
+            for _ in 0..2 {
+                let mut loss = Tensor::zeros((), DType::F32, &communicator.device)?;
+                for (_, var) in &vars {
+                    let noise = Tensor::rand(-1f32, 1., var.dims(), &communicator.device)?;
+                    loss = (loss + (var.as_tensor() * noise)?.sum_all()?)?;
+                }
+                let mut gradients = loss.backward()?;
+                communicator.average_gradients(&vars, &mut gradients)?;
+                optimizer.step(&gradients)?;
+            }
+            let vars = vars.iter().map(|(_, var)| var.to_vec1::<f32>());
+            let vars: Vec<_> = vars.collect::<Result<_>>()?;
+            communicator.leave()?;
+            Ok(vars)
+        });
+        let mut replicas = replicas.into_iter();
+        let first = replicas.next().unwrap()?;
+        for replica in replicas {
+            assert!(replica? == first);
         }
-        // d/dx (rank + 1) x² = 2 (rank + 1) x, on the average 4 x.
-        let mut averages = vec![];
-        for (name, var) in &vars {
-            let loss = (var.sqr()? * (rank + 1.0))?.sum_all()?;
-            let mut gradients = loss.backward()?;
-            let named = [(name.clone(), var.clone())];
-            communicator.average_gradients(&named, &mut gradients)?;
-            let gradient = gradients.get(var).unwrap();
-            assert_eq!(gradient.dtype(), var.dtype());
-            averages.push(values(gradient)?);
-        }
-        communicator.barrier()?;
-        let times = communicator.all_reduce_times();
-        assert_eq!((times.calls, times.bytes), (4, 6));
-        communicator.leave()?;
-        Ok(averages)
-    });
-    for averages in results {
-        assert_eq!(averages?, vec![vec![0.0, 4.0, -8.0]; 4]);
+    }
+    Ok(())
+}
+
+/// The other's all-reduce would wait forever, on the device.
+#[test]
+fn a_rank_that_ends_frees_the_device_of_the_other() -> Result<()> {
+    for devices in devices(2)? {
+        let results = on_devices(&devices, |communicator| {
+            let vars = [(
+                "x".to_owned(),
+                var(&[1.0], DType::F32, &communicator.device)?,
+            )];
+            communicator.broadcast(&vars)?;
+            communicator.device.synchronize()?;
+            communicator.barrier()?;
+            if communicator.rank() == 1 {
+                return Ok(String::new());
+            }
+            let mut gradients = vars[0].1.sqr()?.sum_all()?.backward()?;
+            let averaged = communicator.average_gradients(&vars, &mut gradients);
+            communicator.device.synchronize()?;
+            let error = averaged.and(communicator.check()).unwrap_err();
+            Ok(error.to_string())
+        });
+        let said = results.into_iter().next().unwrap()?;
+        assert!(said.contains("rank 1 (127.0.0.1) has ended"), "{said}");
     }
     Ok(())
 }
@@ -90,7 +191,7 @@ fn gradients_are_averaged_in_every_dtype() -> Result<()> {
 #[test]
 fn one_process_needs_no_other() -> Result<()> {
     let communicator = Communicator::new(&World::single(), &Device::Cpu, LIMIT)?;
-    let vars = [("x".to_owned(), var(&[1.0, 2.0], DType::F32)?)];
+    let vars = [("x".to_owned(), var(&[1.0, 2.0], DType::F32, &Device::Cpu)?)];
     communicator.ensure_same(&[], &vars)?;
     communicator.broadcast(&vars)?;
     let mut gradients = vars[0].1.sqr()?.sum_all()?.backward()?;
@@ -124,7 +225,7 @@ fn what_differs_between_ranks_is_named_on_all() -> Result<()> {
     let facts = |examples: usize, names: &[&str], dtype| -> Result<Facts> {
         let vars = names
             .iter()
-            .map(|name| Ok((name.to_string(), var(&[1.0], dtype)?)));
+            .map(|name| Ok((name.to_string(), var(&[1.0], dtype, &Device::Cpu)?)));
         let facts = vec![("examples", examples.to_string())];
         Ok((facts, vars.collect::<Result<_>>()?))
     };
@@ -166,7 +267,8 @@ fn gradients_that_cannot_be_averaged_are_refused_by_name() -> Result<()> {
         ..Default::default()
     };
     let results = on_ranks(2, |communicator| {
-        let (x, y) = (var(&[1.0], DType::F32)?, var(&[1.0], DType::F32)?);
+        let var = || var(&[1.0], DType::F32, &Device::Cpu);
+        let (x, y) = (var()?, var()?);
         let mut gradients = x.sqr()?.sum_all()?.backward()?;
         let vars = candle_nn::VarMap::new();
         let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);

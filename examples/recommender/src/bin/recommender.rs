@@ -82,6 +82,9 @@ fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
 
     let settings = options.settings_on(&ranks, &data);
     let saving = options.saving(&path, &data, &settings, &ranks);
+    if saving.every.is_some() && ranks.is_first() {
+        output::ensure_replaceable(&saving.path)?;
+    }
     ranks.ensure_same(&saving.facts, &named_variables(&vars)?)?;
     let best = train::train_on(&ranks, &saving, &model, &vars, examples, settings)?;
     let test = ranks.evaluate(&model, examples, Part::Test)?;
