@@ -144,7 +144,7 @@ fn add_bias_of<T: Float>(
     columns: usize,
     relu: bool,
 ) -> Result<()> {
-    let aligned = u32::from(bias.1.start_offset() % 4 == 0);
+    let aligned = u32::from(bias.1.start_offset().is_multiple_of(4));
     let (device, bias) = (y.device.clone(), view::<T>(bias)?);
     let y = y.as_cuda_slice_mut::<T>()?;
     let (config, columns) = (strided(rows * columns / 4), size(columns)?);
