@@ -32,6 +32,7 @@
 //! | [`recommend`] | the best unseen movies |
 //! | [`score`] | a probability for each line of a file |
 //! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
+//! | [`progress`] | how far an epoch is |
 //! | [`report`] | what is printed |
 //! | [`catalogue`] | how the movies of a model differ from those of another |
 //! | [`threads`] | how many compute |
@@ -58,6 +59,7 @@ pub mod order;
 pub mod output;
 pub mod popularity;
 pub mod profiles;
+pub mod progress;
 pub mod ranking;
 pub mod ranks;
 pub mod rare;

@@ -13,16 +13,21 @@ use candle_hashed_embedding_bag::{Bits, Hash};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::{json, Value};
 
-use crate::data::{Clicks, Data, Part, Source};
+use crate::data::{Clicks, Data, Part, Rules, Source, Split};
 use crate::embeddings::EmbeddingConfig;
 use crate::model::{ModelConfig, Precision, HIDDEN};
 use crate::ops::TopInput;
 use crate::ranks::Ranks;
 use crate::resume::Saving;
-use crate::train::Settings;
+use crate::train::{Settings, MLP_DECAY};
 
 const STEPS_PER_EPOCH: usize = 400;
 const LARGEST_BATCH: usize = 4096;
+/// Smaller ones take as long as this, and learn from noise.
+const SMALLEST_BATCH: usize = 32;
+/// Steps that a training needs at least, for which a short log is read several times.
+const FEWEST_STEPS: usize = 150;
+const MOST_AGAIN: usize = 4;
 
 /// The embedding tables learn this much faster than the MLPs: a row is updated by few of the examples.
 const TABLE_SPEED: f64 = 3.0;
@@ -93,7 +98,7 @@ pub struct Train {
     fit: Fit,
     /// Parameters kept per value of the embedding tables, such as 1/16 or 0.0625; 1 is plain tables, not hashed.
     /// [default: 1/2 of MovieLens, else 1/16].
-    #[arg(long, value_parser = parse_compression)]
+    #[arg(long, allow_negative_numbers = true, value_parser = parse_compression)]
     compression: Option<f64>,
     #[arg(long, default_value = "default", help = HASH_HELP)]
     hash: HashChoice,
@@ -111,8 +116,12 @@ pub struct Train {
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
     /// Learning rate of the embedding tables in the first step [default: 3 times --lr].
-    #[arg(long, value_parser = parse_lr)]
+    #[arg(long, allow_negative_numbers = true, value_parser = parse_lr)]
     table_lr: Option<f64>,
+    #[command(flatten)]
+    labels: Labels,
+    #[command(flatten)]
+    knobs: Knobs,
     #[command(flatten)]
     layers: Layers,
     /// Precision of matrix products on a GPU.
@@ -266,14 +275,14 @@ struct Fit {
     /// Of a click log, the rows of each category's table; categories are hashed into them [default: 100000, or as prepared].
     #[arg(long, value_name = "ROWS", requires = "format")]
     rows_per_field: Option<NonZeroU32>,
-    /// Passes over the train part [default: 8 of ratings, 1 of clicks].
+    /// Passes over the train part [default: 8 of ratings, 1 of clicks, and up to 4 of a short log].
     #[arg(long)]
     epochs: Option<NonZeroUsize>,
-    /// Examples per step, of all ranks together [default: such that an epoch has about 400 steps, at most about 4096].
+    /// Examples per step, of all ranks together [default: such that an epoch has about 400 steps, at least 32 and at most about 4096].
     #[arg(long)]
     batch_size: Option<NonZeroUsize>,
     /// Learning rate of the first step; it falls linearly to zero.
-    #[arg(long, default_value = "0.002", value_parser = parse_lr)]
+    #[arg(long, default_value = "0.002", allow_negative_numbers = true, value_parser = parse_lr)]
     lr: f64,
 }
 
@@ -299,6 +308,48 @@ struct RankOptions {
     /// How long a rank may keep the others waiting before it counts as lost.
     #[arg(long, value_name = "SECONDS", default_value = "120")]
     rank_timeout: NonZeroU32,
+}
+
+/// What is learnt of a MovieLens set.
+#[derive(Args)]
+struct Labels {
+    /// The fewest stars that count as liked.
+    #[arg(long, value_name = "STARS", default_value = "4", allow_negative_numbers = true, value_parser = parse_stars)]
+    like_from: f32,
+    /// How ratings are divided into the train, valid and test parts, 8 : 1 : 1.
+    #[arg(long, value_enum, default_value_t = SplitKind::Hash)]
+    split: SplitKind,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SplitKind {
+    /// By a hash of the row number.
+    Hash,
+    /// By the time of the rating: the first eight tenths are the train part.
+    Time,
+}
+
+/// How the training goes, beside the rate of learning.
+#[derive(Args)]
+struct Knobs {
+    /// End the training after so many epochs without a better one. The learning rate falls as if it did not end.
+    #[arg(long, value_name = "EPOCHS")]
+    patience: Option<NonZeroUsize>,
+    /// Weight decay of the MLPs.
+    #[arg(long, default_value = "0.01", allow_negative_numbers = true, value_parser = parse_decay)]
+    weight_decay: f64,
+    /// Weight decay of the embedding tables [default: 3 times the root of --compression for ratings, 0 for clicks].
+    #[arg(long, allow_negative_numbers = true, value_parser = parse_decay)]
+    table_decay: Option<f64>,
+    /// How often an example that is liked or clicked counts. Probabilities grow with it.
+    #[arg(long, default_value = "1", value_name = "WEIGHT", allow_negative_numbers = true, value_parser = parse_lr)]
+    positive_weight: f64,
+    /// Begin with the values of this checkpoint and not with random ones. It must have the same tables, in f32 (--bits 32).
+    #[arg(long, value_name = "FILE")]
+    warm_start: Option<PathBuf>,
+    /// Seconds between lines of progress, if the standard error is no terminal.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    progress_seconds: u32,
 }
 
 /// The layers that follow the embedding tables.
@@ -435,7 +486,8 @@ impl Train {
 
     pub fn load(&self) -> Result<Data> {
         let data = self.common.data.as_deref();
-        self.reading.load(data, self.fit.rows_per_field, self.seed)
+        self.reading
+            .load(data, self.fit.rows_per_field, self.seed, self.rules())
     }
 
     pub fn model_config(&self) -> ModelConfig {
@@ -504,6 +556,21 @@ impl Train {
         }
     }
 
+    fn rules(&self) -> Rules {
+        Rules {
+            like_from: self.labels.like_from,
+            split: match self.labels.split {
+                SplitKind::Hash => Split::Hash,
+                SplitKind::Time => Split::Time,
+            },
+        }
+    }
+
+    /// The checkpoint to begin with.
+    pub fn warm_start(&self) -> Option<&Path> {
+        self.knobs.warm_start.as_deref()
+    }
+
     /// What decides the model besides the data, by the names of the command line.
     pub fn hyper_parameters(&self, settings: &Settings) -> Value {
         json!({
@@ -521,6 +588,12 @@ impl Train {
             "lr": settings.lr,
             "table-lr": settings.table_lr,
             "table-decay": settings.table_decay,
+            "weight-decay": settings.mlp_decay,
+            "positive-weight": settings.positive_weight,
+            "patience": settings.patience,
+            "warm-start": self.knobs.warm_start.is_some(),
+            "like-from": self.labels.like_from,
+            "split": name(&self.labels.split),
             "precision": name(&self.precision),
             "seed": self.seed,
         })
@@ -544,15 +617,20 @@ impl Train {
     }
 
     pub fn settings(&self, data: &Data) -> Settings {
+        let projected = self.inner_dim.is_some();
+        let of_fit = self
+            .fit
+            .settings(data, self.compression(), projected, self.seed);
+        let knobs = &self.knobs;
         Settings {
             table_lr: self.table_lr.unwrap_or(TABLE_SPEED * self.fit.lr),
+            table_decay: knobs.table_decay.unwrap_or(of_fit.table_decay),
+            mlp_decay: knobs.weight_decay,
+            positive_weight: knobs.positive_weight,
+            patience: knobs.patience,
+            progress: Duration::from_secs(knobs.progress_seconds.into()),
             resident: self.resident,
-            ..self.fit.settings(
-                data,
-                self.compression(),
-                self.inner_dim.is_some(),
-                self.seed,
-            )
+            ..of_fit
         }
     }
 }
@@ -561,7 +639,8 @@ impl Sweep {
     /// The examples, which no seed of the sweep changes.
     pub fn load(&self) -> Result<Data> {
         let data = self.data.as_deref();
-        self.reading.load(data, self.fit.rows_per_field, 1)
+        self.reading
+            .load(data, self.fit.rows_per_field, 1, Rules::default())
     }
 
     pub fn device(&self) -> Result<Device> {
@@ -606,12 +685,31 @@ impl Prepare {
 }
 
 impl Reading {
-    fn load(&self, path: Option<&Path>, rows: Option<NonZeroU32>, seed: u64) -> Result<Data> {
+    fn load(
+        &self,
+        path: Option<&Path>,
+        rows: Option<NonZeroU32>,
+        seed: u64,
+        rules: Rules,
+    ) -> Result<Data> {
+        ensure!(
+            self.format == Format::Movielens || rules == Rules::default(),
+            "--like-from and --split are for ratings with stars and times: leave out --format"
+        );
         Ok(match self.format {
             Format::Movielens => {
                 let source = match path {
-                    Some(dir) => Source::Files(dir.to_owned()),
-                    None => Source::Generated { seed },
+                    Some(dir) => Source::Files {
+                        dir: dir.to_owned(),
+                        rules,
+                    },
+                    None => {
+                        ensure!(
+                            rules == Rules::default(),
+                            "--like-from and --split need --data: generated ratings have neither stars nor times"
+                        );
+                        Source::Generated { seed }
+                    }
                 };
                 Data::Ratings(source.load()?)
             }
@@ -700,7 +798,7 @@ impl Fit {
             Data::Ratings(ratings) => {
                 let decay = match ratings.source {
                     Source::Interactions(_) => INTERACTIONS_DECAY,
-                    Source::Generated { .. } | Source::Files(_) => TABLE_DECAY,
+                    Source::Generated { .. } | Source::Files { .. } => TABLE_DECAY,
                 };
                 let decay = match projected {
                     true => PROJECTED_DECAY * decay,
@@ -712,14 +810,26 @@ impl Fit {
         };
         // Weight decay acts once per step, so it is the number of steps that must not depend on the size of the data for
         // one setting to suit all of it.
-        let batch_size = data.examples().len(Part::Train).div_ceil(STEPS_PER_EPOCH);
-        let batch_size = batch_size.clamp(1, LARGEST_BATCH);
+        let examples = data.examples().len(Part::Train);
+        let batch_size = examples.div_ceil(STEPS_PER_EPOCH);
+        let batch_size = batch_size.clamp(SMALLEST_BATCH, LARGEST_BATCH);
+        let batch_size = self.batch_size.map_or(batch_size, NonZeroUsize::get);
+        // A short log is read again, as its one epoch would have too few steps.
+        let again = match data {
+            Data::Clicks(_) => FEWEST_STEPS.div_ceil(examples.div_ceil(batch_size).max(1)),
+            Data::Ratings(_) => 1,
+        };
+        let epochs = epochs * again.clamp(1, MOST_AGAIN);
         Settings {
             epochs: self.epochs.map_or(epochs, NonZeroUsize::get),
-            batch_size: self.batch_size.map_or(batch_size, NonZeroUsize::get),
+            batch_size,
             lr: self.lr,
             table_lr: TABLE_SPEED * self.lr,
             table_decay,
+            mlp_decay: MLP_DECAY,
+            positive_weight: 1.0,
+            patience: None,
+            progress: Duration::from_secs(30),
             seed,
             resident: false,
         }
@@ -783,17 +893,15 @@ fn parse_inner_dim(text: &str) -> Result<InnerDim> {
 }
 
 fn parse_compression(text: &str) -> Result<f64> {
+    let number = |text: &str| text.trim().parse::<f64>().ok();
     let value = match text.split_once('/') {
-        Some((numerator, denominator)) => {
-            numerator.trim().parse::<f64>()? / denominator.trim().parse::<f64>()?
-        }
-        None => text.parse()?,
+        Some((numerator, denominator)) => number(numerator)
+            .zip(number(denominator))
+            .map(|(numerator, denominator)| numerator / denominator),
+        None => number(text),
     };
-    ensure!(
-        value > 0.0 && value <= 1.0,
-        "it must be above 0 and at most 1"
-    );
-    Ok(value)
+    let value = value.filter(|&value| value > 0.0 && value <= 1.0);
+    value.context("it must be above 0 and at most 1, such as 1/16 or 0.0625")
 }
 
 fn parse_width(text: &str) -> Result<usize> {
@@ -803,12 +911,27 @@ fn parse_width(text: &str) -> Result<usize> {
 }
 
 fn parse_lr(text: &str) -> Result<f64> {
-    let value: f64 = text.parse()?;
-    ensure!(
-        value > 0.0 && value.is_finite(),
-        "it must be a positive number"
-    );
-    Ok(value)
+    let value = text
+        .parse()
+        .ok()
+        .filter(|&v: &f64| v > 0.0 && v.is_finite());
+    value.context("it must be a number above 0")
+}
+
+fn parse_decay(text: &str) -> Result<f64> {
+    let value = text
+        .parse()
+        .ok()
+        .filter(|&v: &f64| v >= 0.0 && v.is_finite());
+    value.context("it must be a number of at least 0")
+}
+
+fn parse_stars(text: &str) -> Result<f32> {
+    let value = text
+        .parse()
+        .ok()
+        .filter(|&v: &f32| (0.5..=5.0).contains(&v));
+    value.context("it must lie in 0.5..=5")
 }
 
 #[cfg(test)]
@@ -842,6 +965,30 @@ mod tests {
         assert_eq!(parse_compression("1").ok(), Some(1.0));
         for wrong in ["", "0", "2", "-1", "1/0", "1/", "NaN", "a/b"] {
             assert!(parse_compression(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn refusals_say_what_is_allowed() {
+        for (arguments, said) in [
+            ("--lr -1", "it must be a number above 0"),
+            ("--lr abc", "it must be a number above 0"),
+            ("--table-lr 0", "it must be a number above 0"),
+            (
+                "--compression abc",
+                "it must be above 0 and at most 1, such as 1/16 or 0.0625",
+            ),
+            ("--compression -1", "it must be above 0 and at most 1"),
+            ("--weight-decay -0.5", "it must be a number of at least 0"),
+            ("--like-from 6", "it must lie in 0.5..=5"),
+            ("--bits 5", "it must be 32, 8 or 4"),
+        ] {
+            let arguments = ["recommender"].into_iter().chain(arguments.split(' '));
+            let refused = Options::try_parse_from(arguments)
+                .err()
+                .unwrap()
+                .to_string();
+            assert!(refused.contains(said), "{refused}");
         }
     }
 

@@ -31,7 +31,7 @@ fn ratings_introduction(ratings: &Ratings) {
         Source::Generated { seed } => {
             format!("generated from seed {seed}; --data DIR reads a MovieLens set instead")
         }
-        Source::Files(dir) => format!("MovieLens, {}", dir.display()),
+        Source::Files { dir, .. } => format!("MovieLens, {}", dir.display()),
         Source::Interactions(file) => format!("interactions, {}", file.display()),
     };
     let catalog = &ratings.catalog;

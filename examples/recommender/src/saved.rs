@@ -32,12 +32,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use candle_core::{Device, Tensor};
+use candle_hashed_embedding_bag::optim::named_variables;
 use candle_hashed_embedding_bag::{checkpoint, checkpoint::TableSpec, Checkpoint};
 use candle_nn::VarMap;
 
 use crate::about::{fingerprint, About};
 use crate::data::{
-    Bags, Catalog, Clicks, Data, Entities, Feature, Ratings, Source, MOVIE_FEATURES, USER_FEATURES,
+    Bags, Catalog, Clicks, Data, Entities, Feature, Ratings, Rules, Source, MOVIE_FEATURES,
+    USER_FEATURES,
 };
 use crate::embeddings::rare_rows_name;
 use crate::model::Dlrm;
@@ -68,7 +70,7 @@ pub enum Saved {
     /// Of ratings.
     Ratings(Box<Recommender>),
     /// Of clicks.
-    Clicks(ClickModel),
+    Clicks(Box<ClickModel>),
 }
 
 impl Saved {
@@ -79,7 +81,9 @@ impl Saved {
     pub fn open(path: &Path, device: &Device) -> Result<Self> {
         open(path, |checkpoint| {
             if checkpoint.tensor_info(CLICK_COUNTS).is_ok() {
-                Ok(Self::Clicks(ClickModel::read(checkpoint, device)?))
+                Ok(Self::Clicks(Box::new(ClickModel::read(
+                    checkpoint, device,
+                )?)))
             } else {
                 let recommender = Recommender::read(checkpoint, device)?;
                 Ok(Self::Ratings(Box::new(recommender)))
@@ -138,7 +142,7 @@ pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data, about: &About
                 Source::Generated { seed } => {
                     put(&mut tensors, "generator_seed", &[*seed as i64])?;
                 }
-                Source::Files(_) => {}
+                Source::Files { .. } => {}
                 Source::Interactions(_) => {
                     put(&mut tensors, "interactions", &[rows.len() as i64])?;
                 }
@@ -148,6 +152,38 @@ pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data, about: &About
     }
     checkpoint::save(path, tensors, model.embeddings().collections())
         .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Gives a new model, whose variables are `vars`, the values of the model in a checkpoint.
+///
+/// # Errors
+/// A checkpoint of other tables or layers, or one whose tables were rounded.
+pub fn warm_start(path: &Path, model: &Dlrm, vars: &VarMap) -> Result<()> {
+    open(path, |checkpoint| {
+        for (name, collection) in model.embeddings().collections() {
+            let spec = checkpoint
+                .collection(name)
+                .context("its tables are other ones")?;
+            ensure!(
+                spec.low_bit.is_none(),
+                "its tables were rounded: only those of --bits 32 can be trained further"
+            );
+            spec.check(collection)
+                .context("its tables are other ones")?;
+        }
+        for (name, var) in named_variables(vars)? {
+            let value = checkpoint.tensor(&name, var.device())?;
+            ensure!(
+                value.shape() == var.shape(),
+                "its tensor {name} has the shape {:?}, not {:?}",
+                value.shape(),
+                var.shape()
+            );
+            vars.clone().set_one(name, value)?;
+        }
+        Ok(())
+    })
+    .context("--warm-start")
 }
 
 impl Recommender {
@@ -200,7 +236,10 @@ impl Recommender {
     pub fn source(&self, path: Option<PathBuf>) -> Result<Source> {
         match (self.kind, path) {
             (Kind::Generated { seed }, None) => Ok(Source::Generated { seed }),
-            (Kind::MovieLens, Some(dir)) => Ok(Source::Files(dir)),
+            (Kind::MovieLens, Some(dir)) => Ok(Source::Files {
+                dir,
+                rules: self.rules(),
+            }),
             (Kind::Interactions, Some(file)) => Ok(Source::Interactions(file)),
             (Kind::Generated { .. }, Some(_)) => {
                 bail!("the checkpoint was trained on generated ratings: leave out --data")
@@ -212,6 +251,12 @@ impl Recommender {
                 bail!("the checkpoint was trained on interactions: name their file with --data")
             }
         }
+    }
+
+    /// How its ratings were read; as by default, if the checkpoint does not tell.
+    fn rules(&self) -> Rules {
+        let rules = self.about.as_ref().and_then(|about| about.data.rules);
+        rules.unwrap_or_default()
     }
 
     /// The titles of all movies by published id, without reading a rating. Items of interactions have none.

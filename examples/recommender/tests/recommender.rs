@@ -287,6 +287,102 @@ fn a_model_is_evaluated_on_any_part_of_any_data() {
     assert_eq!(row(&printed, "all")[1], "AUC");
 }
 
+/// How many epochs were trained.
+fn epochs(printed: &str) -> usize {
+    let lines = printed.lines().filter(|line| line.contains("train loss"));
+    lines.count()
+}
+
+#[test]
+fn a_training_ends_when_it_gets_no_better() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    let train = "--data ml --compression 1 --epochs 200 --lr 0.05 --checkpoint m";
+    let printed = folder.succeeds(&format!("{train} --patience 2"));
+    assert!(
+        printed.contains("no better epoch for 2: the training ends"),
+        "{printed}"
+    );
+    let trained = epochs(&printed);
+    assert!(trained < 200, "{printed}");
+    let best: usize = row(&printed, "best epoch")[1].parse().unwrap();
+    assert_eq!(best, trained - 2);
+}
+
+#[test]
+fn a_training_begins_where_another_ended() {
+    let folder = Folder::new();
+    folder.click_log(false);
+    let criteo = "--data log --format criteo --rows-per-field 100";
+    let train = |more: &str| folder.succeeds(&format!("{criteo} {more}"));
+    let first = train("--epochs 4 --bits 32 --checkpoint first");
+    let next = train("--epochs 1 --warm-start first --checkpoint next");
+    let losses = |printed: &str| -> Vec<f64> {
+        let rest = printed
+            .lines()
+            .filter_map(|line| line.split_once("train loss "));
+        rest.map(|(_, rest)| rest.split_whitespace().next().unwrap().parse().unwrap())
+            .collect()
+    };
+    // Far below where the first began.
+    assert!(losses(&next)[0] < losses(&first)[1], "{first}{next}");
+
+    for (more, said) in [
+        (
+            "--warm-start next",
+            "only those of --bits 32 can be trained further",
+        ),
+        (
+            "--warm-start first --compression 1/4",
+            "its tables are other ones",
+        ),
+        (
+            "--warm-start first --rows-per-field 99",
+            "its tables are other ones",
+        ),
+        ("--warm-start first --top-mlp 8", "its tensor top."),
+        ("--warm-start none", "cannot open the checkpoint none"),
+    ] {
+        let log = "--data log --format criteo";
+        let rows = if more.contains("rows") {
+            ""
+        } else {
+            "--rows-per-field 100"
+        };
+        let (_, error) = folder.fails(&format!("{log} {rows} {more} --checkpoint other"));
+        assert!(error.contains(said), "{more}: {error}");
+    }
+}
+
+#[test]
+fn ratings_may_be_divided_by_time() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    folder.succeeds(&format!("{TRAIN} --split time --like-from 3"));
+    let printed = folder.succeeds("evaluate --data ml --checkpoint m");
+    assert_eq!(row(&printed, "test")[0], "test");
+    let (_, said) = folder.fails("--split time --checkpoint m");
+    assert!(
+        said.contains("--like-from and --split need --data"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_log_shows_progress() {
+    let folder = Folder::new();
+    folder.click_log(false);
+    let train = "--data log --format criteo --rows-per-field 100 --epochs 1 --checkpoint m";
+    let output = folder
+        .command(&format!("{train} --progress-seconds 0"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("epoch 1: 100 % in 0 s, loss "), "{said}");
+    let quiet = folder.command(train).output().unwrap();
+    assert!(quiet.stderr.is_empty(), "{quiet:?}");
+}
+
 #[test]
 fn a_divergence_is_an_error_that_replaces_no_model() {
     let folder = Folder::new();

@@ -82,6 +82,9 @@ fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
         &options.model_config(),
         init::seeded(&vars, options.seed, &device),
     )?;
+    if let Some(path) = options.warm_start() {
+        saved::warm_start(path, &model, &vars)?;
+    }
     let model = model
         .sharing_rare_rows(&counts.rows, options.min_count())
         .with_precision(options.precision())?;

@@ -24,8 +24,8 @@ pub use criteo::{
     batch_of_fields, unlabelled, write_generated, Clicks, Unlabelled, Value, WrongField,
 };
 pub use ratings::{
-    feature_values, pairs, Catalog, Entities, Feature, Ratings, Source, MOVIE_FEATURES,
-    USER_FEATURES,
+    feature_values, pairs, Catalog, Entities, Feature, Ratings, Rules, Source, Split,
+    MOVIE_FEATURES, USER_FEATURES,
 };
 
 /// Training fits the first part, chooses the epoch by the second, and never sees the third.

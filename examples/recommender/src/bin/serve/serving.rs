@@ -39,7 +39,7 @@ pub struct Model {
 /// What a model answers.
 pub enum Kind {
     Ratings(Box<Ratings>),
-    Clicks(ClickModel),
+    Clicks(Box<ClickModel>),
 }
 
 /// A model of ratings, and what answering takes besides.

@@ -52,6 +52,7 @@ use twox_hash::XxHash64;
 use self::prepared::Prepared;
 use self::reader::{Click, CATEGORIES, NUMBERS};
 use self::stream::{Format, Position};
+use super::ratings::tenths;
 use super::{Batch, Batches, Examples, Part, Rows, Schema};
 
 pub use fields::{batch_of_fields, Value, WrongField};
@@ -373,15 +374,9 @@ pub fn unlabelled(
     }))
 }
 
-/// The positions of a part, 8 : 1 : 1 in file order: a log is in order of time, and a model is to predict the future.
+/// The positions of a part, in file order: a log is in order of time, and a model is to predict the future.
 fn range(examples: u64, part: Part) -> Range<u64> {
-    let tenths = |n| (u128::from(examples) * n / 10) as u64;
-    match part {
-        Part::Train => 0..tenths(8),
-        Part::Valid => tenths(8)..tenths(9),
-        Part::Test => tenths(9)..examples,
-        Part::All => 0..examples,
-    }
+    tenths(examples, part)
 }
 
 fn batch(clicks: &[Click]) -> (Batch, Vec<bool>) {

@@ -25,9 +25,10 @@ use anyhow::Result;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::SeedableRng;
+use serde::{Deserialize, Serialize};
 
 use self::interactions::{Popularity, NEGATIVES};
-use self::split::is_in;
+pub use self::split::{tenths, Split};
 use super::{Bags, Batch, Batches, Examples, Part, Rows, Schema, Truth};
 
 /// The features a user or a movie may have besides its id, in the order in which the model reads them.
@@ -45,10 +46,33 @@ pub enum Source {
         /// Decides all of it.
         seed: u64,
     },
-    /// The folder of a MovieLens set.
-    Files(PathBuf),
+    /// A MovieLens set.
+    Files {
+        /// Its folder.
+        dir: PathBuf,
+        /// How it is read.
+        rules: Rules,
+    },
     /// A file of interactions: a line per user, its number and those of its items.
     Interactions(PathBuf),
+}
+
+/// How a MovieLens set becomes examples.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rules {
+    /// The lowest rating, of 0.5 to 5 stars, that counts as liked.
+    pub like_from: f32,
+    /// How it is divided.
+    pub split: Split,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self {
+            like_from: 4.0,
+            split: Split::Hash,
+        }
+    }
 }
 
 /// A data set.
@@ -57,8 +81,10 @@ pub struct Ratings {
     pub source: Source,
     /// Its users and movies.
     pub catalog: Catalog,
-    /// In file order: the split goes by position.
+    /// In file order, or in that of time: the split goes by position.
     pub rows: Vec<Rating>,
+    /// How they are divided into parts.
+    pub split: Split,
     /// The probability each label was drawn with, where the data is generated.
     pub probabilities: Option<Vec<f64>>,
     /// What negative examples are drawn by, where all rows are positive ones.
@@ -114,7 +140,7 @@ impl Source {
     pub fn load(self) -> Result<Ratings> {
         match self {
             Self::Generated { seed } => generated::generate(seed),
-            Self::Files(dir) => movielens::read(&dir),
+            Self::Files { dir, rules } => movielens::read(&dir, rules),
             Self::Interactions(file) => interactions::read(&file),
         }
     }
@@ -123,7 +149,7 @@ impl Source {
     pub fn titles(&self) -> Result<BTreeMap<i64, String>> {
         match self {
             Self::Generated { seed } => Ok((1..).zip(generated::titles(*seed)).collect()),
-            Self::Files(dir) => movielens::titles(dir),
+            Self::Files { dir, .. } => movielens::titles(dir),
             // Their numbers say all there is to say.
             Self::Interactions(_) => Ok(BTreeMap::new()),
         }
@@ -207,9 +233,10 @@ impl Ratings {
     }
 
     fn select<T: Copy>(&self, wanted: Part, per_rating: &[T]) -> Vec<T> {
+        let rows = self.rows.len() as u64;
         (0..)
             .zip(per_rating)
-            .filter(|(row, _)| is_in(*row, wanted))
+            .filter(|(row, _)| self.split.is_in(*row, rows, wanted))
             .map(|(_, &value)| value)
             .collect()
     }
@@ -221,7 +248,8 @@ impl Examples for Ratings {
     }
 
     fn len(&self, wanted: Part) -> usize {
-        let rows = (0..self.rows.len() as u64).filter(|&row| is_in(row, wanted));
+        let all = self.rows.len() as u64;
+        let rows = (0..all).filter(|&row| self.split.is_in(row, all, wanted));
         let each = match self.popularity {
             Some(_) => 1 + NEGATIVES,
             None => 1,

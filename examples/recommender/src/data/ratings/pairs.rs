@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc::{sync_channel, Receiver};
 use std::thread;
 
@@ -50,7 +50,7 @@ impl Iterator for Blocks {
     }
 }
 
-fn read_all(path: &PathBuf, file: File, mut send: impl FnMut(Vec<(Id, Id)>) -> bool) -> Result<()> {
+fn read_all(path: &Path, file: File, mut send: impl FnMut(Vec<(Id, Id)>) -> bool) -> Result<()> {
     let name = || path.display().to_string();
     let mut file = BufReader::with_capacity(1 << 16, file);
     let mut text: Box<dyn BufRead> = if is_gzip(&mut file).with_context(name)? {
