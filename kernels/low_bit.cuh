@@ -3,8 +3,8 @@
 //
 // Threads own bags and columns as in forward.cuh. Every value is an odd integer times the unit:
 //
-//   8 bits   2u - 255                      u a byte; V = 16 columns are one load
-//   4 bits   (2u - 15) * factor            u a nibble; factor = 2^(3 - shift), the same for 32 slots; V = 16 or 32
+//   8 bits   2u - 255                      u a byte
+//   4 bits   (2u - 15) * factor            u a nibble; factor = 2^(3 - shift), the same for 32 slots
 //
 // Signs turn u into its bitwise complement, so a row is signed by an exclusive or with a mask, which leaves the integer
 // negated. Sums and maxima are exact, whatever the order of execution: sums of u (times factor) are kept in two 16-bit
@@ -12,8 +12,8 @@
 // their sums are moved to 64 bits in shared memory every 256 rows. With per_sample_weights, sums are taken in floats,
 // in the order of the groups.
 //
-// Assumptions: if V > 1, hashed_weight is 16-byte aligned, and the block of the hash is a multiple of V * SHARE
-// columns.
+// Assumptions: V is 1, or 16, which are one load. If it is 16, hashed_weight is 16-byte aligned, and the block of the
+// hash is a multiple of V * SHARE columns.
 #pragma once
 #include "forward.cuh"
 
@@ -246,16 +246,42 @@ struct LowBitForward {
     return __fmul_rn(__ll2float_rn(integer), factor);
   }
 
+  // The threads of a bag call this together. The widest store takes 16 bytes, half of a sector, which costs the L2 as
+  // much as a whole one. So two neighbours exchange halves, and store whole sectors: of the first one's columns, then
+  // of the second one's.
   __device__ __forceinline__ void store(int64_t bag, const float (&x)[V]) const {
-    if (columns.n == 0) return;
     float *to = out + bag * embedding_dim + columns.first;
+    bool aligned = embedding_dim % 4 == 0;
     if constexpr (V == 1) {
-      to[0] = x[0];
-    } else {
+      if (columns.n > 0) to[0] = x[0];
+    } else if (bags.lanes == 1) {
 #pragma unroll
       for (int v = 0; v < V; v += 4) {
         float four[4] = {x[v], x[v + 1], x[v + 2], x[v + 3]};
-        store_row<4>(to + v, min(columns.n - v, 4), embedding_dim % 4 == 0, four);
+        store_row<4>(to + v, columns.n - v, aligned, four);
+      }
+    } else {
+      uint32_t half = threadIdx.x % 2, pair = 3u << (threadIdx.x % 32 - half);
+      int others = __shfl_xor_sync(pair, columns.n, 1);
+#pragma unroll
+      for (int v = 0; v < V; v += 8) {
+        float kept[4], received[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          float low = x[v + i], high = x[v + 4 + i];
+          kept[i] = half ? high : low;
+          received[i] = __shfl_xor_sync(pair, half ? low : high, 1);
+        }
+        int at = v + 4 * half;
+#pragma unroll
+        for (uint32_t owner = 0; owner < 2; owner++) {
+          bool is_own = owner == half;
+          float four[4];
+#pragma unroll
+          for (int i = 0; i < 4; i++) four[i] = is_own ? kept[i] : received[i];
+          int distance = is_own ? 0 : half ? -V : V;
+          store_row<4>(to + distance + at, (is_own ? columns.n : others) - at, aligned, four);
+        }
       }
     }
   }

@@ -12,6 +12,7 @@
 //! | look up single rows | [`hashed_embedding()`], [`HashedEmbedding`] |
 //! | choose where values go, or match weights trained in PyTorch | [`Hash`](enum@Hash) |
 //! | train with one pass over memory per step, and resume | [`optim::AdamW`], [`optim::Adagrad`], [`optim::Sgd`] |
+//! | train on several GPUs | [`distributed::Communicator`] |
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
 //! | open what PyTorch saved | [`StateDict`] |
 //! | let rows that are used alike share memory | [`Hash::semantic`], with signatures by [`semantic`] |
@@ -47,7 +48,8 @@
 //! On a CPU, set `CANDLE_NUM_THREADS` in a container that may use fewer cores than the machine has, and use an allocator that reuses
 //! and aligns memory, such as mimalloc.
 //!
-//! The feature `cuda` adds the CUDA kernels; it needs `nvcc`, and a driver at least as new as the toolkit.
+//! The feature `cuda` adds the CUDA kernels; it needs `nvcc`, and a driver at least as new as the toolkit. The feature `nccl` adds training on
+//! several GPUs; NCCL itself is needed only to run that.
 
 #![warn(missing_docs)]
 
@@ -56,6 +58,7 @@ mod bounds;
 pub mod checkpoint;
 mod collection;
 mod config;
+pub mod distributed;
 mod error;
 mod fit;
 mod hash;
@@ -94,6 +97,8 @@ pub use op::{Gradient, Mode, SparseGradient};
 mod documents {
     #[doc = include_str!("../README.md")]
     struct Readme;
+    #[doc = include_str!("../docs/distributed.md")]
+    struct Distributed;
     #[doc = include_str!("../docs/format.md")]
     struct Format;
     #[doc = include_str!("../docs/performance.md")]

@@ -1,7 +1,10 @@
 //! Work divided among the threads of candle's own pool.
 //!
 //! A second pool would compete with it: after each of its operations, candle's threads keep looking for work for a while, and
-//! occupy the processors that the other pool's threads are waiting for.
+//! occupy the processors that the other pool's threads are waiting for. But unless
+//! `CANDLE_NUM_THREADS` or `RAYON_NUM_THREADS` says otherwise, candle's pool has a thread for each core of the machine, even in a
+//! process that is restricted to fewer processors, by its affinity or by a container's quota. There its threads would wait for
+//! each other's processors, so work is divided among rayon's, of which there are no more than the process may use.
 //!
 //! The pool serves one caller at a time. Each time, all of its threads wake up, and all must have run before the call returns. So
 //! a call is divided only if that is worth waking them, and only while there are fewer callers than threads: with more, no
@@ -9,8 +12,11 @@
 //! would poison the pool for the whole process, and must not call candle, which would deadlock.
 
 use candle_core::utils::barrier_pool;
+use rayon::prelude::*;
+use std::env;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::Mutex;
+use std::sync::{Mutex, OnceLock};
+use std::thread::available_parallelism;
 
 /// How many calls are running that are large enough to be divided.
 static CALLERS: AtomicUsize = AtomicUsize::new(0);
@@ -30,7 +36,7 @@ impl Team {
                 is_counted: false,
             };
         }
-        let all = barrier_pool().n_workers() + 1;
+        let all = num_threads();
         let others = CALLERS.fetch_add(1, Ordering::Relaxed);
         let is_divided = others + 1 < all && shares >= all / 4;
         Self {
@@ -85,7 +91,31 @@ impl Team {
 
 /// Calls `work` with each of `0..n`, on all threads of the pool. Not generic, so that it is compiled once.
 fn in_pool(n: usize, work: &(dyn Fn(usize) + Sync)) {
-    barrier_pool().execute_chunked(n, |range| range.for_each(work));
+    if pool_threads() > num_threads() {
+        (0..n).into_par_iter().with_max_len(1).for_each(work);
+    } else {
+        barrier_pool().execute_chunked(n, |range| range.for_each(work));
+    }
+}
+
+/// The threads of candle's pool, including its caller.
+fn pool_threads() -> usize {
+    barrier_pool().n_workers() + 1
+}
+
+/// The threads of the pool that is used, including its caller: no more than this process had processors when it first asked,
+/// unless the user chose a number.
+fn num_threads() -> usize {
+    static NUM_THREADS: OnceLock<usize> = OnceLock::new();
+    *NUM_THREADS.get_or_init(|| {
+        let is_chosen = ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS"]
+            .into_iter()
+            .any(|name| env::var_os(name).is_some());
+        match available_parallelism() {
+            Ok(processors) if !is_chosen => pool_threads().min(processors.get()),
+            _ => pool_threads(),
+        }
+    })
 }
 
 impl Drop for Team {

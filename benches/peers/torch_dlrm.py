@@ -15,6 +15,7 @@ import argparse
 import json
 import re
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -182,23 +183,38 @@ def main():
     parser.add_argument("--top-input", default="vectors", choices=["vectors", "bottom"])
     parser.add_argument("--precision", default="f32", choices=["f32", "tf32", "bf16"])
     parser.add_argument("--seconds", type=float, default=10, help="how long to time torch")
-    parser.add_argument("more", nargs="*", help="more arguments of the recommender")
-    options = parser.parse_args()
+    parser.epilog = "What follows `--` goes to the recommender."
+    # Divided here: argparse finds no arguments after `--` if options stand between them and the log.
+    own, more = sys.argv[1:], []
+    if "--" in own:
+        own, more = own[: own.index("--")], own[own.index("--") + 1 :]
+    options = parser.parse_args(own)
+    options.more = more
 
     tensors, about = read(options.log)
     results = []
     if options.recommender != "none":
         results.append((f"recommender, {options.compression}", time_recommender(options)))
     for sparse, name in [(False, "AdamW, dense"), (True, "SGD of tables, sparse")]:
-        results.append((f"torch, full tables, {name}", time_torch(options, tensors, about, sparse)))
-    ours = results[0][1][0]
+        try:
+            result = time_torch(options, tensors, about, sparse)
+        except torch.OutOfMemoryError:
+            result = None
+            torch.cuda.empty_cache()
+        results.append((f"torch, full tables, {name}", result))
+    ours = results[0][1]
     print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, batch {options.batch_size:,}, "
           f"{options.precision}, {tensors['rows'].shape[1]} tables of {about['rows_per_field']:,} x {options.dim}")  # fmt: skip
     print("| | examples/s | the first is so many times faster | peak of device memory, GB |")
     print("|---|---:|---:|---:|")
-    for name, (rate, memory) in results:
+    for name, result in results:
+        if result is None:
+            print(f"| {name} | out of memory | | |")
+            continue
+        rate, memory = result
+        times = "" if ours is None else f"{ours[0] / rate:.2f}"
         memory = "" if memory is None else f"{memory / 1e9:.1f}"
-        print(f"| {name} | {rate:,.0f} | {ours / rate:.2f} | {memory} |")
+        print(f"| {name} | {rate:,.0f} | {times} | {memory} |")
 
 
 if __name__ == "__main__":

@@ -121,6 +121,20 @@ pub struct InPlace<P> {
     params: P,
 }
 
+/// The variables of a map with their names, in the order of the names: the same in every process, unlike the map's own.
+///
+/// # Errors
+/// If a thread panicked while it held the map.
+pub fn named_variables(vars: &VarMap) -> Result<Vec<(String, Var)>> {
+    let vars = match vars.data().lock() {
+        Ok(vars) => vars.clone(),
+        Err(e) => return Err(Error::msg(e.to_string())),
+    };
+    let mut vars: Vec<_> = vars.into_iter().collect();
+    vars.sort_by(|(a, _), (b, _)| a.cmp(b));
+    Ok(vars)
+}
+
 /// The name of the step count in the state of a parameter.
 const STEP: &str = "step";
 
@@ -190,13 +204,7 @@ impl<P: Params> InPlace<P> {
     /// # Errors
     /// As [`with_names`](Self::with_names).
     pub fn from_varmap(vars: &VarMap, params: P) -> Result<Self> {
-        let vars = match vars.data().lock() {
-            Ok(vars) => vars.clone(),
-            Err(e) => return Err(Error::msg(e.to_string())),
-        };
-        let mut vars: Vec<_> = vars.into_iter().collect();
-        vars.sort_by(|(a, _), (b, _)| a.cmp(b));
-        Self::with_names(vars, params)
+        Self::with_names(named_variables(vars)?, params)
     }
 
     /// An optimiser for these variables, with default hyper-parameters except for the learning rate.

@@ -25,10 +25,10 @@ fn lookups_do_not_depend_on_the_number_of_threads() -> Result<()> {
             robe(8),
             affine(871_205_356, 3_333, 7, u64::MAX, 3),
         ];
-        let (num_bags, bag_len, step) = (5_200, 2, 650);
+        let (num_bags, bag_len, step) = (4_160, 2, 520);
         let rows = draws.rows(num_bags * bag_len, 5_000);
         let indices = integers(&rows, DType::U32, &device)?.reshape((num_bags, bag_len))?;
-        for (len, embedding_dim) in [(1_600, 32), (90_000, 32), (90_000, 33)] {
+        for (len, embedding_dim) in [(1_600, 64), (90_000, 64), (90_000, 65)] {
             let weight = Var::from_tensor(&floats(&draws.reals(len), DType::F32, &device)?)?;
             for hash in hashes {
                 for mode in MODES {
@@ -95,7 +95,7 @@ const THREADS: usize = 16;
 const ROUNDS: usize = 4;
 /// Enough indices and bags that each lookup is itself divided among threads if any are idle.
 const BAGS: usize = 512;
-const BAG_LEN: usize = 32;
+const BAG_LEN: usize = 64;
 const DIM: usize = 16;
 const ROWS: usize = 10_000;
 

@@ -169,6 +169,7 @@ mod tests {
         ] {
             let embeddings = EmbeddingConfig {
                 embedding_dim: 16,
+                inner_dim: None,
                 compression: 0.25,
                 hash: Hash::default_for(16),
             };

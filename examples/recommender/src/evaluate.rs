@@ -1,6 +1,9 @@
 //! How good the scores are: the area under the ROC curve, and the logloss.
 
+use std::ops::Range;
+
 use anyhow::{ensure, Result};
+use serde::{Deserialize, Serialize};
 
 use crate::data::{Batch, Catalog, Examples, Part, Truth};
 use crate::model::Dlrm;
@@ -10,7 +13,7 @@ use crate::step;
 const CHUNK: usize = 8192;
 
 /// How good a set of scores is.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Metrics {
     /// The share of pairs of a positive and a negative example that the scores put in the right order; `None` if all labels
     /// are equal.
@@ -30,13 +33,29 @@ pub fn logits(model: &Dlrm, catalog: &Catalog, pairs: &[(u32, u32)]) -> Result<V
 
 /// The metrics of the model on a part of some examples.
 pub fn evaluate(model: &Dlrm, examples: &dyn Examples, part: Part) -> Result<Metrics> {
+    let (logits, labels) = scored(model, examples, part)?;
+    Ok(Metrics::of(&logits, &labels))
+}
+
+/// The logits of the model for a part of some examples, and the labels of these.
+pub fn scored(model: &Dlrm, examples: &dyn Examples, part: Part) -> Result<(Vec<f64>, Vec<bool>)> {
+    scored_at(model, examples, part, 0..examples.len(part))
+}
+
+/// [`scored`], for the examples at these positions of the part.
+pub fn scored_at(
+    model: &Dlrm,
+    examples: &dyn Examples,
+    part: Part,
+    positions: Range<usize>,
+) -> Result<(Vec<f64>, Vec<bool>)> {
     let (mut logits, mut labels) = (Vec::new(), Vec::new());
-    for batch in examples.batches(part, CHUNK, None)? {
+    for batch in examples.batches_at(part, positions, CHUNK, None)? {
         let (batch, batch_labels) = batch?;
         logits.extend(logits_of(model, &batch)?);
         labels.extend(batch_labels);
     }
-    Ok(Metrics::of(&logits, &labels))
+    Ok((logits, labels))
 }
 
 fn logits_of(model: &Dlrm, batch: &Batch) -> Result<Vec<f64>> {
@@ -74,6 +93,13 @@ impl Metrics {
             self.logloss
         );
         Ok(self)
+    }
+
+    /// Of a model that gives every example the same probability.
+    pub fn of_constant(probability: f64, labels: &[bool]) -> Self {
+        // Finite, even if all training examples had one label.
+        let logit = (probability / (1.0 - probability)).ln().clamp(-30.0, 30.0);
+        Self::of(&vec![logit; labels.len()], labels)
     }
 
     /// The metrics of the best possible model.

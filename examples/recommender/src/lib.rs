@@ -15,9 +15,16 @@
 //! | [`embeddings`] | the embedding tables in two collections, and how the parameters are divided among them |
 //! | [`init`] | initial values that depend on the seed alone |
 //! | [`train`] | AdamW, best epoch |
+//! | [`order`] | the order of the examples, and how it is divided among ranks |
 //! | [`step`] | the loss of a batch and its gradients, in shards on a CPU |
 //! | [`resident`] | the train part kept on a GPU |
+//! | [`ranks`] | several processes that train one model |
+//! | [`resume`] | the state of a training in a file |
+//! | [`rare`] | rows with few training examples, which share one |
 //! | [`evaluate`] | AUC and logloss |
+//! | [`ranking`] | how good top tens are |
+//! | [`baselines`] | the model beside popularity and a constant |
+//! | [`about`] | what a checkpoint says of itself |
 //! | [`saved`] | one checkpoint file with everything that a trained model needs |
 //! | [`candidates`] | all movies, ready to be scored for any user |
 //! | [`recommend`] | the best unseen movies |
@@ -28,7 +35,9 @@
 
 #![warn(missing_docs)]
 
+pub mod about;
 pub mod allocator;
+pub mod baselines;
 pub mod candidates;
 pub mod data;
 pub mod embeddings;
@@ -39,10 +48,15 @@ pub mod ops;
 // Its doc comments are the help texts of the command line.
 #[allow(missing_docs)]
 pub mod options;
+pub mod order;
 pub mod output;
+pub mod ranking;
+pub mod ranks;
+pub mod rare;
 pub mod recommend;
 pub mod report;
 pub mod resident;
+pub mod resume;
 pub mod saved;
 pub mod step;
 pub mod sweep;

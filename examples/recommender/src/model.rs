@@ -164,6 +164,13 @@ impl Dlrm {
         Self::over(embeddings, schema, bottom, interaction, top, device)
     }
 
+    /// The same model, in which rows of tables with few training examples share one: see
+    /// [`Embeddings::sharing_rare_rows`].
+    pub fn sharing_rare_rows(mut self, counts: &[Vec<u32>], min_count: u32) -> Self {
+        self.embeddings = self.embeddings.sharing_rare_rows(counts, min_count);
+        self
+    }
+
     /// The same model with its tables in 8 or 4 bits, for serving, and the relative error of each collection.
     ///
     /// # Errors
@@ -525,6 +532,7 @@ mod tests {
     fn an_example_does_not_depend_on_its_batch() -> Result<()> {
         let (catalog, model) = model(EmbeddingConfig {
             embedding_dim: 8,
+            inner_dim: None,
             compression: 0.25,
             hash: Hash::default_for(8),
         })?;

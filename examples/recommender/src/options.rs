@@ -4,16 +4,21 @@ use std::fmt;
 use std::num::{NonZeroU16, NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
+use candle_hashed_embedding_bag::distributed::World;
 use candle_hashed_embedding_bag::{Bits, Hash};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde_json::{json, Value};
 
 use crate::data::{Clicks, Data, Part, Source};
 use crate::embeddings::EmbeddingConfig;
 use crate::model::{ModelConfig, Precision, HIDDEN};
 use crate::ops::TopInput;
+use crate::ranks::Ranks;
+use crate::resume::Saving;
 use crate::train::Settings;
 
 const STEPS_PER_EPOCH: usize = 400;
@@ -80,9 +85,16 @@ pub struct Train {
     compression: f64,
     #[arg(long, default_value = "default", help = HASH_HELP)]
     hash: HashChoice,
-    /// Round the embedding tables to so many bits per value in the checkpoint, 8 or 4; the test part is also scored with them.
-    #[arg(long, value_name = "8|4", value_parser = parse_bits)]
-    pub bits: Option<Bits>,
+    /// Columns of the large embedding tables, fewer than --embedding-dim: a learned matrix per table makes up for the others.
+    #[arg(long, value_name = "COLUMNS")]
+    inner_dim: Option<NonZeroU16>,
+    /// Bits per value of the embedding tables in the checkpoint: 8 or 4, to which they are rounded after the training, or 32. The test
+    /// part is scored with both.
+    #[arg(long, value_name = "32|8|4", default_value = "32", value_parser = parse_bits)]
+    pub bits: TableBits,
+    /// Rows of an embedding table with fewer training examples share one row of it; 0 gives each its own.
+    #[arg(long, value_name = "EXAMPLES", default_value_t = 0)]
+    pub min_count: u32,
     /// Decides the initial values, the order of the examples and the generated ratings.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
@@ -97,6 +109,10 @@ pub struct Train {
     /// Keep the train part of a click log on the device. Examples are then shuffled all together and not in windows.
     #[arg(long, requires = "format")]
     resident: bool,
+    #[command(flatten)]
+    stopping: Stopping,
+    #[command(flatten)]
+    ranks: RankOptions,
 }
 
 #[derive(Args)]
@@ -120,24 +136,36 @@ pub struct Recommend {
 pub struct Sweep {
     /// A MovieLens folder, or a file in another --format [default: generated ratings].
     #[arg(long, value_name = "PATH")]
-    data: Option<PathBuf>,
+    pub data: Option<PathBuf>,
     #[command(flatten)]
     reading: Reading,
     #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
     device: DeviceKind,
     #[command(flatten)]
     fit: Fit,
-    /// Compressions to train at, besides 1.
+    /// Bytes that the embedding tables may take, per byte of plain tables in f32, which are trained too.
     #[arg(long, value_delimiter = ',', default_value = "1/4,1/16,1/64", value_parser = parse_compression)]
-    pub compressions: Vec<f64>,
-    #[arg(long, value_delimiter = ',', default_value = "default,mix:16,original", help = HASH_HELP)]
+    pub sizes: Vec<f64>,
+    #[arg(long, value_delimiter = ',', default_value = "default", help = HASH_HELP)]
     pub hashes: Vec<HashChoice>,
+    /// Columns of the large tables, see --inner-dim of a training [default: --embedding-dim, and half of it].
+    #[arg(long, value_delimiter = ',', value_name = "COLUMNS")]
+    inner_dims: Vec<NonZeroU16>,
+    /// Bits per value of the embedding tables, to which they are rounded after the training.
+    #[arg(long, value_delimiter = ',', default_value = "32,8,4", value_parser = parse_bits)]
+    pub bits: Vec<TableBits>,
     /// How often to train each model: with the seeds 1, 2, …
     #[arg(long, default_value = "3")]
     pub seeds: NonZeroU64,
     /// Folder for auc-vs-size.csv and auc-vs-size.svg. Runs that the former already holds are not repeated.
     #[arg(long, value_name = "DIR", default_value = ".")]
     pub out: PathBuf,
+    /// Trainings side by side, each by a process of its own with so many of the cores. They do not change the results.
+    #[arg(long, default_value = "1")]
+    pub jobs: NonZeroUsize,
+    /// Of all trainings, only this one; its runs are printed and not written. This is how --jobs divides the work.
+    #[arg(long, hide = true)]
+    pub only: Option<usize>,
 }
 
 #[derive(Args)]
@@ -185,12 +213,36 @@ struct Fit {
     /// Passes over the train part [default: 8 of ratings, 1 of clicks].
     #[arg(long)]
     epochs: Option<NonZeroUsize>,
-    /// Examples per step [default: such that an epoch has about 400 steps, at most 4096].
+    /// Examples per step, of all ranks together [default: such that an epoch has about 400 steps, at most about 4096].
     #[arg(long)]
     batch_size: Option<NonZeroUsize>,
     /// Learning rate of the first step; it falls linearly to zero.
     #[arg(long, default_value = "0.002", value_parser = parse_lr)]
     lr: f64,
+}
+
+/// Trainings that are ended and go on.
+#[derive(Args)]
+struct Stopping {
+    /// Save the whole state of the training every so many steps, in a file beside the checkpoint whose name ends in .resume.
+    #[arg(long, value_name = "STEPS")]
+    save_every: Option<NonZeroUsize>,
+    /// Go on from what --save-every has saved, if that is there; the model will be the one of a training without a break. All other
+    /// options and the data must be the same.
+    #[arg(long)]
+    resume: bool,
+}
+
+/// Several processes, started by torchrun or the like, that train together.
+#[derive(Args)]
+struct RankOptions {
+    /// Shards of the train part, a multiple of the number of ranks: with the same number, any number of ranks sees the same
+    /// batches [default: one per rank].
+    #[arg(long)]
+    shards: Option<NonZeroUsize>,
+    /// How long a rank may keep the others waiting before it counts as lost.
+    #[arg(long, value_name = "SECONDS", default_value = "120")]
+    rank_timeout: NonZeroU32,
 }
 
 /// The layers that follow the embedding tables.
@@ -207,10 +259,30 @@ struct Layers {
     top_input: TopInputKind,
 }
 
+/// How a checkpoint holds the embedding tables.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum TableBits {
+    /// As they were trained, in f32.
+    Exact,
+    Rounded(Bits),
+}
+
+impl TableBits {
+    /// 32, 8 or 4.
+    pub fn number(self) -> u32 {
+        match self {
+            Self::Exact => 32,
+            Self::Rounded(bits) => bits.into(),
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum Format {
     /// Ratings of movies, as GroupLens publishes them.
     Movielens,
+    /// What users visited, bought or read: a line is a user's number and those of their items; may be compressed by gzip.
+    Interactions,
     /// Clicks on advertisements: label, 13 integers, 26 categories, separated by tabs; may be compressed by gzip.
     Criteo,
 }
@@ -264,7 +336,11 @@ impl Train {
 
     pub fn model_config(&self) -> ModelConfig {
         ModelConfig {
-            embeddings: self.fit.embedding_config(self.compression, self.hash),
+            embeddings: self.fit.embedding_config(
+                self.compression,
+                self.hash,
+                self.inner_dim.map(|columns| columns.get().into()),
+            ),
             bottom: self.layers.bottom_mlp.clone(),
             top: self.layers.top_mlp.clone(),
             input: match self.layers.top_input {
@@ -274,12 +350,93 @@ impl Train {
         }
     }
 
+    /// The device of this rank.
+    pub fn device(&self, world: &World) -> Result<Device> {
+        match self.common.device {
+            DeviceKind::Cuda if world.size > 1 => Ok(world.cuda_device()?),
+            device => device.open(),
+        }
+    }
+
+    pub fn connect(&self, world: &World, device: &Device) -> Result<Ranks> {
+        let limit = Duration::from_secs(self.ranks.rank_timeout.get().into());
+        Ranks::connect(
+            world,
+            device,
+            limit,
+            self.ranks.shards.map(NonZeroUsize::get),
+        )
+    }
+
+    /// How the training is saved, whose checkpoint will be at `checkpoint`, and what it depends on.
+    pub fn saving(
+        &self,
+        checkpoint: &Path,
+        data: &Data,
+        settings: &Settings,
+        ranks: &Ranks,
+    ) -> Saving {
+        let mut facts = vec![
+            ("version".to_owned(), env!("CARGO_PKG_VERSION").to_owned()),
+            ("data".to_owned(), format!("{:016x}", data.fingerprint())),
+            ("--shards".to_owned(), ranks.shards().to_string()),
+            ("--resident".to_owned(), self.resident.to_string()),
+        ];
+        for part in [Part::Train, Part::Valid, Part::Test] {
+            let examples = data.examples().len(part);
+            facts.push((format!("{part:?} examples"), examples.to_string()));
+        }
+        if let Value::Object(parameters) = self.hyper_parameters(settings) {
+            let parameters = parameters.into_iter();
+            facts.extend(parameters.map(|(name, value)| (format!("--{name}"), value.to_string())));
+        }
+        let mut path = checkpoint.as_os_str().to_owned();
+        path.push(".resume");
+        Saving {
+            path: path.into(),
+            every: self.stopping.save_every,
+            resume: self.stopping.resume,
+            facts,
+        }
+    }
+
+    /// What decides the model besides the data, by the names of the command line.
+    pub fn hyper_parameters(&self, settings: &Settings) -> Value {
+        json!({
+            "compression": self.compression,
+            "hash": self.hash.to_string(),
+            "inner-dim": self.inner_dim,
+            "bits": self.bits.number(),
+            "min-count": self.min_count,
+            "embedding-dim": self.fit.embedding_dim,
+            "bottom-mlp": self.layers.bottom_mlp,
+            "top-mlp": self.layers.top_mlp,
+            "top-input": name(&self.layers.top_input),
+            "epochs": settings.epochs,
+            "batch-size": settings.batch_size,
+            "lr": settings.lr,
+            "table-lr": settings.table_lr,
+            "table-decay": settings.table_decay,
+            "precision": name(&self.precision),
+            "seed": self.seed,
+        })
+    }
+
     pub fn precision(&self) -> Precision {
         match self.precision {
             PrecisionKind::F32 => Precision::F32,
             PrecisionKind::Tf32 => Precision::Tf32,
             PrecisionKind::Bf16 => Precision::Bf16,
         }
+    }
+
+    /// [`settings`](Self::settings) on several ranks, among whose shards a batch must be divisible.
+    pub fn settings_on(&self, ranks: &Ranks, data: &Data) -> Settings {
+        let mut settings = self.settings(data);
+        if self.fit.batch_size.is_none() {
+            settings.batch_size = settings.batch_size.next_multiple_of(ranks.shards());
+        }
+        settings
     }
 
     pub fn settings(&self, data: &Data) -> Settings {
@@ -302,8 +459,21 @@ impl Sweep {
         self.device.open()
     }
 
-    pub fn embedding_config(&self, compression: f64, hash: HashChoice) -> EmbeddingConfig {
-        self.fit.embedding_config(compression, hash)
+    /// The columns that large tables are to have: those of all tables, and fewer.
+    pub fn inner_dims(&self) -> Vec<usize> {
+        let all = usize::from(self.fit.embedding_dim.get());
+        if self.inner_dims.is_empty() {
+            let mut both = vec![all, all / 2];
+            both.retain(|&columns| columns > 0);
+            return both;
+        }
+        let columns = self.inner_dims.iter();
+        columns.map(|columns| usize::from(columns.get())).collect()
+    }
+
+    /// Tables at compression 1.
+    pub fn embedding_config(&self, hash: HashChoice, inner_dim: Option<usize>) -> EmbeddingConfig {
+        self.fit.embedding_config(1.0, hash, inner_dim)
     }
 
     pub fn settings(&self, data: &Data, compression: f64, seed: u64) -> Settings {
@@ -337,6 +507,10 @@ impl Reading {
                     None => Source::Generated { seed },
                 };
                 Data::Ratings(source.load()?)
+            }
+            Format::Interactions => {
+                let path = path.context("--format interactions needs --data")?;
+                Data::Ratings(Source::Interactions(path.to_owned()).load()?)
             }
             Format::Criteo => {
                 let path = path.context("--format criteo needs --data")?;
@@ -379,13 +553,19 @@ impl DeviceKind {
 }
 
 impl Fit {
-    fn embedding_config(&self, compression: f64, hash: HashChoice) -> EmbeddingConfig {
+    fn embedding_config(
+        &self,
+        compression: f64,
+        hash: HashChoice,
+        inner_dim: Option<usize>,
+    ) -> EmbeddingConfig {
         let embedding_dim = usize::from(self.embedding_dim.get());
         EmbeddingConfig {
             embedding_dim,
+            inner_dim,
             compression,
             hash: match hash {
-                HashChoice::Default => Hash::default_for(embedding_dim),
+                HashChoice::Default => Hash::default_for(inner_dim.unwrap_or(embedding_dim)),
                 HashChoice::Balanced { block } => Hash::balanced(block),
                 HashChoice::Mix { block } => Hash::mix(block),
                 HashChoice::Original => Hash::original(),
@@ -450,9 +630,18 @@ impl fmt::Display for HashChoice {
     }
 }
 
-fn parse_bits(text: &str) -> Result<Bits> {
-    let bits: u32 = text.parse().context("no number")?;
-    Bits::try_from(bits).map_err(anyhow::Error::msg)
+/// What a value is called on the command line.
+fn name(value: &impl ValueEnum) -> Option<String> {
+    Some(value.to_possible_value()?.get_name().to_owned())
+}
+
+fn parse_bits(text: &str) -> Result<TableBits> {
+    Ok(match text {
+        "32" => TableBits::Exact,
+        "8" => TableBits::Rounded(Bits::Eight),
+        "4" => TableBits::Rounded(Bits::Four),
+        _ => bail!("it must be 32, 8 or 4"),
+    })
 }
 
 fn parse_compression(text: &str) -> Result<f64> {

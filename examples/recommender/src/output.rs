@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::{self, ErrorKind, Write};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{ensure, Context, Result};
@@ -11,6 +12,19 @@ use candle_hashed_embedding_bag::checkpoint;
 
 /// The first failure of standard output.
 static FAILURE: Mutex<Option<io::Error>> = Mutex::new(None);
+
+/// Whether nothing is printed.
+static IS_SILENT: AtomicBool = AtomicBool::new(false);
+
+/// Has this process print nothing from now on, since another prints the same.
+pub fn silence() {
+    IS_SILENT.store(true, Ordering::Relaxed);
+}
+
+/// Whether this process prints nothing.
+pub fn is_silent() -> bool {
+    IS_SILENT.load(Ordering::Relaxed)
+}
 
 /// `println!` for programs that must not end if standard output is closed: see [`print()`].
 #[macro_export]
@@ -23,7 +37,9 @@ macro_rules! say {
 /// Prints a line to standard output. A failure does not stop the program, so that training ends with a checkpoint even if the
 /// reader has left, as in `recommender | head -1`; [`finish`] reports it.
 pub fn print(line: fmt::Arguments) {
-    remember(writeln!(io::stdout(), "{line}"));
+    if !is_silent() {
+        remember(writeln!(io::stdout(), "{line}"));
+    }
 }
 
 /// To be called when the work is done.

@@ -46,28 +46,33 @@ pub fn best(
     logits: &[f32],
     count: usize,
 ) -> Result<Vec<Recommendation>> {
+    let best = top(logits, catalog.seen.bag(user as usize), count)?;
+    let recommendation = |(movie, logit): (u32, f32)| Recommendation {
+        movie,
+        probability: sigmoid(logit.into()),
+    };
+    Ok(best.into_iter().map(recommendation).collect())
+}
+
+/// The `count` items with the highest scores but for those `excluded`, best first, with their scores; of equal ones, the lower row
+/// comes first.
+///
+/// # Errors
+/// A score that is NaN.
+pub fn top(scores: &[f32], excluded: &[u32], count: usize) -> Result<Vec<(u32, f32)>> {
     ensure!(
-        logits.iter().all(|logit| !logit.is_nan()),
+        scores.iter().all(|score| !score.is_nan()),
         "the model scores a movie as NaN: training has diverged"
     );
-    let mut unseen = vec![true; logits.len()];
-    for &movie in catalog.seen.bag(user as usize) {
-        unseen[movie as usize] = false;
+    let mut open = vec![true; scores.len()];
+    for &item in excluded {
+        open[item as usize] = false;
     }
-    let unseen = (0u32..)
-        .zip(logits)
-        .zip(unseen)
-        .filter(|(_, unseen)| *unseen);
-    let mut ranked: Vec<_> = unseen
-        .map(|((movie, &logit), _)| Recommendation {
-            movie,
-            probability: sigmoid(logit.into()),
-        })
+    let items = (0u32..).zip(scores).zip(open);
+    let mut ranked: Vec<_> = items
+        .filter_map(|((item, &score), open)| open.then_some((item, score)))
         .collect();
-    let order = |a: &Recommendation, b: &Recommendation| {
-        let by_probability = b.probability.total_cmp(&a.probability);
-        by_probability.then(a.movie.cmp(&b.movie))
-    };
+    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     if count < ranked.len() {
         ranked.select_nth_unstable_by(count, order);
         ranked.truncate(count);

@@ -2,13 +2,17 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use comfy_table::{presets, Table};
 
+use crate::baselines::Line;
 use crate::data::{Catalog, Clicks, Data, Examples, Ratings, Source, Truth};
 use crate::evaluate::Metrics;
 use crate::model::Dlrm;
+use crate::ranking::{Ranking, RARE};
+use crate::ranks::Ranks;
 use crate::recommend::Recommendation;
 use crate::say;
 use crate::sweep::{Measure, Point};
@@ -28,6 +32,7 @@ fn ratings_introduction(ratings: &Ratings) {
             format!("generated from seed {seed}; --data DIR reads a MovieLens set instead")
         }
         Source::Files(dir) => format!("MovieLens, {}", dir.display()),
+        Source::Interactions(file) => format!("interactions, {}", file.display()),
     };
     let catalog = &ratings.catalog;
     let liked = ratings.rows.iter().filter(|rating| rating.liked).count();
@@ -90,6 +95,20 @@ impl Summary {
         self.fact(part, value)
     }
 
+    /// How good the top tens are, if there are any.
+    pub fn ranking(self, ranking: Option<Ranking>) -> Self {
+        let Some(ranking) = ranking else { return self };
+        let value = format!(
+            "NDCG@10 {:.4}   recall@10 {:.4}   {} of {} items   {:.1} % rare",
+            ranking.ndcg,
+            ranking.recall,
+            grouped(ranking.coverage),
+            grouped(ranking.items),
+            100.0 * ranking.rare
+        );
+        self.fact("test, top tens", value)
+    }
+
     /// The score of the true probabilities on the test part. No model can expect to do better.
     pub fn best_reachable(self, truth: Option<Truth>) -> Self {
         match truth {
@@ -127,6 +146,71 @@ impl Summary {
     }
 }
 
+/// A model and its baselines. `part` is the name of what they were tried on.
+pub fn comparison(part: &str, lines: &[Line]) {
+    let has_lists = lines.iter().any(|line| line.ranking.is_some());
+    let mut table = table();
+    let mut header = vec![part, "AUC", "logloss"];
+    if has_lists {
+        header.extend([
+            "NDCG@10",
+            "recall@10",
+            "items in top tens",
+            "rare items there",
+        ]);
+    }
+    table.set_header(header);
+    let number = |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.4}"));
+    for line in lines {
+        let mut cells = vec![line.name.to_owned(), number(line.auc), number(line.logloss)];
+        if has_lists {
+            cells.extend(match &line.ranking {
+                Some(ranking) => [
+                    format!("{:.4}", ranking.ndcg),
+                    format!("{:.4}", ranking.recall),
+                    format!(
+                        "{} of {}",
+                        grouped(ranking.coverage),
+                        grouped(ranking.items)
+                    ),
+                    format!("{:.1} %", 100.0 * ranking.rare),
+                ],
+                None => [const { String::new() }; 4],
+            });
+        }
+        table.add_row(cells);
+    }
+    say!("\n{table}");
+    if lines.iter().all(|line| line.auc.is_none()) {
+        say!("no AUC: all labels are equal");
+    }
+    let users = lines.iter().find_map(|line| Some(line.ranking?.users));
+    if let Some(users) = users {
+        say!(
+            "top tens of {} users who liked items of this part; rare items have fewer than {RARE} training examples",
+            grouped(users)
+        );
+    }
+}
+
+/// What averaging gradients has taken, if there are several ranks.
+pub fn all_reduce(summary: Summary, ranks: &Ranks) -> Summary {
+    let Some(times) = ranks.all_reduce_times() else {
+        return summary;
+    };
+    let ms = |time: Duration| format!("{:.3} ms", 1e3 * time.as_secs_f64());
+    summary.fact("ranks", ranks.count().to_string()).fact(
+        "all-reduce",
+        format!(
+            "{} bytes a step in {}, fastest {}, {:.1} GB/s bus bandwidth",
+            grouped(times.bytes),
+            ms(times.mean()),
+            ms(times.fastest),
+            times.bus_bandwidth(ranks.count()) / 1e9
+        ),
+    )
+}
+
 /// A user, and the movies recommended to them.
 pub fn recommendations(
     catalog: &Catalog,
@@ -161,59 +245,58 @@ pub fn recommendations(
     say!("\n{table}");
 }
 
-/// Quality, by `measure`, against size, and each hash compared with `baseline`, if that takes part.
-pub fn sweep(points: &[Point], measure: Measure, baseline: &str) {
-    let at = |hash: &str, compression| {
-        let mut points = points.iter();
-        points.find(|point| point.hash == hash && point.compression == compression)
-    };
-    let against = |point: &Point| {
-        let baseline = at(baseline, point.compression)?;
-        (point.hash != baseline.hash).then(|| point.mean() - baseline.mean())
-    };
+/// Quality, by `measure`, against bytes: the points in their order, and what the best of each size has over the plainest one, f32 in
+/// all `columns`.
+pub fn sweep(points: &[Point], measure: Measure, columns: usize) {
     let mut table = table();
     table.set_header([
-        "compression",
+        "size",
         "hash",
+        "columns",
+        "bits",
+        "bytes",
         "parameters",
         &format!("{measure}, mean"),
         "lowest, highest",
-        &format!("against {baseline}"),
+        "lost by rounding",
     ]);
     for point in points {
         let (lowest, highest) = point.range();
         table.add_row([
-            fraction(point.compression),
+            fraction(point.size),
             point.hash.clone(),
+            point.inner_dim.to_string(),
+            point.bits.to_string(),
+            grouped(point.bytes),
             grouped(point.parameters),
             format!("{:.4}", point.mean()),
             format!("{lowest:.4}, {highest:.4}"),
-            against(point).map_or(String::new(), |difference| format!("{difference:+.4}")),
+            match point.bits {
+                32 => String::new(),
+                _ => format!("{:.4}", point.loss),
+            },
         ]);
     }
     say!("\n{table}");
     if measure == Measure::Logloss {
         say!("All labels of the test part are equal, so there is no AUC; less logloss is better.");
     }
-
-    let mut hashes: Vec<&str> = points.iter().map(|point| point.hash.as_str()).collect();
-    hashes.sort_unstable();
-    hashes.dedup();
-    for hash in hashes {
-        let of_hash = points.iter().filter(|point| point.hash == hash);
-        let compared: Vec<_> = of_hash
-            .filter_map(|point| Some((fraction(point.compression), against(point)?)))
-            .collect();
-        let is_ahead = |(_, difference): &&(String, f64)| measure.is_better(*difference);
-        let (ahead, behind): (Vec<_>, Vec<_>) = compared.iter().partition(is_ahead);
-        for (word, those) in [("ahead of", ahead), ("not ahead of", behind)] {
-            let those: Vec<_> = those
-                .iter()
-                .map(|(c, d)| format!("{c} ({d:+.4})"))
-                .collect();
-            if !those.is_empty() {
-                say!("{hash} is {word} {baseline} at {}", those.join(", "));
-            }
+    for of_size in points.chunk_by(|a, b| a.size == b.size) {
+        let is_plainest = |point: &&Point| point.bits == 32 && point.inner_dim == columns;
+        let Some(plainest) = of_size.iter().find(is_plainest) else {
+            continue;
+        };
+        let best = &of_size[0];
+        let difference = best.mean() - plainest.mean();
+        if measure.is_better(difference) {
+            say!(
+                "best at {}: {}, {} columns, {} bits, {difference:+.4} over {} in f32 with {columns}",
+                fraction(best.size),
+                best.hash,
+                best.inner_dim,
+                best.bits,
+                plainest.hash
+            );
         }
     }
 }

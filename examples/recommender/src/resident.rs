@@ -1,12 +1,11 @@
 //! The train part kept on the device of a model, so that a step uploads nothing but the order of its examples.
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{bail, Context, Result};
 use candle_core::Tensor;
-use rand::rngs::StdRng;
-use rand::seq::SliceRandom;
 
 use crate::data::{Examples, Part, Rows};
 use crate::model::{Dlrm, Inputs};
+use crate::order::Order;
 
 /// Examples that are read and uploaded at once.
 const CHUNK: usize = 1 << 16;
@@ -23,17 +22,18 @@ pub struct Resident<'a> {
 }
 
 impl<'a> Resident<'a> {
-    /// Reads and uploads the train part.
+    /// Reads and uploads the train part, of which this rank trains on what `order` says.
     ///
     /// # Errors
     /// What reading says, too little memory on the device, and examples that are bags of rows.
-    pub fn load(model: &'a Dlrm, examples: &dyn Examples) -> Result<Self> {
+    pub fn load(model: &'a Dlrm, examples: &dyn Examples, order: &Order) -> Result<Self> {
         let schema = examples.schema();
         let device = model.device();
         let (mut numbers, mut rows, mut labels) = (Vec::new(), Vec::new(), Vec::new());
-        for batch in examples.batches(Part::Train, CHUNK, None)? {
+        for batch in examples.batches_at(Part::Train, order.own_positions(), CHUNK, None)? {
             let (batch, batch_labels) = batch?;
-            let Rows::OnePerTable(batch_rows) = &batch.rows else {
+            let shared = model.embeddings().shared(&batch.rows);
+            let Rows::OnePerTable(batch_rows) = &*shared else {
                 bail!("only examples with one row per table can be kept on the device")
             };
             let n = batch_labels.len();
@@ -62,24 +62,18 @@ impl<'a> Resident<'a> {
         })
     }
 
-    /// All examples once, shuffled: their inputs and labels.
+    /// All examples once, in the next order, without the first `done` batches: their inputs and labels.
     ///
     /// # Errors
     /// More examples than 32-bit indices.
     pub fn batches(
         &'a self,
-        batch_size: usize,
-        rng: &mut StdRng,
+        order: &mut Order,
+        done: usize,
     ) -> Result<impl Iterator<Item = Result<(Inputs, Tensor)>> + 'a> {
-        let examples = self.labels.dim(0)?;
-        ensure!(
-            u32::try_from(examples).is_ok(),
-            "{examples} examples are too many"
-        );
-        let mut order: Vec<u32> = (0..examples as u32).collect();
-        order.shuffle(rng);
-        let order = Tensor::new(order, self.model.device())?;
-        let starts = (0..examples).step_by(batch_size);
+        let (examples, batch_size) = (self.labels.dim(0)?, order.own_batch_size());
+        let order = Tensor::new(order.positions()?, self.model.device())?;
+        let starts = (0..examples).step_by(batch_size).skip(done);
         Ok(starts.map(move |start| {
             let order = order.narrow(0, start, batch_size.min(examples - start))?;
             let pick = |tensor: &Tensor| tensor.index_select(&order, 0);

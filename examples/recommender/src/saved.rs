@@ -2,8 +2,11 @@
 //!
 //! | tensor | dtype | |
 //! |---|---|---|
-//! | `plain.hashed_weight`, `hashed.hashed_weight` | f32; u8 in 8 or 4 bits | the embedding tables; the crate's metadata says how to read them |
+//! | `plain.hashed_weight`, `narrow.hashed_weight`, `hashed.hashed_weight` | f32; u8 in 8 or 4 bits | the embedding tables; the crate's metadata says how to read them |
+//! | `narrow.projection`, `hashed.projection` | f32 | only of narrow tables: their matrices, `(tables, inner_dim, embedding_dim)` |
 //! | `top.<i>.weight`, `top.<i>.bias` | f32 | the MLP |
+//! | `<table>.rare` | u8 | only with `--min-count`: a bit per row of the table, 1 if the row is rare; rare rows share the first of them |
+//! | `about` | u8 | what the checkpoint says of itself: [`About`], as JSON |
 //!
 //! A model of ratings, a [`Recommender`], brings its catalog:
 //!
@@ -13,7 +16,9 @@
 //! | `<feature>.vocabulary` | u8 | the values, joined by newlines; a newline in a value is `\n`, a backslash `\\` |
 //! | `<feature>.indices`, `<feature>.offsets` | u32 | the bag of values of each user or movie |
 //! | `seen.indices`, `seen.offsets` | u32 | the movies that each user has rated |
+//! | `movie.examples` | u32 | of each movie, the ratings of the train part, and how many of those are likes |
 //! | `generator_seed` | i64 | only if trained on generated data: its seed |
+//! | `interactions` | i64 | only if trained on interactions: how many |
 //!
 //! A model of clicks, a [`ClickModel`], needs only its hash:
 //!
@@ -22,6 +27,7 @@
 //! | `bottom.<i>.weight`, `bottom.<i>.bias` | f32 | the MLP of the numbers |
 //! | `clicks.counts` | i64 | how many examples the log had, and how many were clicked |
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
@@ -29,9 +35,11 @@ use candle_core::{Device, Tensor};
 use candle_hashed_embedding_bag::{checkpoint, checkpoint::TableSpec, Checkpoint};
 use candle_nn::VarMap;
 
+use crate::about::About;
 use crate::data::{
     Bags, Catalog, Clicks, Data, Entities, Feature, Ratings, Source, MOVIE_FEATURES, USER_FEATURES,
 };
+use crate::embeddings::rare_rows_name;
 use crate::model::Dlrm;
 
 /// A trained model of ratings.
@@ -40,34 +48,74 @@ pub struct Recommender {
     pub catalog: Catalog,
     /// Scores pairs of them.
     pub model: Dlrm,
-    generator_seed: Option<u64>,
+    /// The training examples of each movie, and how many of those were liked; files of version 0.1.0 may lack them.
+    pub examples: Option<Vec<[u32; 2]>>,
+    /// What the checkpoint says of itself, if it does.
+    pub about: Option<About>,
+    kind: Kind,
+}
+
+/// What a model of ratings was trained on.
+#[derive(Clone, Copy)]
+enum Kind {
+    Generated { seed: u64 },
+    MovieLens,
+    Interactions,
 }
 
 /// A trained model of clicks.
 pub struct ClickModel {
     /// Scores clicks.
     pub model: Dlrm,
+    /// What the checkpoint says of itself, if it does.
+    pub about: Option<About>,
     rows_per_field: u32,
     /// The numbers of examples and of clicked examples in the log it was trained on.
     counts: [i64; 2],
 }
 
 /// Writes the model, whose variables are `vars` and which was trained on `data`. Its tables may have been rounded since.
-pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data) -> Result<()> {
+pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data, about: &About) -> Result<()> {
     // The tables come from the model, which may hold others than the variables.
     let mut tensors: Vec<_> = checkpoint::variables(vars)
         .into_iter()
         .filter(|(name, _)| !name.ends_with(".hashed_weight"))
         .collect();
+    for (table, rare) in data
+        .examples()
+        .schema()
+        .tables
+        .iter()
+        .zip(model.embeddings().rare())
+    {
+        if let Some(rare) = rare {
+            put(&mut tensors, rare_rows_name(table.0), rare.bits())?;
+        }
+    }
+    put(&mut tensors, ABOUT, &serde_json::to_vec(about)?)?;
     match data {
-        Data::Ratings(Ratings {
-            source, catalog, ..
-        }) => {
+        Data::Ratings(ratings) => {
+            let Ratings {
+                source,
+                catalog,
+                rows,
+                ..
+            } = ratings;
+            let examples = ratings.examples_per_movie();
+            let shape = (examples.len(), 2);
+            let examples = Tensor::from_slice(examples.as_flattened(), shape, &Device::Cpu)?;
+            tensors.push((EXAMPLES.to_owned(), examples));
             put_entities(&mut tensors, "user", &catalog.users)?;
             put_entities(&mut tensors, "movie", &catalog.movies)?;
             put_bags(&mut tensors, "seen", &catalog.seen)?;
-            if let Source::Generated { seed } = source {
-                put(&mut tensors, "generator_seed", &[*seed as i64])?;
+            match source {
+                Source::Generated { seed } => {
+                    put(&mut tensors, "generator_seed", &[*seed as i64])?;
+                }
+                Source::Files(_) => {}
+                Source::Interactions(_) => {
+                    put(&mut tensors, "interactions", &[rows.len() as i64])?;
+                }
             }
         }
         Data::Clicks(clicks) => put(&mut tensors, CLICK_COUNTS, &counts(clicks))?,
@@ -96,25 +144,44 @@ impl Recommender {
             seen,
         };
         let model = Dlrm::open(&catalog.schema(), checkpoint, device)?;
-        let seed: Option<Vec<i64>> = get(checkpoint, "generator_seed").ok();
+        let number = |name| -> Option<i64> { get(checkpoint, name).ok()?.first().copied() };
+        let kind = match (number("generator_seed"), number("interactions")) {
+            (Some(seed), _) => Kind::Generated { seed: seed as u64 },
+            (None, Some(_)) => Kind::Interactions,
+            (None, None) => Kind::MovieLens,
+        };
         Ok(Self {
+            examples: examples(checkpoint, catalog.movies.ids.len())?,
+            about: about(checkpoint)?,
             catalog,
             model,
-            generator_seed: seed.and_then(|seed| seed.first().map(|&seed| seed as u64)),
+            kind,
         })
     }
 
-    /// The source of its ratings: the folder `dir`, or the generator, if they were generated.
-    pub fn source(&self, dir: Option<PathBuf>) -> Result<Source> {
-        match (self.generator_seed, dir) {
-            (Some(seed), None) => Ok(Source::Generated { seed }),
-            (None, Some(dir)) => Ok(Source::Files(dir)),
-            (Some(_), Some(_)) => {
+    /// The source of its ratings: the folder or file `path`, or the generator, if they were generated.
+    pub fn source(&self, path: Option<PathBuf>) -> Result<Source> {
+        match (self.kind, path) {
+            (Kind::Generated { seed }, None) => Ok(Source::Generated { seed }),
+            (Kind::MovieLens, Some(dir)) => Ok(Source::Files(dir)),
+            (Kind::Interactions, Some(file)) => Ok(Source::Interactions(file)),
+            (Kind::Generated { .. }, Some(_)) => {
                 bail!("the checkpoint was trained on generated ratings: leave out --data")
             }
-            (None, None) => {
+            (Kind::MovieLens, None) => {
                 bail!("the checkpoint was trained on a MovieLens set: name its folder with --data")
             }
+            (Kind::Interactions, None) => {
+                bail!("the checkpoint was trained on interactions: name their file with --data")
+            }
+        }
+    }
+
+    /// The titles of all movies by published id, without reading a rating. Items of interactions have none.
+    pub fn titles(&self, path: Option<PathBuf>) -> Result<BTreeMap<i64, String>> {
+        match self.kind {
+            Kind::Interactions => Ok(BTreeMap::new()),
+            Kind::Generated { .. } | Kind::MovieLens => self.source(path)?.titles(),
         }
     }
 
@@ -149,6 +216,7 @@ impl ClickModel {
         let model = Dlrm::open(&Clicks::schema_of(rows_per_field), checkpoint, device)?;
         Ok(Self {
             model,
+            about: about(checkpoint)?,
             rows_per_field,
             counts,
         })
@@ -166,6 +234,32 @@ impl ClickModel {
 }
 
 const CLICK_COUNTS: &str = "clicks.counts";
+const EXAMPLES: &str = "movie.examples";
+const ABOUT: &str = "about";
+
+/// `None` if the checkpoint was written before it said anything of itself.
+fn about(checkpoint: &Checkpoint) -> Result<Option<About>> {
+    if checkpoint.tensor_info(ABOUT).is_err() {
+        return Ok(None);
+    }
+    let json: Vec<u8> = get(checkpoint, ABOUT)?;
+    let about = serde_json::from_slice(&json);
+    Ok(Some(about.with_context(|| format!("tensor {ABOUT}"))?))
+}
+
+fn examples(checkpoint: &Checkpoint, movies: usize) -> Result<Option<Vec<[u32; 2]>>> {
+    if checkpoint.tensor_info(EXAMPLES).is_err() {
+        return Ok(None);
+    }
+    let counts = checkpoint.tensor(EXAMPLES, &Device::Cpu)?;
+    ensure!(
+        counts.dims() == [movies, 2],
+        "tensor {EXAMPLES} must have the shape [{movies}, 2], got {:?}",
+        counts.dims()
+    );
+    let counts: Vec<u32> = counts.flatten_all()?.to_vec1()?;
+    Ok(Some(counts.as_chunks().0.to_vec()))
+}
 
 fn counts(clicks: &Clicks) -> [i64; 2] {
     let counts = clicks.counts();
@@ -301,9 +395,11 @@ fn get_bags(checkpoint: &Checkpoint, name: &str, rows: usize, bound: usize) -> R
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::about::Reached;
     use crate::data::{write_generated, Part};
-    use crate::evaluate::{evaluate, logits};
+    use crate::evaluate::{evaluate, logits, Metrics};
     use crate::options::{Command, Options};
+    use crate::rare::TrainCounts;
     use crate::train::Settings;
     use crate::{init, train};
     use candle_hashed_embedding_bag::Bits;
@@ -317,11 +413,18 @@ mod tests {
             bail!("no ratings")
         };
         let (model, vars) = trained(&data)?;
+        let counts = TrainCounts::of(ratings)?;
+        let model = model.sharing_rare_rows(&counts.rows, 100);
+        let rare = model.embeddings().rare();
+        assert!(rare[1].is_none() && rare[4].is_some(), "{rare:?}");
 
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("model.safetensors");
-        save(&path, &model, &vars, &data)?;
+        save(&path, &model, &vars, &data, &about(&data)?)?;
         let opened = Recommender::open(&path, &Device::Cpu)?;
+        assert_eq!(opened.model.embeddings().rare(), rare);
+        assert_eq!(opened.about, Some(about(&data)?));
+        assert_eq!(opened.examples, Some(ratings.examples_per_movie()));
         assert_eq!(opened.catalog, ratings.catalog);
         assert_eq!(opened.ratings(None)?.rows, ratings.rows);
         assert!(opened.source(Some(dir.path().to_owned())).is_err());
@@ -342,12 +445,12 @@ mod tests {
         let exact = evaluate(&model, data.examples(), Part::Test)?;
         let dir = tempfile::tempdir()?;
         let path = dir.path().join("model.safetensors");
-        save(&path, &model, &vars, &data)?;
+        save(&path, &model, &vars, &data, &about(&data)?)?;
         let mut len = path.metadata()?.len();
         for bits in [Bits::Eight, Bits::Four] {
             let (rounded, errors) = model.to_bits(bits)?;
             assert!(errors.iter().all(|(_, error)| *error < 0.15), "{errors:?}");
-            save(&path, &rounded, &vars, &data)?;
+            save(&path, &rounded, &vars, &data, &about(&data)?)?;
             let opened = Recommender::open(&path, &Device::Cpu)?;
             let metrics = evaluate(&opened.model, data.examples(), Part::Test)?;
             assert_eq!(metrics, evaluate(&rounded, data.examples(), Part::Test)?);
@@ -374,7 +477,7 @@ mod tests {
         let (model, vars) = trained(&data)?;
 
         let path = dir.path().join("model.safetensors");
-        save(&path, &model, &vars, &data)?;
+        save(&path, &model, &vars, &data, &about(&data)?)?;
         let opened = ClickModel::open(&path, &Device::Cpu)?;
         let clicks = opened.clicks(&log, false)?;
         assert_eq!(
@@ -384,6 +487,18 @@ mod tests {
         assert!(opened.clicks(&other, false).is_err());
         assert!(Recommender::open(&path, &Device::Cpu).is_err());
         Ok(())
+    }
+
+    fn about(data: &Data) -> Result<About> {
+        let metrics = Metrics::of(&[0.5, -0.25], &[true, false]);
+        let reached = Reached {
+            best_epoch: 1,
+            valid: metrics,
+            test: metrics,
+            test_ranking: None,
+        };
+        let counts = TrainCounts::of(data.examples())?;
+        About::new(data, &counts, serde_json::json!({"seed": 1}), reached)
     }
 
     /// A model after one epoch, so that it has learnt something.

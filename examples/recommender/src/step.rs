@@ -11,16 +11,15 @@
 //! gradient, or a single example, shards run on rayon's threads.
 
 use std::ops::Range;
-use std::sync::Mutex;
 
 use candle_core::backprop::GradStore;
-use candle_core::utils::barrier_pool;
-use candle_core::{Error, Result, Tensor, Var};
+use candle_core::{Result, Tensor, Var};
+use candle_hashed_embedding_bag::optim::named_variables;
 use candle_nn::VarMap;
 use rayon::prelude::*;
 
 use crate::model::{Dlrm, Inputs};
-use crate::ops::backward;
+use crate::ops::{backward, in_pool};
 
 /// candle divides operations on at least so many values among its pool.
 const DIVIDED_BY_CANDLE: usize = 64 * 1024;
@@ -43,16 +42,10 @@ pub const TABLE: &str = ".hashed_weight";
 
 /// The variables of `vars` by name, in the order of their names: those of embedding tables if `tables`, else those of the MLPs.
 pub fn variables(vars: &VarMap, tables: bool) -> Result<Vec<(String, Var)>> {
-    let vars = match vars.data().lock() {
-        Ok(vars) => vars.clone(),
-        Err(error) => return Err(Error::msg(error.to_string())),
-    };
-    let mut vars: Vec<_> = vars
-        .into_iter()
+    let vars = named_variables(vars)?.into_iter();
+    Ok(vars
         .filter(|(name, _)| name.ends_with(TABLE) == tables)
-        .collect();
-    vars.sort_by(|(a, _), (b, _)| a.cmp(b));
-    Ok(vars)
+        .collect())
 }
 
 impl<'a> Stepper<'a> {
@@ -167,19 +160,7 @@ pub fn side_by_side<I: Sync, R: Send>(
     if model.largest().max(model.widest()) >= DIVIDED_BY_CANDLE {
         return items.par_iter().map(&work).collect();
     }
-    let results: Vec<_> = items.iter().map(|_| Mutex::new(None)).collect();
-    barrier_pool().execute_chunked(items.len(), |range| {
-        for i in range {
-            if let Ok(mut result) = results[i].lock() {
-                *result = Some(work(&items[i]));
-            }
-        }
-    });
-    let results = results.into_iter().map(|result| match result.into_inner() {
-        Ok(Some(result)) => result,
-        _ => Err(Error::msg("a thread of the pool panicked")),
-    });
-    results.collect()
+    in_pool(items, work)
 }
 
 /// The shards of a batch on the CPU.

@@ -1,23 +1,24 @@
 //! Training: AdamW on the binary cross-entropy, keeping the epoch that scores the validation part best.
 
-use std::collections::HashMap;
 use std::fmt::Write;
 use std::time::Instant;
 
 use anyhow::{anyhow, bail, ensure, Result};
 use candle_core::{backprop::GradStore, Tensor};
-use candle_hashed_embedding_bag::optim::{AdamW, ParamsAdamW};
+use candle_hashed_embedding_bag::optim::{named_variables, AdamW, ParamsAdamW};
 use candle_nn::{Optimizer, VarMap};
 use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
-use rand::rngs::StdRng;
-use rand::SeedableRng;
 
 use crate::data::{Examples, Part};
-use crate::evaluate::{evaluate, Metrics};
+use crate::evaluate::Metrics;
 use crate::model::{Dlrm, Inputs};
+use crate::order::Order;
+use crate::output;
+use crate::ranks::Ranks;
 use crate::resident::Resident;
+use crate::resume::{BestEpoch, Position, Saving, State, Tensors};
 use crate::say;
-use crate::step::{variables, Stepper};
+use crate::step::{variables, Stepper, TABLE};
 
 /// Steps between two readings of the loss. A GPU computes behind the program, which waits for it only there.
 const STEPS_PER_READING: usize = 64;
@@ -30,7 +31,7 @@ const MLP_DECAY: f64 = 0.01;
 pub struct Settings {
     /// Passes over the train part.
     pub epochs: usize,
-    /// Examples per step.
+    /// Examples per step, of all ranks together.
     pub batch_size: usize,
     /// Learning rate of the MLPs in the first step; it falls linearly to zero.
     pub lr: f64,
@@ -60,6 +61,17 @@ pub struct Best {
 }
 
 impl Best {
+    /// What is known at the end of an epoch.
+    fn of(epoch: usize, valid: Metrics) -> Self {
+        Self {
+            epoch,
+            valid,
+            seconds: 0.0,
+            rate: 0.0,
+            diverged: None,
+        }
+    }
+
     /// # Errors
     /// If training diverged; the message says which epoch is kept.
     pub fn ensure_converged(&self) -> Result<()> {
@@ -88,47 +100,83 @@ pub fn train(
     examples: &dyn Examples,
     settings: Settings,
 ) -> Result<Best> {
+    let (ranks, saving) = (Ranks::single()?, Saving::default());
+    train_on(&ranks, &saving, model, vars, examples, settings)
+}
+
+/// [`train`] on several ranks, which may be ended and resumed.
+///
+/// # Errors
+/// Those of [`train`]; a batch size that cannot be divided among the ranks; a rank that was lost; a state that cannot be saved, or be
+/// resumed from.
+pub fn train_on(
+    ranks: &Ranks,
+    saving: &Saving,
+    model: &Dlrm,
+    vars: &VarMap,
+    examples: &dyn Examples,
+    settings: Settings,
+) -> Result<Best> {
     let parts = [Part::Train, Part::Valid, Part::Test].map(|part| examples.len(part));
     ensure!(
         parts.iter().all(|&len| len > 0),
         "{} examples are too few to split",
         parts.iter().sum::<usize>()
     );
-    let len = parts[0];
-    let steps_per_epoch = len.div_ceil(settings.batch_size);
+    let mut order = Order::new(ranks, parts[0], settings.batch_size, settings.seed)?;
+    let steps_per_epoch = order.steps_per_epoch();
     let steps = settings.epochs.saturating_mul(steps_per_epoch);
     let mut optimizer = Optimizers::new(vars, settings, steps)?;
     let stepper = Stepper::new(model, vars)?;
-    let mut rng = StdRng::seed_from_u64(settings.seed);
+    let parameters = named_variables(vars)?;
+    ranks.broadcast(&parameters)?;
     let start = Instant::now();
-    let resident = settings.resident.then(|| Resident::load(model, examples));
+    let resident = settings.resident;
+    let resident = resident.then(|| Resident::load(model, examples, &order));
     let resident = resident.transpose()?;
-    let mut best: Option<(Best, HashMap<String, Tensor>)> = None;
+    let mut best: Option<(Best, Tensors)> = None;
     let mut diverged = None;
-    let mut rate = 0f64;
+    let mut position = Position {
+        epoch: 1,
+        ..Position::default()
+    };
+    if let Some(state) = saving.load(ranks, model.device())? {
+        position = state.position;
+        vars.clone().set(state.model.into_iter())?;
+        let done = (position.epoch - 1) * steps_per_epoch + position.step;
+        optimizer.restore(state.optimizer, done)?;
+        best = position
+            .best
+            .map(|best| (Best::of(best.epoch, best.valid()), state.best));
+        // Each epoch draws from the generators of the order.
+        for _ in 1..position.epoch {
+            drop(batches(model, examples, resident.as_ref(), &mut order, 0)?);
+        }
+        say!(
+            "  resumed at step {} of epoch {}\n",
+            position.step,
+            position.epoch
+        );
+    }
+    let (mut rate, seconds_before) = (position.rate, position.seconds);
 
-    'epochs: for epoch in 1..=settings.epochs {
-        let progress = progress_bar(len)?;
-        let mut losses = Losses::default();
-        let epoch_start = Instant::now();
-        let batches: Box<dyn Iterator<Item = Result<(Inputs, Tensor)>>> = match &resident {
-            Some(resident) => Box::new(resident.batches(settings.batch_size, &mut rng)?),
-            None => {
-                let batches = examples.batches(Part::Train, settings.batch_size, Some(&mut rng))?;
-                Box::new(batches.map(|batch| {
-                    let (batch, labels) = batch?;
-                    let labels: Vec<_> = labels.iter().map(|&l| f32::from(u8::from(l))).collect();
-                    Ok((model.inputs(&batch)?, Tensor::new(labels, model.device())?))
-                }))
-            }
+    'epochs: for epoch in position.epoch..=settings.epochs {
+        let progress = progress_bar(order.examples())?;
+        let (done, mut losses) = match epoch == position.epoch {
+            true => (position.step, Losses::restored(position.losses)),
+            false => (0, Losses::default()),
         };
-        for (step, batch) in (1..).zip(batches) {
+        let (epoch_start, examples_before) = (Instant::now(), losses.examples);
+        let batches = batches(model, examples, resident.as_ref(), &mut order, done)?;
+        for (step, batch) in (done + 1..).zip(batches) {
             let (inputs, labels) = batch?;
-            let (loss, gradients) = stepper.step(&inputs, &labels)?;
+            let (loss, mut gradients) = stepper.step(&inputs, &labels)?;
+            ranks.average(&parameters, &mut gradients)?;
             optimizer.step(&gradients)?;
-            losses.add(&loss, labels.dim(0)?)?;
-            if step % STEPS_PER_READING == 0 || step == steps_per_epoch {
-                let loss = losses.read()?;
+            losses.add(&loss, labels.dim(0)? * ranks.count())?;
+            let is_saved = saving.is_due(optimizer.step);
+            if step % STEPS_PER_READING == 0 || step == steps_per_epoch || is_saved {
+                let loss = losses.read(ranks)?;
                 if !loss.is_finite() {
                     progress.finish_and_clear();
                     diverged = Some(epoch);
@@ -137,12 +185,33 @@ pub fn train(
                 progress.set_position(losses.examples as u64);
                 progress.set_message(format!("{loss:.4}"));
             }
+            if is_saved && ranks.is_first() {
+                let position = Position {
+                    epoch,
+                    step,
+                    losses: losses.saved(),
+                    seconds: seconds_before + start.elapsed().as_secs_f64(),
+                    rate,
+                    best: best
+                        .as_ref()
+                        .map(|(best, _)| BestEpoch::new(best.epoch, best.valid)),
+                };
+                saving.save(State {
+                    position,
+                    model: snapshot(vars)?,
+                    optimizer: optimizer.state()?,
+                    best: best
+                        .as_ref()
+                        .map_or_else(Tensors::new, |best| best.1.clone()),
+                })?;
+            }
         }
-        let train_loss = losses.read()?;
-        rate = rate.max(losses.examples as f64 / epoch_start.elapsed().as_secs_f64());
+        let train_loss = losses.read(ranks)?;
+        let trained = losses.examples - examples_before;
+        rate = rate.max(trained as f64 / epoch_start.elapsed().as_secs_f64());
         progress.finish_and_clear();
 
-        let valid = evaluate(model, examples, Part::Valid)?;
+        let valid = ranks.evaluate(model, examples, Part::Valid)?;
         if valid.ensure_finite().is_err() {
             diverged = Some(epoch);
             break;
@@ -163,26 +232,42 @@ pub fn train(
             .as_ref()
             .is_none_or(|(best, _)| valid.is_better(&best.valid))
         {
-            let reached = Best {
-                epoch,
-                valid,
-                seconds: 0.0,
-                rate: 0.0,
-                diverged: None,
-            };
-            best = Some((reached, snapshot(vars)?));
+            best = Some((Best::of(epoch, valid), snapshot(vars)?));
         }
     }
+    ranks.ensure_replicas_are_equal(&parameters)?;
     let Some((best, values)) = best else {
         bail!(diverged.map_or("there is no epoch".to_owned(), divergence));
     };
     vars.clone().set(values.into_iter())?;
     Ok(Best {
-        seconds: start.elapsed().as_secs_f64(),
+        seconds: seconds_before + start.elapsed().as_secs_f64(),
         rate,
         diverged,
         ..best
     })
+}
+
+/// The inputs and labels of one step after the other.
+type Steps<'a> = Box<dyn Iterator<Item = Result<(Inputs, Tensor)>> + 'a>;
+
+/// The batches of the next epoch that this rank trains on, without the first `done`: inputs and labels.
+fn batches<'a>(
+    model: &'a Dlrm,
+    examples: &'a dyn Examples,
+    resident: Option<&'a Resident>,
+    order: &'a mut Order,
+    done: usize,
+) -> Result<Steps<'a>> {
+    if let Some(resident) = resident {
+        return Ok(Box::new(resident.batches(order, done)?));
+    }
+    let batches = order.batches(examples)?.skip(done);
+    Ok(Box::new(batches.map(|batch| {
+        let (batch, labels) = batch?;
+        let labels: Vec<_> = labels.iter().map(|&l| f32::from(u8::from(l))).collect();
+        Ok((model.inputs(&batch)?, Tensor::new(labels, model.device())?))
+    })))
 }
 
 /// One AdamW for the tables and one for the MLPs, with a learning rate that falls linearly to zero.
@@ -223,20 +308,42 @@ impl Optimizers {
         self.mlps.step(gradients)?;
         Ok(())
     }
+
+    /// The state of both, by the names of the variables, which differ.
+    fn state(&self) -> Result<Tensors> {
+        let (tables, mlps) = (self.tables.state()?, self.mlps.state()?);
+        Ok(tables.into_iter().chain(mlps).collect())
+    }
+
+    /// Goes on from a [`state`](Self::state) after so many steps.
+    fn restore(&mut self, state: Tensors, step: usize) -> Result<()> {
+        let is_of_table = |name: &str| {
+            let parameter = name
+                .rsplit_once('.')
+                .map_or(name, |(parameter, _)| parameter);
+            parameter.ends_with(TABLE)
+        };
+        let (tables, mlps): (Tensors, Tensors) =
+            state.into_iter().partition(|(name, _)| is_of_table(name));
+        self.tables.load_state(tables)?;
+        self.mlps.load_state(mlps)?;
+        self.step = step;
+        Ok(())
+    }
 }
 
 /// The losses of an epoch so far.
 #[derive(Default)]
 struct Losses {
     examples: usize,
-    /// The sum of those that were read.
+    /// The sum of those that were read, of all ranks.
     read: f64,
-    /// The sum of the others, on the device.
+    /// The sum of the others of this rank, on the device.
     unread: Option<Tensor>,
 }
 
 impl Losses {
-    /// Adds the sum of the losses of so many examples.
+    /// Adds the sum of the losses of a batch, which has so many examples at all ranks together.
     fn add(&mut self, loss: &Tensor, examples: usize) -> Result<()> {
         self.examples += examples;
         self.unread = Some(match self.unread.take() {
@@ -246,17 +353,30 @@ impl Losses {
         Ok(())
     }
 
-    /// The mean loss of all examples so far; waits for the device.
-    fn read(&mut self) -> Result<f64> {
+    /// The mean loss of all examples of all ranks so far; waits for the device, and for the other ranks.
+    fn read(&mut self, ranks: &Ranks) -> Result<f64> {
         if let Some(sum) = self.unread.take() {
-            self.read += f64::from(sum.to_scalar::<f32>()?);
+            self.read += ranks.sum(f64::from(sum.to_scalar::<f32>()?))?;
         }
         Ok(self.read / self.examples as f64)
+    }
+
+    /// What was read, for [`restored`](Self::restored).
+    fn saved(&self) -> (usize, u64) {
+        (self.examples, self.read.to_bits())
+    }
+
+    fn restored((examples, read): (usize, u64)) -> Self {
+        Self {
+            examples,
+            read: f64::from_bits(read),
+            unread: None,
+        }
     }
 }
 
 /// The present values of all variables; a plain clone would change with the next step.
-fn snapshot(vars: &VarMap) -> Result<HashMap<String, Tensor>> {
+fn snapshot(vars: &VarMap) -> Result<Tensors> {
     let vars = vars
         .data()
         .lock()
@@ -275,7 +395,11 @@ fn progress_bar(rows: usize) -> Result<ProgressBar> {
             let _ = write!(out, "{}", HumanCount(state.per_sec() as u64));
         },
     );
-    Ok(ProgressBar::new(rows as u64).with_style(style))
+    let progress = match output::is_silent() {
+        true => ProgressBar::hidden(),
+        false => ProgressBar::new(rows as u64),
+    };
+    Ok(progress.with_style(style))
 }
 
 #[cfg(test)]
@@ -283,15 +407,19 @@ mod tests {
     use super::*;
     use crate::data::{write_generated, Batch, Batches, Clicks, Rows, Schema};
     use crate::embeddings::EmbeddingConfig;
+    use crate::evaluate::evaluate;
     use crate::init::seeded;
     use crate::model::ModelConfig;
     use candle_core::Device;
     use candle_hashed_embedding_bag::Hash;
+    use rand::rngs::StdRng;
     use std::cell::Cell;
+    use std::ops::Range;
 
     fn model_config(embedding_dim: usize, compression: f64) -> ModelConfig {
         let embeddings = EmbeddingConfig {
             embedding_dim,
+            inner_dim: None,
             compression,
             hash: Hash::default_for(embedding_dim),
         };
@@ -317,9 +445,10 @@ mod tests {
             8
         }
 
-        fn batches<'a>(
+        fn batches_at<'a>(
             &'a self,
             part: Part,
+            _: Range<usize>,
             _: usize,
             _: Option<&'a mut StdRng>,
         ) -> Result<Batches<'a>> {

@@ -135,7 +135,46 @@ fn tables_are_rounded_in_the_checkpoint() {
         folder.succeeds("evaluate --data ml --checkpoint m");
     }
     let (_, said) = folder.fails(&format!("{TRAIN} --bits 5"));
-    assert!(said.contains("bits must be 8 or 4, got 5"), "{said}");
+    assert!(said.contains("it must be 32, 8 or 4"), "{said}");
+}
+
+/// The row of a table with these first cells.
+fn row<'a>(printed: &'a str, first: &str) -> Vec<&'a str> {
+    let rows = printed.lines().map(|line| {
+        let cells = line.split(['│', '┆']).map(str::trim);
+        cells.filter(|cell| !cell.is_empty()).collect::<Vec<_>>()
+    });
+    let mut found = rows.filter(|cells| cells.first() == Some(&first));
+    found
+        .next()
+        .unwrap_or_else(|| panic!("no {first}: {printed}"))
+}
+
+#[test]
+fn a_model_is_evaluated_beside_baselines() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    folder.succeeds(TRAIN);
+    let printed = folder.succeeds("evaluate --data ml --checkpoint m");
+    let header = row(&printed, "test");
+    assert_eq!(header[3..5], ["NDCG@10", "recall@10"], "{printed}");
+    for name in ["model", "popularity", "constant"] {
+        assert_eq!(row(&printed, name).len(), header.len(), "{printed}");
+    }
+    // Whatever they liked they had rated before: nothing is left to be ranked.
+    assert!(printed.contains("top tens of 0 users"), "{printed}");
+}
+
+#[test]
+fn rare_movies_share_a_row() {
+    let folder = Folder::new();
+    // Nobody rated the last two, of which nothing else is known.
+    let movies = "1,Alien,Horror\n2,Brazil,Comedy\n3,Cube,\n4,Dune,\n";
+    folder.movielens("ml", movies);
+    folder.succeeds(&format!("{TRAIN} --min-count 1"));
+    let printed = folder.succeeds("recommend --user 1 --data ml --checkpoint m");
+    assert_eq!(row(&printed, "1")[1..], ["Cube", row(&printed, "2")[2]]);
+    assert_eq!(row(&printed, "2")[1], "Dune");
 }
 
 #[test]
@@ -148,10 +187,10 @@ fn a_divergence_is_an_error_that_replaces_no_model() {
     assert!(said.contains("training diverged in epoch 1"), "{said}");
     assert_eq!(fs::read(folder.path("m")).unwrap(), good);
 
-    let sweep = "sweep --data ml --compressions 1 --seeds 1 --epochs 1 --lr 1e30";
+    let sweep = "sweep --data ml --sizes 1 --seeds 1 --epochs 1 --lr 1e30";
     let (_, said) = folder.fails(sweep);
     assert!(
-        said.contains("plain, compression 1, seed 1") && said.contains("diverged"),
+        said.contains("plain, 16 columns, compression 1, seed 1") && said.contains("diverged"),
         "{said}"
     );
 }
@@ -262,7 +301,9 @@ fn one_class_is_judged_by_logloss() {
     let evaluated = folder.succeeds("evaluate --data log --format criteo --checkpoint m");
     assert!(evaluated.contains("no AUC"), "{evaluated}");
 
-    let sweep = format!("sweep {criteo} --compressions 1/4 --hashes default,original --seeds 1");
+    let sweep = format!(
+        "sweep {criteo} --sizes 1/4 --hashes default,original --inner-dims 16 --bits 32 --seeds 1"
+    );
     for printed in [folder.succeeds(&sweep), folder.succeeds(&sweep)] {
         assert!(printed.contains("test logloss, mean"), "{printed}");
         assert!(
@@ -280,7 +321,7 @@ fn one_class_is_judged_by_logloss() {
 fn a_sweep_knows_its_data_again() {
     let folder = Folder::new();
     folder.click_log(false);
-    let sweep = "sweep --data log --format criteo --rows-per-field 100 --compressions 1/4 --hashes default --seeds 1";
+    let sweep = "sweep --data log --format criteo --rows-per-field 100 --sizes 1/4 --inner-dims 16 --bits 32 --seeds 1";
     let trained = |printed: String| printed.lines().filter(|l| l.contains(", seed ")).count();
     assert_eq!(trained(folder.succeeds(sweep)), 2);
     assert_eq!(trained(folder.succeeds(sweep)), 0);
@@ -299,6 +340,98 @@ fn a_sweep_knows_its_data_again() {
     assert_eq!(trained(folder.succeeds(sweep)), 0);
     let csv = fs::read_to_string(folder.path("auc-vs-size.csv")).unwrap();
     assert_eq!(csv.lines().count(), 5);
+}
+
+/// Trainings side by side yield what they yield one after the other, and models that differ only in their bits are trained once.
+#[test]
+fn jobs_do_not_change_a_sweep() {
+    let folder = Folder::new();
+    folder.click_log(false);
+    let sweep = "sweep --data log --format criteo --rows-per-field 100 --sizes 1/2,1/8 --inner-dims 16,4 --bits 32,4 --seeds 2";
+    let printed = folder.succeeds(&format!("{sweep} --out one"));
+    assert_eq!(
+        printed.lines().filter(|l| l.contains(", seed ")).count(),
+        12
+    );
+    folder.succeeds(&format!("{sweep} --jobs 3 --out side"));
+    let runs = |out: &str| {
+        let csv = fs::read_to_string(folder.path(out).join("auc-vs-size.csv")).unwrap();
+        let mut lines: Vec<_> = csv
+            .lines()
+            .map(|line| line.rsplit_once(',').unwrap().0.to_owned())
+            .collect();
+        lines.sort_unstable();
+        lines
+    };
+    assert_eq!(runs("one"), runs("side"));
+    // A header and two seeds of eight models: in f32, plain ones with 16 and with 4 columns, and hashed ones of each size with 16 and
+    // of the smaller with 4; in 4 bits, the plain ones, and one that is hashed.
+    assert_eq!(runs("one").len(), 17, "{:?}", runs("one"));
+    for out in ["one", "side"] {
+        assert!(folder.path(out).join("auc-vs-size.svg").exists());
+        let again = folder.succeeds(&format!("{sweep} --jobs 3 --out {out}"));
+        assert!(!again.contains("trainings"), "{again}");
+    }
+    let (_, said) = folder.fails(&format!("{sweep} --jobs 2 --lr 1e30 --out failed"));
+    assert!(
+        said.contains("diverged") && said.contains("seed 1"),
+        "{said}"
+    );
+}
+
+/// Fifty users with a dozen of 200 items each.
+fn interactions() -> String {
+    let user = |user: u32| {
+        let items =
+            (0..12).map(|i| format!(" {}", 500 + (user * 7 + i * i * (1 + user % 3)) % 200));
+        let mut items: Vec<_> = items.collect();
+        items.sort_unstable();
+        items.dedup();
+        format!("{}{}\n", 10 * user, items.concat())
+    };
+    (0..50).map(user).collect()
+}
+
+#[test]
+fn interactions_are_learnt_and_recommended() {
+    let folder = Folder::new();
+    fs::write(folder.path("pairs"), interactions()).unwrap();
+    let train = "--data pairs --format interactions --epochs 2 --checkpoint m";
+    for tables in [
+        "--compression 1",
+        "--compression 1/2 --inner-dim 4 --bits 8",
+    ] {
+        let printed = folder.succeeds(&format!("{train} {tables}"));
+        assert!(printed.contains("interactions, pairs"), "{printed}");
+        let auc = |printed: &str| {
+            let line = printed
+                .lines()
+                .find(|line| line.contains("AUC ") && line.contains("test"));
+            let (_, auc) = line.unwrap().split_once("AUC ").unwrap();
+            auc[..6].parse::<f64>().unwrap()
+        };
+        assert!(auc(&printed) > 0.0);
+        let evaluated =
+            folder.succeeds("evaluate --data pairs --format interactions --checkpoint m");
+        assert!(evaluated.contains("popularity"), "{evaluated}");
+        // Without --data: items have no titles.
+        let printed = folder.succeeds("recommend --user 70 --checkpoint m");
+        let own = interactions().lines().nth(7).unwrap().to_owned();
+        for item in own.split(' ').skip(1) {
+            assert!(!printed.contains(item), "{printed}");
+        }
+        assert!(
+            printed.contains("movie ") || printed.contains("item "),
+            "{printed}"
+        );
+    }
+    fs::write(folder.path("pairs"), interactions() + "9999 500\n").unwrap();
+    let (_, said) = folder.fails("evaluate --data pairs --format interactions --checkpoint m");
+    assert!(said.contains("not the ratings"), "{said}");
+    let (_, said) = folder.fails("--format interactions");
+    assert!(said.contains("--data"), "{said}");
+    let (_, said) = folder.fails(&format!("{train} --inner-dim 17"));
+    assert!(said.contains("17"), "{said}");
 }
 
 #[test]

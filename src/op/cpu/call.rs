@@ -3,7 +3,7 @@
 use super::combine::Load;
 use super::scalar::Accumulator;
 use super::window::{Blocks, Rows, Window};
-use super::{slice, MIN_VALUES_PER_THREAD};
+use super::{slice, MIN_DIVIDED_VALUES, MIN_VALUES_PER_THREAD};
 use crate::bags::{Bag, BagShape, Index};
 use crate::bounds::{BadRow, BoundsCheck};
 use crate::error::bail;
@@ -187,7 +187,11 @@ impl<'a, H: Locate> HashedRows<'a, H> {
 
     /// The threads to gather all values with.
     pub fn team(&self) -> Team {
-        Team::new(self.gathered_values() / MIN_VALUES_PER_THREAD)
+        let values = self.gathered_values();
+        Team::new(match values < MIN_DIVIDED_VALUES {
+            true => 1,
+            false => values / MIN_VALUES_PER_THREAD,
+        })
     }
 
     /// How many bags make a task: a few tasks for each thread, of at least [`MIN_VALUES_PER_THREAD`].

@@ -44,6 +44,10 @@ pub(crate) use sparse::{SparseSums, REGION};
 /// hundred where every value has a hash.
 const MIN_VALUES_PER_THREAD: usize = 1 << 16;
 
+/// Fewer gathered values than this are not divided at all: a tenth of a millisecond of work, which would take longer if it waited
+/// for a sleeping thread, or for one whose processor is busy with something else.
+const MIN_DIVIDED_VALUES: usize = 1 << 19;
+
 pub(super) struct Cpu;
 
 impl Backend for Cpu {

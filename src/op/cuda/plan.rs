@@ -297,7 +297,7 @@ mod tests {
         assert_eq!(shape(Forward, Bits8, 32, Sum, fixed, true), (16, 2, true));
         assert_eq!(shape(Forward, Bits8, 16, Max, ragged, true), (16, 1, false));
         assert_eq!(shape(Forward, Bits8, 8, Sum, fixed, true), (1, 1, false));
-        assert_eq!(shape(Forward, Bits4, 32, Mean, fixed, true), (32, 1, true));
+        assert_eq!(shape(Forward, Bits4, 32, Mean, fixed, true), (16, 2, true));
         assert_eq!(shape(Forward, Bits4, 16, Sum, fixed, true), (16, 1, true));
         assert_eq!(shape(Forward, Bits4, 32, Sum, fixed, false), (1, 1, false));
         // Gradients of 16-bit values are summed in f32.

@@ -6,21 +6,28 @@
 //! cargo run --release -p recommender -- --data ml-1m            the same on a MovieLens set
 //! cargo run --release -p recommender -- recommend --user 42 --data ml-1m
 //! cargo run --release -p recommender -- --data train.txt --format criteo     a click log
+//! cargo run --release -p recommender -- --data pairs.txt --format interactions
 //! cargo run --release -p recommender -- sweep --data ml-1m      quality against size
+//! torchrun --no-python --nproc-per-node 2 recommender train --data train.txt --format criteo --device cuda     on two GPUs
 //! ```
 
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
+use candle_hashed_embedding_bag::distributed::World;
+use candle_hashed_embedding_bag::optim::named_variables;
 use candle_nn::VarMap;
 use clap::Parser;
 
+use recommender::about::{About, Reached};
 use recommender::allocator::{keep_memory, Allocator};
+use recommender::baselines::compare;
 use recommender::data::{write_generated, Data, Part};
-use recommender::evaluate::evaluate;
 use recommender::model::Dlrm;
-use recommender::options::{self, Command, Format, Options};
+use recommender::options::{self, Command, Format, Options, TableBits};
 use recommender::output;
+use recommender::ranking::Lists;
+use recommender::rare::TrainCounts;
 use recommender::recommend::{recommend, user_row};
 use recommender::report::{self, Summary};
 use recommender::saved::{self, ClickModel, Recommender};
@@ -32,8 +39,15 @@ static ALLOCATOR: Allocator = Allocator {};
 
 fn main() -> Result<()> {
     keep_memory();
-    match Options::parse().command() {
-        Command::Train(options) => train_and_save(&options),
+    let command = Options::parse().command();
+    let world = World::from_env()?.unwrap_or_else(World::single);
+    ensure!(
+        world.size <= 1 || matches!(command, Command::Train(_)),
+        "only `train` runs on several ranks, and WORLD_SIZE is {}",
+        world.size
+    );
+    match command {
+        Command::Train(options) => train_and_save(&options, &world),
         Command::Evaluate(options) => evaluate_saved(&options),
         Command::Recommend(options) => print_recommendations(&options),
         Command::Sweep(options) => sweep(&options),
@@ -43,77 +57,111 @@ fn main() -> Result<()> {
     output::finish()
 }
 
-fn train_and_save(options: &options::Train) -> Result<()> {
+fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
     let start = Instant::now();
-    let (path, device) = (options.common.checkpoint(), options.common.device()?);
-    output::ensure_replaceable(&path)?;
+    let (path, device) = (options.common.checkpoint(), options.device(world)?);
+    let ranks = options.connect(world, &device)?;
+    if ranks.is_first() {
+        output::ensure_replaceable(&path)?;
+    } else {
+        output::silence();
+    }
     let data = options.load()?;
     let examples = data.examples();
+    let counts = TrainCounts::of(examples)?;
     let vars = VarMap::new();
     let model = Dlrm::new(
         &examples.schema(),
         &options.model_config(),
         init::seeded(&vars, options.seed, &device),
     )?;
-    let model = model.with_precision(options.precision())?;
+    let model = model
+        .sharing_rare_rows(&counts.rows, options.min_count)
+        .with_precision(options.precision())?;
     report::introduction(&data, &model);
 
-    let best = train::train(&model, &vars, examples, options.settings(&data))?;
-    let test = evaluate(&model, examples, Part::Test)?;
+    let settings = options.settings_on(&ranks, &data);
+    let saving = options.saving(&path, &data, &settings, &ranks);
+    if saving.every.is_some() && ranks.is_first() {
+        output::ensure_replaceable(&saving.path)?;
+    }
+    ranks.ensure_same(&saving.facts, &named_variables(&vars)?)?;
+    let best = train::train_on(&ranks, &saving, &model, &vars, examples, settings)?;
+    let test = ranks.evaluate(&model, examples, Part::Test)?;
     let mut summary = Summary::default()
         .fact("best epoch", best.epoch.to_string())
         .metrics("valid", best.valid)
         .metrics("test", test);
-    if let Some(bits) = options.bits {
+    let (mut kept, mut kept_test) = (model.clone(), test);
+    if let TableBits::Rounded(bits) = options.bits {
         let (rounded, errors) = model.to_bits(bits)?;
-        let rounded_test = evaluate(&rounded, examples, Part::Test)?;
-        saved::save(&path, &rounded, &vars, &data)?;
+        kept_test = ranks.evaluate(&rounded, examples, Part::Test)?;
+        kept = rounded;
         let errors: Vec<_> = errors
             .iter()
             .map(|(name, error)| format!("{name} {error:.4}"))
             .collect();
         summary = summary
-            .metrics(&format!("test, {} bits", u32::from(bits)), rounded_test)
+            .metrics(&format!("test, {} bits", u32::from(bits)), kept_test)
             .fact("relative error of rounding", errors.join(", "));
-    } else {
-        saved::save(&path, &model, &vars, &data)?;
     }
-    summary
-        .best_reachable(data.truth())
-        .parameters(&model)
-        .checkpoint(&path)?
-        .fact(
-            "seconds",
-            format!(
-                "{:.1} training, {:.1} in all",
-                best.seconds,
-                start.elapsed().as_secs_f64()
-            ),
-        )
-        .fact("speed", report::rate(best.rate))
-        .print();
+    let ranking = match &data {
+        Data::Ratings(ratings) => {
+            let lists = Lists::new(ratings, Part::Test);
+            Some(lists.of_model(&kept, ratings)?)
+        }
+        Data::Clicks(_) => None,
+    };
+    let reached = Reached {
+        best_epoch: best.epoch,
+        valid: best.valid,
+        test: kept_test,
+        test_ranking: ranking,
+    };
+    let hyper_parameters = options.hyper_parameters(&settings);
+    let about = About::new(&data, &counts, hyper_parameters, reached)?;
+    if ranks.is_first() {
+        saved::save(&path, &kept, &vars, &data, &about)?;
+        saving.remove()?;
+        let summary = summary
+            .ranking(ranking)
+            .best_reachable(data.truth())
+            .parameters(&model)
+            .checkpoint(&path)?
+            .fact(
+                "seconds",
+                format!(
+                    "{:.1} training, {:.1} in all",
+                    best.seconds,
+                    start.elapsed().as_secs_f64()
+                ),
+            )
+            .fact("speed", report::rate(best.rate));
+        report::all_reduce(summary, &ranks).print();
+    }
+    ranks.leave()?;
     best.ensure_converged()
 }
 
 fn evaluate_saved(options: &options::Evaluate) -> Result<()> {
     let (common, reading) = (&options.common, &options.reading);
     let (path, device) = (common.checkpoint(), common.device()?);
-    let (model, data) = match reading.format {
-        Format::Movielens => {
+    let (model, about, data) = match reading.format {
+        Format::Movielens | Format::Interactions => {
             let recommender = Recommender::open(&path, &device)?;
             let ratings = recommender.ratings(common.data.clone())?;
-            (recommender.model, Data::Ratings(ratings))
+            (recommender.model, recommender.about, Data::Ratings(ratings))
         }
         Format::Criteo => {
             let clicks = ClickModel::open(&path, &device)?;
             let log = common.data.as_deref().context("--format needs --data")?;
             let log = clicks.clicks(log, reading.skip_malformed)?;
-            (clicks.model, Data::Clicks(log))
+            (clicks.model, clicks.about, Data::Clicks(log))
         }
     };
-    let test = evaluate(&model, data.examples(), Part::Test)?.ensure_finite()?;
+    let train_rate = about.map(|about| about.data.train_rate);
+    report::comparison("test", &compare(&model, &data, Part::Test, train_rate)?);
     Summary::default()
-        .metrics("test", test)
         .best_reachable(data.truth())
         .parameters(&model)
         .print();
@@ -124,7 +172,7 @@ fn print_recommendations(options: &options::Recommend) -> Result<()> {
     let recommender = Recommender::open(&options.common.checkpoint(), &options.common.device()?)?;
     let user = user_row(&recommender, options.user)?;
     let movies = recommend(&recommender, user, 10)?;
-    let titles = recommender.source(options.common.data.clone())?.titles()?;
+    let titles = recommender.titles(options.common.data.clone())?;
     report::recommendations(&recommender.catalog, user, &titles, &movies);
     Ok(())
 }

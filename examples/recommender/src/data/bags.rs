@@ -64,6 +64,11 @@ impl Bags {
         self.offsets.push(self.indices.len() as u32);
     }
 
+    /// Replaces every index.
+    pub fn map(&mut self, replace: impl Fn(u32) -> u32) {
+        self.indices.iter_mut().for_each(|i| *i = replace(*i));
+    }
+
     /// The bags of `rows`, one after the other, as a batch for an embedding bag.
     pub fn gather(&self, rows: &[u32]) -> Self {
         let mut gathered = Self::default();

@@ -2,16 +2,18 @@
 //!
 //! ```text
 //! MovieLens files ─┐
-//!                  ├──> Ratings, in memory ──┐
+//! interactions ────┼──> Ratings, in memory ──┐
 //! generator ───────┘                         ├──> Examples ──> batches of numbers, bags of rows and labels
 //! Criteo click log ───> Clicks, streamed ────┘
 //! ```
 
 mod bags;
 mod criteo;
+mod gzip;
 mod ratings;
 
 use std::hash::{Hash, Hasher};
+use std::ops::Range;
 
 use anyhow::Result;
 use rand::rngs::StdRng;
@@ -70,13 +72,25 @@ pub trait Examples {
     /// The number of examples in a part.
     fn len(&self, part: Part) -> usize;
 
-    /// A part in batches of `batch_size`, of which the last may be smaller: in file order or, given a generator, shuffled.
+    /// The examples at these positions of a part in batches of `batch_size`, of which the last may be smaller: in file order or, given a
+    /// generator, shuffled.
+    fn batches_at<'a>(
+        &'a self,
+        part: Part,
+        positions: Range<usize>,
+        batch_size: usize,
+        shuffle: Option<&'a mut StdRng>,
+    ) -> Result<Batches<'a>>;
+
+    /// All of a part: see [`batches_at`](Self::batches_at).
     fn batches<'a>(
         &'a self,
         part: Part,
         batch_size: usize,
         shuffle: Option<&'a mut StdRng>,
-    ) -> Result<Batches<'a>>;
+    ) -> Result<Batches<'a>> {
+        self.batches_at(part, 0..self.len(part), batch_size, shuffle)
+    }
 }
 
 /// Labels, and the probabilities with which they were drawn, which are known for generated examples.

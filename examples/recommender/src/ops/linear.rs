@@ -1,8 +1,8 @@
 //! A linear layer with its activation as one operation.
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
-use gemm::Parallelism;
 
+use super::product::{add_product, Matrix};
 use super::{tracked, values};
 
 /// `x weightᵀ + bias`, and `relu` of it if `relu`: `(rows, in)`, `(out, in)` and `(out,)` to `(rows, out)`.
@@ -44,17 +44,21 @@ impl CustomOp3 for Linear {
         bias: &CpuStorage,
         bias_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let product = Product::of((x, x_layout, false), (weight, weight_layout, true))?;
+        let (x, weight) = (
+            matrix(x, x_layout)?,
+            matrix(weight, weight_layout)?.transposed(),
+        );
+        let (m, n) = (x.rows(), weight.columns());
         let bias = values(bias, bias_layout)?;
-        if bias.len() != product.n {
-            candle_core::bail!("linear: {} biases for {} outputs", bias.len(), product.n);
+        if bias.len() != n {
+            candle_core::bail!("linear: {} biases for {n} outputs", bias.len());
         }
-        let mut y = bias.repeat(product.m);
-        product.add_to(&mut y);
+        let mut y = bias.repeat(m);
+        add_product(&mut y, n, x, weight)?;
         if self.relu {
             y.iter_mut().for_each(|y| *y = y.max(0.0));
         }
-        Ok((CpuStorage::F32(y), Shape::from((product.m, product.n))))
+        Ok((CpuStorage::F32(y), Shape::from((m, n))))
     }
 
     fn bwd(
@@ -99,10 +103,20 @@ impl CustomOp2 for MatMul {
         rhs: &CpuStorage,
         rhs_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let product = Product::of((lhs, lhs_layout, self.lhs_t), (rhs, rhs_layout, self.rhs_t))?;
-        let mut out = vec![0.0; product.m * product.n];
-        product.add_to(&mut out);
-        Ok((CpuStorage::F32(out), Shape::from((product.m, product.n))))
+        let of = |storage, layout, transposed| -> Result<Matrix> {
+            let matrix = matrix(storage, layout)?;
+            Ok(if transposed {
+                matrix.transposed()
+            } else {
+                matrix
+            })
+        };
+        let lhs = of(lhs, lhs_layout, self.lhs_t)?;
+        let rhs = of(rhs, rhs_layout, self.rhs_t)?;
+        let (m, n) = (lhs.rows(), rhs.columns());
+        let mut out = vec![0.0; m * n];
+        add_product(&mut out, n, lhs, rhs)?;
+        Ok((CpuStorage::F32(out), Shape::from((m, n))))
     }
 }
 
@@ -130,83 +144,10 @@ impl CustomOp2 for WherePositive {
     }
 }
 
-/// Two matrices, `(m, k)` and `(k, n)` once those that are to be are transposed.
-struct Product<'a> {
-    m: usize,
-    n: usize,
-    k: usize,
-    lhs: Matrix<'a>,
-    rhs: Matrix<'a>,
-}
-
-/// Values, and how far apart neighbours in a column and in a row are.
-struct Matrix<'a> {
-    values: &'a [f32],
-    row_stride: isize,
-    column_stride: isize,
-}
-
-type Operand<'a> = (&'a CpuStorage, &'a Layout, bool);
-
-impl<'a> Product<'a> {
-    fn of(lhs: Operand<'a>, rhs: Operand<'a>) -> Result<Self> {
-        let (lhs, m, k) = Matrix::of(lhs)?;
-        let (rhs, rhs_k, n) = Matrix::of(rhs)?;
-        if k != rhs_k {
-            candle_core::bail!("linear: cannot multiply ({m}, {k}) by ({rhs_k}, {n})");
-        }
-        Ok(Self { m, n, k, lhs, rhs })
-    }
-
-    /// Adds the product to `out`, `(m, n)` in rows.
-    fn add_to(&self, out: &mut [f32]) {
-        let Self { m, n, k, .. } = *self;
-        assert_eq!(out.len(), m * n);
-        let (lhs, rhs) = (&self.lhs, &self.rhs);
-        // SAFETY: `Matrix::of` checked that the slices hold (m, k) and (k, n) values with these strides, and `out` holds (m, n)
-        // in rows; it is borrowed mutably, so it overlaps neither.
-        unsafe {
-            gemm::gemm(
-                m,
-                n,
-                k,
-                out.as_mut_ptr(),
-                1,
-                n as isize,
-                true,
-                lhs.values.as_ptr(),
-                lhs.column_stride,
-                lhs.row_stride,
-                rhs.values.as_ptr(),
-                rhs.column_stride,
-                rhs.row_stride,
-                1.0,
-                1.0,
-                false,
-                false,
-                false,
-                Parallelism::None,
-            );
-        }
-    }
-}
-
-impl<'a> Matrix<'a> {
-    /// The matrix, and its numbers of rows and columns.
-    fn of((storage, layout, transposed): Operand<'a>) -> Result<(Self, usize, usize)> {
-        let (rows, columns) = layout.shape().dims2()?;
-        let values = values(storage, layout)?;
-        let matrix = |row_stride, column_stride| Self {
-            values,
-            row_stride,
-            column_stride,
-        };
-        Ok(if transposed {
-            (matrix(1, columns as isize), columns, rows)
-        } else {
-            (matrix(columns as isize, 1), rows, columns)
-        })
-    }
+/// A contiguous tensor of rank 2.
+fn matrix<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<Matrix<'a>> {
+    let (rows, columns) = layout.shape().dims2()?;
+    Matrix::new(values(storage, layout)?, rows, columns, columns)
 }
 
 #[cfg(test)]

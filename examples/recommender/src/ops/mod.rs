@@ -7,10 +7,15 @@
 mod backward;
 mod interaction;
 mod linear;
+mod pool;
+mod product;
+mod projection;
 
 pub use backward::backward;
 pub use interaction::{Interaction, TopInput};
 pub use linear::linear;
+pub use pool::in_pool;
+pub use projection::project;
 
 use candle_core::{bail, CpuStorage, Layout, Result, Tensor};
 

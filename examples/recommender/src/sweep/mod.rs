@@ -1,8 +1,12 @@
-//! Quality against size: one model trained at several compressions, with several hashes and seeds.
+//! Quality against bytes: one model with embedding tables of several sizes, hashes, columns and bits, from several seeds.
 //!
 //! Every run is a line of `auc-vs-size.csv`, written as soon as it ends. Runs in the file are not repeated, so a sweep continues
 //! where it was interrupted, and one more seed or hash only costs its own runs.
+//!
+//! Models that differ only in their bits are one training, whose tables are rounded afterwards.
 
+mod jobs;
+mod plan;
 mod plot;
 mod runs;
 
@@ -12,20 +16,19 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use candle_nn::VarMap;
 
-use self::runs::{Fingerprint, Outcome, Runs, Setting};
+use self::plan::{Plan, Training};
+use self::runs::{Outcome, Runs};
 use crate::data::{Data, Part};
-use crate::embeddings::EmbeddingConfig;
 use crate::evaluate::evaluate;
 use crate::model::Dlrm;
-use crate::options::{HashChoice, Sweep};
-use crate::train::Settings;
+use crate::options::{Sweep, TableBits};
 use crate::{init, output, report, say, train};
 
 /// The value of the column `hash` for tables that are not hashed.
 const PLAIN: &str = "plain";
 
-/// The hash that others are compared with, if it takes part.
-const BASELINE: HashChoice = HashChoice::Original;
+/// A size counts as kept if it is exceeded by no more than this factor.
+const TOLERANCE: f64 = 1.001;
 
 /// The measure by which models are compared: the AUC or, if all labels of the test part are equal so that there is none, the
 /// logloss.
@@ -37,22 +40,33 @@ pub enum Measure {
     Logloss,
 }
 
-/// The runs of one compression and hash.
+/// The runs of one model.
 pub struct Point {
-    /// As on the command line.
+    /// As on the command line, or `plain`.
     pub hash: String,
-    /// Parameters per value of the tables.
-    pub compression: f64,
+    /// Columns of the large tables.
+    pub inner_dim: usize,
+    /// Bits per value.
+    pub bits: u32,
     /// Parameters of the embedding tables.
     pub parameters: usize,
+    /// Bytes of the embedding tables: weights, scales, shifts and matrices.
+    pub bytes: usize,
+    /// Which of the wanted sizes they keep: a share of the bytes of plain tables in f32.
+    pub size: f64,
     /// What each seed reached on the test part.
     pub scores: Vec<f64>,
+    /// The mean of what rounding took from that.
+    pub loss: f64,
 }
 
 /// Trains the models that `options` ask for and `auc-vs-size.csv` does not hold yet, and prints and draws all results.
 pub fn sweep(options: &Sweep) -> Result<()> {
-    let (plan, device) = (plan(options), options.device()?);
     let data = options.load()?;
+    let plan = Plan::new(options, &data);
+    if let Some(only) = options.only {
+        return jobs::child(&plan, only, &data, &options.device()?);
+    }
     std::fs::create_dir_all(&options.out)
         .with_context(|| format!("cannot make {}", options.out.display()))?;
     let csv = options.out.join("auc-vs-size.csv");
@@ -60,90 +74,67 @@ pub fn sweep(options: &Sweep) -> Result<()> {
     output::ensure_writable(&csv)?;
     output::ensure_writable(&svg)?;
     let mut runs = Runs::open(&csv)?;
-    let fingerprint = data.fingerprint();
-    let rows = data.examples().schema().tables.iter().map(|t| t.1).sum();
-    let mut outcomes = Vec::new();
-    for (hash, config) in plan {
-        let compression = config.compression;
-        let mut of_point = Vec::new();
-        for seed in 1..=options.seeds.get() {
-            let settings = options.settings(&data, compression, seed);
-            let setting = Setting {
-                data: options.data(),
-                fingerprint: Fingerprint(fingerprint),
-                rows,
-                hash: hash.clone(),
-                compression,
-                seed,
-                embedding_dim: config.embedding_dim,
-                epochs: settings.epochs,
-                batch_size: settings.batch_size,
-                lr: settings.lr,
-            };
-            of_point.push(match runs.find(&setting) {
-                Some(outcome) => outcome,
-                None => {
-                    say!("{setting}");
-                    let outcome = run(&data, config, settings, &device);
-                    let outcome = outcome.with_context(|| setting.to_string())?;
-                    runs.push(setting, outcome)?;
-                    outcome
-                }
-            });
-        }
-        outcomes.push((hash, compression, of_point));
+    for model in &plan.left_out {
+        say!("left out: {model}");
     }
-    let measure = Measure::of(outcomes.iter().flat_map(|(_, _, outcomes)| outcomes));
-    let points: Vec<_> = outcomes
-        .into_iter()
-        .map(|(hash, compression, outcomes)| Point {
-            hash,
-            compression,
-            parameters: outcomes[0].parameters,
-            scores: outcomes.iter().map(|run| measure.score(run)).collect(),
-        })
-        .collect();
+    let is_missing = |&i: &usize| {
+        let training = &plan.trainings[i];
+        let settings = training.settings.iter();
+        settings.map(|(s, _)| s).any(|s| runs.find(s).is_none())
+    };
+    let missing: Vec<usize> = (0..plan.trainings.len()).filter(is_missing).collect();
+    if options.jobs.get() == 1 {
+        let device = options.device()?;
+        for i in missing {
+            let training = &plan.trainings[i];
+            say!("{training}");
+            let outcomes = run(&data, training, &device);
+            runs.extend(training, outcomes.with_context(|| training.to_string())?)?;
+        }
+    } else {
+        jobs::run_side_by_side(options.jobs.get(), &missing, |i, outcomes| {
+            let training = &plan.trainings[i];
+            runs.extend(training, outcomes.with_context(|| training.to_string())?)
+        })?;
+    }
+
+    let (measure, points) = plan.points(&runs)?;
     plot::draw(&svg, &points, measure).with_context(|| format!("cannot draw {}", svg.display()))?;
-    report::sweep(&points, measure, &BASELINE.to_string());
+    report::sweep(&points, measure, plan.embedding_dim);
     say!("\n{}\n{}", csv.display(), svg.display());
     Ok(())
 }
 
-/// The models to train: the names of their hashes, and their embeddings.
-fn plan(options: &Sweep) -> Vec<(String, EmbeddingConfig)> {
-    // If nothing is hashed, the hash does not matter.
-    let plain = options.embedding_config(1.0, BASELINE);
-    let mut plan = vec![(PLAIN.to_owned(), plain)];
-    for &compression in options.compressions.iter().filter(|&&c| c < 1.0) {
-        for &hash in &options.hashes {
-            let config = options.embedding_config(compression, hash);
-            plan.push((hash.to_string(), config));
-        }
-    }
-    plan
-}
-
-/// Trains one model and scores it on the test part.
-fn run(
-    data: &Data,
-    config: EmbeddingConfig,
-    settings: Settings,
-    device: &Device,
-) -> Result<Outcome> {
+/// Trains one model and scores it on the test part, in each of its bits.
+fn run(data: &Data, training: &Training, device: &Device) -> Result<Vec<Outcome>> {
     let (examples, vars) = (data.examples(), VarMap::new());
+    let settings = training.fit;
     let vb = init::seeded(&vars, settings.seed, device);
-    let model = Dlrm::new(&examples.schema(), &config.into(), vb)?;
+    let model = Dlrm::new(&examples.schema(), &training.config.into(), vb)?;
     let best = train::train(&model, &vars, examples, settings)?;
     best.ensure_converged()?;
-    let test = evaluate(&model, examples, Part::Test)?;
-    let (parameters, _) = model.embeddings().parameters();
-    Ok(Outcome {
-        parameters,
-        valid_auc: best.valid.auc,
-        test_auc: test.auc,
-        test_logloss: test.logloss,
-        seconds: best.seconds,
-    })
+    let exact = evaluate(&model, examples, Part::Test)?;
+    let outcome = |bits| {
+        let (model, test) = match bits {
+            TableBits::Exact => (model.clone(), exact),
+            TableBits::Rounded(bits) => {
+                let (model, _) = model.to_bits(bits)?;
+                let test = evaluate(&model, examples, Part::Test)?;
+                (model, test)
+            }
+        };
+        Ok(Outcome {
+            parameters: model.embeddings().parameters().0,
+            bytes: model.embeddings().bytes(),
+            valid_auc: best.valid.auc,
+            exact_auc: exact.auc,
+            exact_logloss: exact.logloss,
+            test_auc: test.auc,
+            test_logloss: test.logloss,
+            seconds: best.seconds,
+        })
+    };
+    training.settings.iter().map(|&(_, b)| outcome(b)).collect()
 }
 
 impl Measure {
@@ -158,6 +149,14 @@ impl Measure {
         match (self, outcome.test_auc) {
             (Self::Auc, Some(auc)) => auc,
             _ => outcome.test_logloss,
+        }
+    }
+
+    /// How much worse the tables are for being rounded.
+    fn loss(self, outcome: &Outcome) -> f64 {
+        match (self, outcome.exact_auc, outcome.test_auc) {
+            (Self::Auc, Some(exact), Some(test)) => exact - test,
+            _ => outcome.test_logloss - outcome.exact_logloss,
         }
     }
 

@@ -1,4 +1,4 @@
-//! The picture: quality against the bytes of the embedding tables, a line per hash.
+//! The picture: quality against the bytes of the embedding tables, a line per hash, columns and bits.
 
 use std::collections::BTreeMap;
 use std::error::Error;
@@ -56,29 +56,51 @@ fn try_draw(path: &Path, points: &[Point], measure: Measure) -> Result<(), Box<d
         .y_label_formatter(&|score| format!("{score:.3}"))
         .draw()?;
 
-    for plain in points.iter().filter(|point| !point.is_hashed()) {
+    let uncompressed = points.iter().max_by_key(|point| point.bytes);
+    if let Some(point) = uncompressed {
         let line = [
-            (smallest / 1.3, plain.mean()),
-            (largest * 1.3, plain.mean()),
+            (smallest / 1.3, point.mean()),
+            (largest * 1.3, point.mean()),
         ];
         chart
             .draw_series(DashedLineSeries::new(line, 6, 4, BLACK.into()))?
-            .label("not hashed")
+            .label("plain, f32")
             .legend(|(x, y)| PathElement::new([(x, y), (x + 20, y)], BLACK));
-        chart.draw_series(circles(plain, BLACK))?;
     }
-    let mut by_hash: BTreeMap<&str, Vec<&Point>> = BTreeMap::new();
-    for point in points.iter().filter(|point| point.is_hashed()) {
-        by_hash.entry(&point.hash).or_default().push(point);
+    // A colour for each hash and number of columns, and a shape for the bits.
+    let mut by_colour: BTreeMap<(&str, usize), BTreeMap<u32, Vec<&Point>>> = BTreeMap::new();
+    for point in points {
+        let colour = (point.hash.as_str(), point.inner_dim);
+        let of_colour = by_colour.entry(colour).or_default();
+        of_colour.entry(point.bits).or_default().push(point);
     }
-    for ((hash, points), colour) in by_hash.into_iter().zip(COLOURS.into_iter().cycle()) {
-        let line = points.iter().map(|point| (bytes(point), point.mean()));
-        chart
-            .draw_series(LineSeries::new(line, colour.stroke_width(2)))?
-            .label(hash)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 20, y)], colour.stroke_width(2)));
-        for point in points {
-            chart.draw_series(circles(point, colour))?;
+    let colours = COLOURS.into_iter().cycle();
+    for (((hash, columns), by_bits), colour) in by_colour.into_iter().zip(colours) {
+        for (bits, mut points) in by_bits {
+            points.sort_by_key(|point| point.bytes);
+            let line = points.iter().map(|point| (bytes(point), point.mean()));
+            let line = LineSeries::new(line, colour.stroke_width(1));
+            let series = chart.draw_series(line)?;
+            series.label(format!("{hash}, {columns} columns, {bits} bits"));
+            let seeds = points.iter().flat_map(|&point| {
+                let scores = point.scores.iter();
+                scores.map(move |&score| (bytes(point), score))
+            });
+            let style = colour.mix(0.7).filled();
+            match bits {
+                32 => {
+                    series.legend(move |(x, y)| Circle::new((x + 10, y), 3, style));
+                    chart.draw_series(seeds.map(|at| Circle::new(at, 3, style)))?;
+                }
+                8 => {
+                    series.legend(move |(x, y)| TriangleMarker::new((x + 10, y), 5, style));
+                    chart.draw_series(seeds.map(|at| TriangleMarker::new(at, 5, style)))?;
+                }
+                _ => {
+                    series.legend(move |(x, y)| Cross::new((x + 10, y), 3, style));
+                    chart.draw_series(seeds.map(|at| Cross::new(at, 3, style)))?;
+                }
+            }
         }
     }
     chart
@@ -91,13 +113,6 @@ fn try_draw(path: &Path, points: &[Point], measure: Measure) -> Result<(), Box<d
     Ok(root.present()?)
 }
 
-/// A circle per seed.
-fn circles(point: &Point, colour: RGBColor) -> impl Iterator<Item = Circle<(f64, f64), i32>> {
-    let at: Vec<_> = point.scores.iter().map(|&y| (bytes(point), y)).collect();
-    at.into_iter()
-        .map(move |at| Circle::new(at, 3, colour.mix(0.6).filled()))
-}
-
 fn bytes(point: &Point) -> f64 {
-    4.0 * point.parameters as f64
+    point.bytes as f64
 }

@@ -11,6 +11,7 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use serde::{de, Deserialize, Deserializer, Serialize, Serializer};
 
+use super::plan::Training;
 use crate::report::fraction;
 use crate::say;
 
@@ -23,6 +24,11 @@ pub struct Setting {
     /// Of all embedding tables, before hashing.
     pub rows: usize,
     pub hash: String,
+    /// Columns of the large tables.
+    pub inner_dim: usize,
+    /// Bits per value, to which the tables are rounded after the training: 32, 8 or 4.
+    pub bits: u32,
+    /// Parameters per value of the tables.
     pub compression: f64,
     pub seed: u64,
     pub embedding_dim: usize,
@@ -38,10 +44,15 @@ pub struct Fingerprint(pub u64);
 /// The result of a run. The last column is one that may lose digits unnoticed if a line is cut off.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
-    /// Of the embedding tables, four bytes each.
+    /// Of the embedding tables.
     pub parameters: usize,
-    /// Empty if all labels of the part are equal.
+    /// Of the embedding tables, with all that a lookup reads.
+    pub bytes: usize,
+    /// Before the tables are rounded. Empty if all labels of the part are equal.
     pub valid_auc: Option<f64>,
+    /// The test part before the tables are rounded.
+    pub exact_auc: Option<f64>,
+    pub exact_logloss: f64,
     pub test_auc: Option<f64>,
     pub test_logloss: f64,
     pub seconds: f64,
@@ -49,8 +60,8 @@ pub struct Outcome {
 
 /// The first line of the file: the fields of a [`Setting`] and of its [`Outcome`].
 const HEADER: &str =
-    "data,fingerprint,rows,hash,compression,seed,embedding_dim,epochs,batch_size,lr,\
-    parameters,valid_auc,test_auc,test_logloss,seconds";
+    "data,fingerprint,rows,hash,inner_dim,bits,compression,seed,embedding_dim,epochs,batch_size,lr,\
+    parameters,bytes,valid_auc,exact_auc,exact_logloss,test_auc,test_logloss,seconds";
 
 /// Runs, in memory and in their file.
 pub struct Runs {
@@ -109,6 +120,22 @@ impl Runs {
         known.map(|(_, outcome)| *outcome)
     }
 
+    /// Adds the runs of a training that the file does not hold yet.
+    pub fn extend(&mut self, training: &Training, outcomes: Vec<Outcome>) -> Result<()> {
+        ensure!(
+            outcomes.len() == training.settings.len(),
+            "{} runs instead of {}",
+            outcomes.len(),
+            training.settings.len()
+        );
+        for ((setting, _), outcome) in training.settings.iter().zip(outcomes) {
+            if self.find(setting).is_none() {
+                self.push(setting.clone(), outcome)?;
+            }
+        }
+        Ok(())
+    }
+
     pub fn push(&mut self, setting: Setting, outcome: Outcome) -> Result<()> {
         let line = line(|lines| lines.serialize((&setting, outcome)))?;
         // In one write, so that it is unlikely to be cut off if the program is killed.
@@ -134,6 +161,21 @@ fn parse(text: &str) -> Result<Vec<(Setting, Outcome)>> {
         ))
     };
     reader.records().map(|record| run(record?)).collect()
+}
+
+/// What [`parse_outcome`] reads.
+pub fn outcome_line(outcome: Outcome) -> Result<String> {
+    Ok(line(|lines| lines.serialize(outcome))?
+        .trim_end()
+        .to_owned())
+}
+
+/// The outcome of a run as another process prints it.
+pub fn parse_outcome(text: &str) -> Result<Outcome> {
+    let mut builder = csv::ReaderBuilder::new();
+    let mut reader = builder.has_headers(false).from_reader(text.as_bytes());
+    let record = reader.records().next().context("no run")??;
+    Ok(record.deserialize(None)?)
 }
 
 /// A line without the header.
@@ -162,8 +204,12 @@ impl<'de> Deserialize<'de> for Fingerprint {
 
 impl fmt::Display for Setting {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        let (hash, compression) = (&self.hash, fraction(self.compression));
-        write!(f, "{hash}, compression {compression}, seed {}", self.seed)
+        let compression = fraction(self.compression);
+        write!(
+            f,
+            "{}, {} columns, {} bits, compression {compression}, seed {}",
+            self.hash, self.inner_dim, self.bits, self.seed
+        )
     }
 }
 
@@ -178,6 +224,8 @@ mod tests {
             fingerprint: Fingerprint(0x1234_5678),
             rows: 5000,
             hash: "mix:8".to_owned(),
+            inner_dim: 8,
+            bits: 4,
             compression: 1.0 / 3.0,
             seed,
             embedding_dim: 16,
@@ -190,11 +238,29 @@ mod tests {
     fn outcome(auc: f64) -> Outcome {
         Outcome {
             parameters: 1000,
+            bytes: 600,
             valid_auc: Some(auc),
+            exact_auc: None,
+            exact_logloss: 0.4,
             test_auc: None,
             test_logloss: 0.5,
             seconds: 1.25,
         }
+    }
+
+    #[test]
+    fn outcomes_are_handed_over() -> Result<()> {
+        for outcome in [
+            outcome(0.1 + 0.2),
+            Outcome {
+                test_auc: Some(1.0 / 3.0),
+                ..outcome(0.5)
+            },
+        ] {
+            assert_eq!(parse_outcome(&outcome_line(outcome)?)?, outcome);
+        }
+        assert!(parse_outcome("1,2").is_err() && parse_outcome("").is_err());
+        Ok(())
     }
 
     #[test]

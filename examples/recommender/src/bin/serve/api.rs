@@ -191,7 +191,7 @@ struct Embedded {
 async fn embed(State(app): State<Arc<App>>, Input(input): Input<Embed>) -> Answer<Embedded> {
     let model = app.serving.model();
     let Some(table) = model.table(&input.table) else {
-        let names: Vec<_> = model.tables().map(|(name, _)| name).collect();
+        let names: Vec<_> = model.tables().iter().map(|t| &*t.name).collect();
         let error = format!("no table {}, only {}", input.table, names.join(", "));
         return Err(ApiError::field("table", error));
     };
@@ -199,7 +199,7 @@ async fn embed(State(app): State<Arc<App>>, Input(input): Input<Embed>) -> Answe
     at_most("offsets", input.offsets.len(), app.batcher.max_rows())?;
     let rows = table.num_embeddings();
     for (i, &index) in input.indices.iter().enumerate() {
-        if Some(index) != table.config().padding_idx {
+        if Some(index) != table.layer.config().padding_idx {
             in_range(format!("indices[{i}]"), index, 0, rows as i64 - 1)?;
         }
     }
@@ -258,8 +258,8 @@ impl From<&Model> for Health {
             first_id: entities.ids.first().copied(),
             last_id: entities.ids.last().copied(),
         };
-        let tables = model.tables().map(|(name, table)| TableShape {
-            name: name.to_owned(),
+        let tables = model.tables().iter().map(|table| TableShape {
+            name: table.name.clone(),
             num_embeddings: table.num_embeddings(),
             embedding_dim: table.embedding_dim(),
         });

@@ -8,12 +8,11 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use anyhow::{ensure, Context, Result};
 use candle_core::Device;
-use candle_hashed_embedding_bag::HashedEmbeddingBag;
 
 use crate::batcher::Work;
 use recommender::candidates::Candidates;
 use recommender::data::Catalog;
-use recommender::embeddings::{list, Embeddings};
+use recommender::embeddings::{list, Table};
 use recommender::options::Common;
 use recommender::saved::Recommender;
 use recommender::step;
@@ -21,7 +20,7 @@ use recommender::step;
 pub struct Model {
     recommender: Recommender,
     candidates: Candidates,
-    tables: Vec<(String, HashedEmbeddingBag)>,
+    tables: Vec<Table>,
     /// By published movie id; empty if the checkpoint does not have them and `--data` is not given.
     titles: BTreeMap<i64, String>,
     device: Device,
@@ -74,13 +73,13 @@ impl Serving {
 impl Model {
     fn open(source: &Common, device: &Device, generation: u64) -> Result<Self> {
         let recommender = Recommender::open(&source.checkpoint(), device)?;
-        let titles = match recommender.source(source.data.clone()) {
-            Ok(data) => data.titles()?,
+        let titles = match recommender.titles(source.data.clone()) {
+            Ok(titles) => titles,
             Err(_) if source.data.is_none() => BTreeMap::new(),
             Err(error) => return Err(error),
         };
         let model = Self {
-            tables: tables(recommender.model.embeddings())?,
+            tables: recommender.model.embeddings().tables()?,
             candidates: Candidates::new(&recommender.model, &recommender.catalog)?,
             recommender,
             titles,
@@ -105,14 +104,13 @@ impl Model {
         self.titles.get(&movie).map(String::as_str)
     }
 
-    /// The embedding tables, by name.
-    pub fn tables(&self) -> impl Iterator<Item = (&str, &HashedEmbeddingBag)> {
-        self.tables.iter().map(|(name, table)| (&**name, table))
+    /// The embedding tables.
+    pub fn tables(&self) -> &[Table] {
+        &self.tables
     }
 
-    pub fn table(&self, name: &str) -> Option<&HashedEmbeddingBag> {
-        self.tables()
-            .find_map(|(table, layer)| (table == name).then_some(layer))
+    pub fn table(&self, name: &str) -> Option<&Table> {
+        self.tables.iter().find(|table| table.name == name)
     }
 
     /// A logit per pair or movie, or the vectors of the bags one after the other.
@@ -133,27 +131,18 @@ impl Model {
                 indices,
                 offsets,
             } => {
-                let layer = self.table(table).context("no such table")?;
-                let end = layer
+                let table = self.table(table).context("no such table")?;
+                let end = table
+                    .layer
                     .config()
                     .include_last_offset
                     .then_some(indices.len() as i64);
                 let offsets: Vec<i64> = offsets.iter().copied().chain(end).collect();
                 let indices = list(indices, &self.device)?;
                 let offsets = list(&offsets, &self.device)?;
-                let vectors = layer.forward_with_offsets(&indices, &offsets)?;
+                let vectors = table.forward(&indices, &offsets)?;
                 Ok(vectors.flatten_all()?.to_vec1()?)
             }
         }
     }
-}
-
-/// The embedding tables by name, each as a layer of its own on the shared parameter.
-fn tables(embeddings: &Embeddings) -> Result<Vec<(String, HashedEmbeddingBag)>> {
-    let names = embeddings
-        .collections()
-        .flat_map(|(_, collection)| collection.tables().map(move |(name, _)| (collection, name)));
-    names
-        .map(|(collection, name)| Ok((name.to_owned(), collection.table(name)?)))
-        .collect()
 }

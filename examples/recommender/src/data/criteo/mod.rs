@@ -19,7 +19,6 @@
 //! ```
 
 mod generated;
-mod gzip;
 #[cfg(feature = "parquet")]
 mod parquet;
 mod prepared;
@@ -291,20 +290,24 @@ impl Examples for Clicks {
     }
 
     /// Shuffling is by windows of 65,536 clicks. Batches are made on a thread of their own, ahead of their use.
-    fn batches<'a>(
+    fn batches_at<'a>(
         &'a self,
         part: Part,
+        positions: Range<usize>,
         batch_size: usize,
         shuffle: Option<&'a mut StdRng>,
     ) -> Result<Batches<'a>> {
-        let (source, path, range) = (self.source.clone(), self.path.clone(), self.range(part));
+        let (source, path, of_part) = (self.source.clone(), self.path.clone(), self.range(part));
+        let at = |position: usize| of_part.end.min(of_part.start + position as u64);
+        let range = at(positions.start)..at(positions.end);
+        let mut left = (range.end - range.start) as usize;
         let shuffle = shuffle.map(StdRng::from_rng);
         let (sender, batches) = sync_channel(AHEAD);
         thread::spawn(move || {
             let send = |batch| sender.send(batch).is_ok();
             source.batches(range, &path, batch_size, shuffle, send);
         });
-        let (mut left, mut failed) = (self.len(part), false);
+        let mut failed = false;
         Ok(Box::new(std::iter::from_fn(move || {
             if left == 0 || failed {
                 return None;

@@ -18,9 +18,9 @@ use std::thread;
 
 use anyhow::{Context, Result};
 
-use super::gzip::{is_gzip, Members};
 use super::parquet;
 use super::reader::{Click, Reader};
+use crate::data::gzip::{is_gzip, Members};
 
 /// The bytes of a block, to the end of the line.
 const BLOCK: usize = 1 << 20;

@@ -193,6 +193,7 @@ pub fn generate(seed: u64) -> Result<Ratings> {
         },
         rows: ratings,
         probabilities: Some(probabilities),
+        popularity: None,
         left_out: Vec::new(),
     })
 }

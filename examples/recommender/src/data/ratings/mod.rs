@@ -2,24 +2,30 @@
 //!
 //! ```text
 //! MovieLens files ─┐              ┌─ catalog: users and movies with dense row numbers and their features
-//!                  ├──> Ratings ──┤
+//! interactions ────┼──> Ratings ──┤
 //! generator ───────┘              └─ rows: (user row, movie row, liked) in file order
 //! ```
+//!
+//! Of interactions, items are the movies, and what is in the file is liked; negative examples are drawn.
 //!
 //! The [`Catalog`] is the part a trained model cannot work without, so it travels in the checkpoint.
 
 mod generated;
+mod interactions;
 mod movielens;
 mod records;
 mod split;
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
+use rand::SeedableRng;
 
+use self::interactions::{Popularity, NEGATIVES};
 use self::split::part;
 use super::{Bags, Batch, Batches, Examples, Part, Rows, Schema, Truth};
 
@@ -40,6 +46,8 @@ pub enum Source {
     },
     /// The folder of a MovieLens set.
     Files(PathBuf),
+    /// A file of interactions: a line per user, its number and those of its items.
+    Interactions(PathBuf),
 }
 
 /// A data set.
@@ -52,6 +60,8 @@ pub struct Ratings {
     pub rows: Vec<Rating>,
     /// The probability each label was drawn with, where the data is generated.
     pub probabilities: Option<Vec<f64>>,
+    /// What negative examples are drawn by, where all rows are positive ones.
+    pub popularity: Option<Popularity>,
     /// The features that no row has a value of, or none often enough to be learnt from: they get no table.
     pub left_out: Vec<&'static str>,
 }
@@ -104,6 +114,7 @@ impl Source {
         match self {
             Self::Generated { seed } => generated::generate(seed),
             Self::Files(dir) => movielens::read(&dir),
+            Self::Interactions(file) => interactions::read(&file),
         }
     }
 
@@ -112,11 +123,26 @@ impl Source {
         match self {
             Self::Generated { seed } => Ok((1..).zip(generated::titles(*seed)).collect()),
             Self::Files(dir) => movielens::titles(dir),
+            // Their numbers say all there is to say.
+            Self::Interactions(_) => Ok(BTreeMap::new()),
         }
     }
 }
 
 impl Ratings {
+    /// The examples of a part: its ratings in file order, then the negative ones that are drawn, which are always the same.
+    pub fn examples(&self, part: Part) -> Vec<Rating> {
+        self.with_negatives(part, &mut StdRng::seed_from_u64(part as u64))
+    }
+
+    fn with_negatives(&self, part: Part, rng: &mut StdRng) -> Vec<Rating> {
+        let mut rows = self.part(part);
+        if let Some(popularity) = &self.popularity {
+            rows.extend(popularity.negatives(&rows, &self.catalog.seen, rng));
+        }
+        rows
+    }
+
     /// The ratings of a part, in file order.
     pub fn part(&self, wanted: Part) -> Vec<Rating> {
         self.select(wanted, &self.rows)
@@ -129,6 +155,17 @@ impl Ratings {
             labels: self.part(wanted).iter().map(|r| r.liked).collect(),
             probabilities: self.select(wanted, probabilities),
         })
+    }
+
+    /// How many ratings of the train part each movie has, and how many of those are likes.
+    pub fn examples_per_movie(&self) -> Vec<[u32; 2]> {
+        let mut counts = vec![[0; 2]; self.catalog.movies.ids.len()];
+        for rating in self.part(Part::Train) {
+            let [ratings, likes] = &mut counts[rating.movie as usize];
+            *ratings += 1;
+            *likes += u32::from(rating.liked);
+        }
+        counts
     }
 
     fn select<T: Copy>(&self, wanted: Part, per_rating: &[T]) -> Vec<T> {
@@ -146,21 +183,30 @@ impl Examples for Ratings {
     }
 
     fn len(&self, wanted: Part) -> usize {
-        (0..self.rows.len() as u64)
-            .filter(|&row| part(row) == wanted)
-            .count()
+        let rows = (0..self.rows.len() as u64).filter(|&row| part(row) == wanted);
+        let each = match self.popularity {
+            Some(_) => 1 + NEGATIVES,
+            None => 1,
+        };
+        each * rows.count()
     }
 
-    fn batches<'a>(
+    fn batches_at<'a>(
         &'a self,
         part: Part,
+        positions: Range<usize>,
         batch_size: usize,
         shuffle: Option<&'a mut StdRng>,
     ) -> Result<Batches<'a>> {
-        let mut rows = self.part(part);
-        if let Some(rng) = shuffle {
-            rows.shuffle(rng);
-        }
+        let at = |rows: Vec<Rating>| rows[positions].to_vec();
+        let rows = match shuffle {
+            Some(rng) => {
+                let mut rows = at(self.with_negatives(part, rng));
+                rows.shuffle(rng);
+                rows
+            }
+            None => at(self.examples(part)),
+        };
         let starts = (0..rows.len()).step_by(batch_size);
         Ok(Box::new(starts.map(move |start| {
             let rows = &rows[start..rows.len().min(start + batch_size)];

@@ -76,6 +76,7 @@ pub fn read(dir: &Path) -> Result<Ratings> {
         catalog,
         rows: ratings,
         probabilities: None,
+        popularity: None,
         left_out,
     })
 }

@@ -4,7 +4,7 @@ use std::io::{BufRead, Read, Result};
 
 use flate2::bufread::GzDecoder;
 
-/// The first bytes of a gzip file. No click log begins like this.
+/// The first bytes of a gzip file. No text begins like this.
 const MAGIC: [u8; 2] = [0x1f, 0x8b];
 
 /// Whether `file` is to be read through [`Members`].
