@@ -49,8 +49,8 @@ pub fn convert<'a>(
     Ok(report)
 }
 
-/// Rounds the layers of a checkpoint to `bits` and writes them to `to`, and with `others` all other tensors that candle has a
-/// dtype for. Returns a report like that of [`convert`].
+/// Rounds the layers of a checkpoint to `bits` and writes them to `to` with the model's own metadata, and with `others` all other
+/// tensors that candle has a dtype for. Returns a report like that of [`convert`].
 pub fn round_checkpoint(from: &Checkpoint, others: bool, bits: Bits, to: &Path) -> Result<String> {
     let (device, mut report) = (&Device::Cpu, String::new());
     let dtype = |parameter: &str| -> Result<DType> {
@@ -86,10 +86,11 @@ pub fn round_checkpoint(from: &Checkpoint, others: bool, bits: Bits, to: &Path) 
         let tensor = from.tensor(&name, device)?;
         tensors.push((name, tensor));
     }
-    checkpoint::save(
+    checkpoint::save_with_metadata(
         to,
         tensors,
         layers.iter().map(|(name, layer)| (*name, layer)),
+        from.own_metadata(),
     )?;
     Ok(report)
 }

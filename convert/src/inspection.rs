@@ -5,7 +5,7 @@ use std::path::Path;
 
 use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_hashed_embedding_bag::checkpoint::LowBitSpec;
+use candle_hashed_embedding_bag::checkpoint::{CollectionSpec, LowBitSpec, TableSpec};
 use candle_hashed_embedding_bag::{
     Balanced, Bits, Checkpoint, Hash, Mix, Mode, Overflow, Semantic, StateDict, TensorInfo,
 };
@@ -75,6 +75,17 @@ pub fn inspect(path: &Path) -> Result<String> {
     }
     let mut report = format!("{layers}\n");
 
+    let mut features = new_table(&["collection", "feature", "table", "rows"]);
+    for (collection, spec) in checkpoint.collections() {
+        for (feature, table) in features_of(spec) {
+            let rows = table.num_embeddings.to_string();
+            features.add_row([collection, feature, &table.name, &rows]);
+        }
+    }
+    if !features.is_empty() {
+        writeln!(report, "{features}")?;
+    }
+
     let mut others = new_table(&["other tensor", "dtype", "shape"]);
     let names = checkpoint.tensor_names();
     for name in names.filter(|name| !parameters.contains(name)) {
@@ -120,6 +131,21 @@ fn hashed_layers(checkpoint: &Checkpoint) -> impl Iterator<Item = HashedLayer<'_
         low_bit: spec.low_bit,
     });
     layers.chain(collections)
+}
+
+/// The features of a collection by name, each with the table that it looks into.
+fn features_of(spec: &CollectionSpec) -> Vec<(&str, &TableSpec)> {
+    let tables = || spec.tables.iter();
+    match &spec.features {
+        None => tables().map(|table| (&*table.name, table)).collect(),
+        Some(features) => features
+            .iter()
+            .filter_map(|feature| {
+                let table = tables().find(|table| table.name == feature.table)?;
+                Some((&*feature.name, table))
+            })
+            .collect(),
+    }
 }
 
 impl HashedLayer<'_> {

@@ -7,7 +7,8 @@ use std::process::{Command, Output, Stdio};
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Module, Tensor};
 use candle_hashed_embedding_bag::{
-    checkpoint, Checkpoint, HashedEmbeddingBag, HashedEmbeddingBagConfig, StateDict,
+    checkpoint, Checkpoint, HashedEmbeddingBag, HashedEmbeddingBagCollection,
+    HashedEmbeddingBagConfig, StateDict,
 };
 use tempfile::TempDir;
 
@@ -469,6 +470,46 @@ fn layers_are_rounded_to_fewer_bits() -> Result<()> {
     ] {
         let got = refused(&folder, arguments)?;
         assert!(got.contains(said), "{got}");
+    }
+    Ok(())
+}
+
+/// Rounding changes the layers and nothing else: the model's own metadata stays, and so do its features.
+#[test]
+fn a_rounded_checkpoint_keeps_what_is_the_models_own() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let collection = HashedEmbeddingBagCollection::new(
+        Tensor::randn(0f32, 1.0, 1600, &Device::Cpu)?,
+        [("user", 600), ("movie", 400)],
+        16,
+        HashedEmbeddingBagConfig::default(),
+    )?;
+    let features = [("user", "user"), ("last", "movie"), ("candidate", "movie")];
+    let collection = collection.with_features(features)?;
+    let metadata = [
+        ("history_len", "20"),
+        ("ids", "[\"a\", \"b\"]"),
+        ("", "nothing"),
+    ];
+    let layers = [("sparse", &collection)];
+    checkpoint::save_with_metadata(folder.path().join("f32"), [], layers, metadata)?;
+    for bits in [8, 4] {
+        let said = convert(&folder, &format!("{{}}/f32 {{}}/low --bits {bits}"))?;
+        assert_says(
+            &said,
+            &[
+                &format!("600 + 400 16 sum - balanced, seed 0, block 8, signed {bits} bits"),
+                "sparse user user 600",
+                "sparse last movie 400",
+                "sparse candidate movie 400",
+            ],
+        );
+        let opened = Checkpoint::open(folder.path().join("low"))?;
+        let mut expected = metadata;
+        expected.sort_unstable();
+        assert!(opened.own_metadata().eq(expected));
+        let (_, spec) = opened.collections().next().context("no collection")?;
+        assert_eq!(spec.features.as_ref().map(Vec::len), Some(3));
     }
     Ok(())
 }

@@ -405,6 +405,15 @@ impl Checkpoint {
         metadata.get(key).map(String::as_str)
     }
 
+    /// All metadata of the model's own, by key, in order: what [`save_with_metadata`] takes, so that a tool which rewrites a
+    /// checkpoint keeps it.
+    pub fn own_metadata(&self) -> impl Iterator<Item = (&str, &str)> {
+        let metadata = self.file.metadata().metadata().iter().flatten();
+        let own = metadata.filter(|(key, _)| *key != METADATA_KEY);
+        let own: BTreeMap<&str, &str> = own.map(|(k, v)| (k.as_str(), v.as_str())).collect();
+        own.into_iter()
+    }
+
     /// The hashed layer `name`, its parameter cast to `dtype` on `device`; untracked, for inference. An optimiser does not
     /// change it: see [`trainable_hashed_embedding_bag`](Self::trainable_hashed_embedding_bag). A layer in 8 or 4 bits keeps its
     /// bytes, and gives `dtype`: f32, f16 or bf16.

@@ -376,7 +376,7 @@ impl Shared {
     }
 
     /// Sends heartbeats and looks for failures until the channel is dropped.
-    fn watch(&self) {
+    fn watch(self: &Arc<Self>) {
         let interval = (self.limit / 10).min(Duration::from_secs(1));
         let mut behind = vec![(0, Instant::now()); self.peers.len() + 1];
         let mut state = lock(&self.state);
@@ -412,9 +412,15 @@ impl Shared {
                 let _ = Frame::Failure(failure.clone()).write(&mut *lock(&peer.writer));
             }
         }
-        if let Some(engine) = lock(&self.engine).as_mut() {
-            engine.abort();
-        }
+        // On a thread of its own, in case that hangs, too.
+        let shared = self.clone();
+        let aborting = spawn("ranks-abort", move || {
+            if let Some(engine) = lock(&shared.engine).as_mut() {
+                engine.abort();
+            }
+        });
+        // Without a thread, the process ends when its time is over.
+        drop(aborting);
         let (state, _) = self
             .changed
             .wait_timeout_while(lock(&self.state), GRACE, |state| !state.ended)
@@ -447,18 +453,20 @@ impl Shared {
         });
         let ranks: Vec<_> = std::iter::once((entered, false)).chain(of_peers).collect();
         let most = ranks.iter().map(|(entered, _)| *entered).max()?;
-        let mut hanging = None;
-        for (rank, ((entered, is_leaving), behind)) in ranks.iter().zip(behind).enumerate() {
+        for ((entered, is_leaving), behind) in ranks.iter().zip(&mut *behind) {
             if *entered == most || *is_leaving || *entered != behind.0 {
                 *behind = (*entered, Instant::now());
-            } else if behind.1.elapsed() > self.limit {
-                // Of several, the others wait for the one that is furthest behind.
-                hanging = hanging
-                    .min(Some((*entered, rank)))
-                    .or(Some((*entered, rank)));
             }
         }
-        let (entered, rank) = hanging?;
+        // The others wait for the one that is furthest behind, even if it has been so for a shorter time.
+        let furthest = ranks
+            .iter()
+            .enumerate()
+            .filter(|(_, (_, is_leaving))| !is_leaving);
+        let (rank, (entered, _)) = furthest.min_by_key(|(_, (entered, _))| *entered)?;
+        if behind[rank].1.elapsed() <= self.limit {
+            return None;
+        }
         let name = match rank {
             0 => "rank 0".to_string(),
             _ => self.peers[rank - 1].to_string(),

@@ -4,8 +4,8 @@
 //! matter a lot and cost next to nothing. The large ones are hashed into the remaining parameters. Each of the two kinds is one
 //! collection: one parameter, one lookup.
 //!
-//! With an `inner_dim`, the rows of large tables are narrow, and a matrix of each table makes what was pooled of them as wide as
-//! the others:
+//! With an `inner_dim`, the rows of large tables have so many columns, and what was pooled of them is multiplied by a learned matrix
+//! of the table, so that all vectors are of one length:
 //!
 //! ```text
 //! small tables ── plain, embedding_dim columns ───────────────────────────────────────────┐
@@ -17,7 +17,7 @@ use std::borrow::Cow;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
 use candle_hashed_embedding_bag::{
-    hashed_embedding_bag_collection, Bits, Checkpoint, Hash, HashedEmbeddingBag,
+    hashed_embedding_bag_collection, Bits, Checkpoint, Gradient, Hash, HashedEmbeddingBag,
     HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout, Mode,
 };
 use candle_nn::{Init, Module, VarBuilder};
@@ -30,8 +30,8 @@ use crate::rare::RareRows;
 /// Tables with fewer rows than this are small.
 const SMALL: usize = 64;
 
-/// The names of the collections. A model may lack any. Those of `narrow` are not hashed.
-const COLLECTIONS: [&str; 3] = ["plain", "narrow", "hashed"];
+/// The names of the collections. A model may lack any. Tables of `plain` have no matrices, those of `projected` are not hashed.
+const COLLECTIONS: [&str; 3] = ["plain", "projected", "hashed"];
 
 /// The name of the matrices of a collection, `(tables, inner_dim, embedding_dim)`.
 const PROJECTION: &str = "projection";
@@ -39,9 +39,9 @@ const PROJECTION: &str = "projection";
 /// How to make the tables.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbeddingConfig {
-    /// The columns of every table, or of what is made of its narrow rows.
+    /// The columns of every table, or of its matrix.
     pub embedding_dim: usize,
-    /// The columns of the large tables, if they are to be fewer.
+    /// The columns of the large tables, if they are to have matrices.
     pub inner_dim: Option<usize>,
     /// The most parameters per value that all tables together have with `embedding_dim` columns; matrices are parameters, too. 1 is
     /// the baseline, in which no table is hashed.
@@ -88,7 +88,7 @@ struct Collection {
     /// The positions of its tables in the schema.
     tables: Vec<usize>,
     collection: HashedEmbeddingBagCollection,
-    /// If the tables are narrow: `(tables, inner_dim, embedding_dim)`.
+    /// The matrices of the tables, if they have any: `(tables, inner_dim, embedding_dim)`.
     projection: Option<Tensor>,
 }
 
@@ -98,16 +98,21 @@ pub struct Table {
     pub name: String,
     /// Its rows, and how they are pooled.
     pub layer: HashedEmbeddingBag,
-    /// If they are narrow: `(inner_dim, embedding_dim)`.
+    /// Its matrix, if it has one: `(inner_dim, embedding_dim)`.
     projection: Option<Tensor>,
 }
 
 impl Embeddings {
-    /// New tables, with variables from `vb`.
+    /// New tables, with variables from `vb`, whose gradients are summed in this way.
     ///
     /// # Errors
     /// A compression that leaves the large tables less than one block of the hash.
-    pub fn new(schema: &Schema, config: EmbeddingConfig, vb: VarBuilder) -> Result<Self> {
+    pub fn new(
+        schema: &Schema,
+        config: EmbeddingConfig,
+        gradient: Gradient,
+        vb: VarBuilder,
+    ) -> Result<Self> {
         let rows: Vec<usize> = schema.tables.iter().map(|&(_, rows)| rows).collect();
         let shares = config.share_out(&rows)?;
         let (small, large): (Vec<usize>, Vec<usize>) =
@@ -134,14 +139,16 @@ impl Embeddings {
                 mode: Mode::Mean,
                 hash: Some(hash),
                 include_last_offset: true,
+                gradient,
                 ..Default::default()
             };
             let named = tables.iter().map(|&table| schema.tables[table]);
             let vb = vb.pp(name);
             let collection =
                 hashed_embedding_bag_collection(named, columns, compression, bag, vb.clone())?;
-            let projection = (columns < dim).then(|| {
-                // Such that a vector is as long as its narrow row.
+            let inner_dim = config.inner_dim.filter(|_| name != "plain");
+            let projection = inner_dim.map(|columns| {
+                // Such that a vector is as long as what was pooled.
                 let stdev = (1.0 / dim as f64).sqrt();
                 let init = Init::Randn { mean: 0.0, stdev };
                 vb.get_with_hints((tables.len(), columns, dim), PROJECTION, init)
@@ -494,11 +501,8 @@ impl EmbeddingConfig {
 
     /// The parameters of the matrices of so many tables.
     fn projection(&self, tables: usize) -> usize {
-        if self.inner_dim() < self.embedding_dim {
-            tables * self.inner_dim() * self.embedding_dim
-        } else {
-            0
-        }
+        let columns = self.inner_dim.unwrap_or(0);
+        tables * columns * self.embedding_dim
     }
 
     /// The same tables, as large as fits into `share` of the bytes of plain ones in f32 once they are rounded to `bits`, given their
@@ -547,13 +551,7 @@ impl EmbeddingConfig {
     /// Decides which tables are plain, given their numbers of rows, and the compression of all others together.
     fn share_out(&self, rows: &[usize]) -> Result<Shares> {
         let (dim, inner) = (self.embedding_dim as f64, self.inner_dim());
-        ensure!(
-            (1..=self.embedding_dim).contains(&inner),
-            "inner columns must lie in 1..={}, the embedding dimension, got {inner}",
-            self.embedding_dim
-        );
-        let is_narrow = inner < self.embedding_dim;
-        if self.compression == 1.0 && !is_narrow {
+        if self.compression == 1.0 && self.inner_dim.is_none() {
             return Ok(Shares {
                 plain: vec![true; rows.len()],
                 name: "plain",
@@ -575,10 +573,10 @@ impl EmbeddingConfig {
         let is_plain = rows.iter().map(|&n| small_fits && n < SMALL).collect();
         // In a plain table no two values share a parameter. Even with as many parameters as values, a random hash would let
         // some values share one and leave a third of the parameters unused.
-        if is_narrow && (self.compression == 1.0 || rest >= values) {
+        if self.inner_dim.is_some() && (self.compression == 1.0 || rest >= values) {
             return Ok(Shares {
                 plain: is_plain,
-                name: "narrow",
+                name: "projected",
                 hash: Hash::identity(inner),
                 compression: 1.0,
             });
@@ -618,10 +616,10 @@ mod tests {
     use candle_nn::VarMap;
 
     fn embeddings(compression: f64, rows: &[usize]) -> Result<Embeddings> {
-        narrow(compression, rows, None)
+        projected(compression, rows, None)
     }
 
-    fn narrow(compression: f64, rows: &[usize], inner_dim: Option<usize>) -> Result<Embeddings> {
+    fn projected(compression: f64, rows: &[usize], inner_dim: Option<usize>) -> Result<Embeddings> {
         let names = ["a", "b", "c", "d", "e", "f", "g", "h"];
         let schema = Schema {
             numbers: 0,
@@ -634,7 +632,7 @@ mod tests {
             hash: Hash::default_for(inner_dim.unwrap_or(16)),
         };
         let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-        Embeddings::new(&schema, config, vb)
+        Embeddings::new(&schema, config, Gradient::Fastest, vb)
     }
 
     fn pool(embeddings: &Embeddings, bags: &[Bags]) -> Result<Vec<Vec<Vec<f32>>>> {
@@ -658,12 +656,20 @@ mod tests {
     }
 
     #[test]
-    fn narrow_tables_keep_the_promise_too() -> Result<()> {
+    fn projected_tables_keep_the_promise_too() -> Result<()> {
         let rows = [6040, 2, 7, 21, 678, 3883, 18, 1461];
         let all = 16 * rows.iter().sum::<usize>();
-        for (inner, share) in [(8, 4), (4, 16), (8, 16), (4, 64), (12, 2), (16, 16)] {
-            let narrow = narrow(1.0 / share as f64, &rows, Some(inner))?;
-            let (kept, uncompressed) = narrow.parameters();
+        for (inner, share) in [
+            (8, 4),
+            (4, 16),
+            (8, 16),
+            (4, 64),
+            (12, 2),
+            (16, 16),
+            (24, 16),
+        ] {
+            let tables = projected(1.0 / share as f64, &rows, Some(inner))?;
+            let (kept, uncompressed) = tables.parameters();
             assert_eq!(uncompressed, all);
             assert!(
                 kept * share <= all,
@@ -673,21 +679,20 @@ mod tests {
                 kept + 2 * 16 >= all / share,
                 "{inner} columns, 1/{share}: {kept} of {all}"
             );
-            assert_eq!(narrow.bytes(), 4 * kept);
-            assert_eq!(narrow.embedding_dim(), 16);
+            assert_eq!(tables.bytes(), 4 * kept);
+            assert_eq!(tables.embedding_dim(), 16);
         }
         // As much as all rows of 8 columns take, and all of them at compression 1.
         let small = 16 * (2 + 7 + 21 + 18);
         let large = 8 * (6040 + 678 + 3883 + 1461) + 4 * 8 * 16;
         for compression in [0.9, 1.0] {
-            let narrow = narrow(compression, &rows, Some(8))?;
-            assert_eq!(narrow.parameters().0, small + large);
-            let names: Vec<_> = narrow.collections().map(|(name, _)| name).collect();
-            assert_eq!(names, ["plain", "narrow"]);
+            let tables = projected(compression, &rows, Some(8))?;
+            assert_eq!(tables.parameters().0, small + large);
+            let names: Vec<_> = tables.collections().map(|(name, _)| name).collect();
+            assert_eq!(names, ["plain", "projected"]);
         }
-        assert!(narrow(0.25, &rows, Some(17)).is_err());
         // Matrices alone would be more.
-        assert!(narrow(0.005, &rows, Some(8)).is_err());
+        assert!(projected(0.005, &rows, Some(8)).is_err());
         Ok(())
     }
 
@@ -702,7 +707,7 @@ mod tests {
                 .collect(),
         };
         let all = 4 * 16 * rows.iter().sum::<usize>();
-        for inner_dim in [None, Some(8), Some(5)] {
+        for inner_dim in [None, Some(8), Some(5), Some(20)] {
             for share in [2, 4, 16, 64] {
                 for bits in [
                     TableBits::Exact,
@@ -717,7 +722,7 @@ mod tests {
                     };
                     let config = config.within(1.0 / share as f64, bits, &rows)?;
                     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-                    let mut tables = Embeddings::new(&schema, config, vb)?;
+                    let mut tables = Embeddings::new(&schema, config, Gradient::Fastest, vb)?;
                     if let TableBits::Rounded(bits) = bits {
                         tables = tables.to_bits(bits)?.0;
                     }
@@ -735,8 +740,8 @@ mod tests {
     }
 
     #[test]
-    fn narrow_rows_are_projected() -> Result<()> {
-        let embeddings = narrow(0.1, &[1000, 3, 500], Some(4))?;
+    fn pooled_rows_are_projected() -> Result<()> {
+        let embeddings = projected(0.1, &[1000, 3, 500], Some(4))?;
         let bags = [vec![999, 1], vec![2, 0], vec![3, 499]].map(Bags::of_one_each);
         let vectors = pool(&embeddings, &bags)?;
         let mut expected = Vec::new();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
 use candle_hashed_embedding_bag::distributed::World;
-use candle_hashed_embedding_bag::{Bits, Hash};
+use candle_hashed_embedding_bag::{Bits, Gradient, Hash};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::{json, Value};
 
@@ -30,6 +30,12 @@ const TABLE_SPEED: f64 = 3.0;
 /// Weight decay of plain tables of ratings. It is high, and matters most of all settings: a user with twenty ratings has
 /// sixteen values to remember them by. Hashed tables need less, as they have fewer values to remember with.
 const TABLE_DECAY: f64 = 3.0;
+
+/// The same of interactions, where a row is all that is known of a user or an item: with much more, rows never begin to grow.
+const INTERACTIONS_DECAY: f64 = 0.9;
+
+/// Of tables with matrices, this much of it: few columns remember less, and what a matrix makes of them is not free either.
+const PROJECTED_DECAY: f64 = 0.5;
 
 /// Trains a recommender whose embedding tables are hashed, evaluates it, and recommends movies with it.
 ///
@@ -85,7 +91,7 @@ pub struct Train {
     compression: f64,
     #[arg(long, default_value = "default", help = HASH_HELP)]
     hash: HashChoice,
-    /// Columns of the large embedding tables, fewer than --embedding-dim: a learned matrix per table makes up for the others.
+    /// Columns of the large embedding tables, if a learned matrix per table is to make --embedding-dim of them.
     #[arg(long, value_name = "COLUMNS")]
     inner_dim: Option<NonZeroU16>,
     /// Bits per value of the embedding tables in the checkpoint: 8 or 4, to which they are rounded after the training, or 32. The test
@@ -109,6 +115,10 @@ pub struct Train {
     /// Keep the train part of a click log on the device. Examples are then shuffled all together and not in windows.
     #[arg(long, requires = "format")]
     resident: bool,
+    /// Sum the gradients of the embedding tables on a GPU in one order, which takes longer: the same seed then writes the same checkpoint,
+    /// as it does on the CPU.
+    #[arg(long)]
+    deterministic: bool,
     #[command(flatten)]
     stopping: Stopping,
     #[command(flatten)]
@@ -148,9 +158,10 @@ pub struct Sweep {
     pub sizes: Vec<f64>,
     #[arg(long, value_delimiter = ',', default_value = "default", help = HASH_HELP)]
     pub hashes: Vec<HashChoice>,
-    /// Columns of the large tables, see --inner-dim of a training [default: --embedding-dim, and half of it].
-    #[arg(long, value_delimiter = ',', value_name = "COLUMNS")]
-    inner_dims: Vec<NonZeroU16>,
+    /// Columns of the large tables, see --inner-dim of a training; `none` is without matrices [default: none, and half of
+    /// --embedding-dim].
+    #[arg(long, value_delimiter = ',', value_name = "COLUMNS", value_parser = parse_inner_dim)]
+    inner_dims: Vec<InnerDim>,
     /// Bits per value of the embedding tables, to which they are rounded after the training.
     #[arg(long, value_delimiter = ',', default_value = "32,8,4", value_parser = parse_bits)]
     pub bits: Vec<TableBits>,
@@ -277,6 +288,10 @@ impl TableBits {
     }
 }
 
+/// The columns of tables with matrices.
+#[derive(Clone, Copy)]
+struct InnerDim(Option<usize>);
+
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
 pub enum Format {
     /// Ratings of movies, as GroupLens publishes them.
@@ -347,6 +362,10 @@ impl Train {
                 TopInputKind::Vectors => TopInput::Vectors,
                 TopInputKind::Bottom => TopInput::Bottom,
             },
+            gradient: match self.deterministic {
+                true => Gradient::Deterministic,
+                false => Gradient::Fastest,
+            },
         }
     }
 
@@ -381,6 +400,7 @@ impl Train {
             ("data".to_owned(), format!("{:016x}", data.fingerprint())),
             ("--shards".to_owned(), ranks.shards().to_string()),
             ("--resident".to_owned(), self.resident.to_string()),
+            ("--deterministic".to_owned(), self.deterministic.to_string()),
         ];
         for part in [Part::Train, Part::Valid, Part::Test] {
             let examples = data.examples().len(part);
@@ -443,7 +463,9 @@ impl Train {
         Settings {
             table_lr: self.table_lr.unwrap_or(TABLE_SPEED * self.fit.lr),
             resident: self.resident,
-            ..self.fit.settings(data, self.compression, self.seed)
+            ..self
+                .fit
+                .settings(data, self.compression, self.inner_dim.is_some(), self.seed)
         }
     }
 }
@@ -459,16 +481,13 @@ impl Sweep {
         self.device.open()
     }
 
-    /// The columns that large tables are to have: those of all tables, and fewer.
-    pub fn inner_dims(&self) -> Vec<usize> {
-        let all = usize::from(self.fit.embedding_dim.get());
+    /// The columns that large tables are to have, if they are to have matrices.
+    pub fn inner_dims(&self) -> Vec<Option<usize>> {
         if self.inner_dims.is_empty() {
-            let mut both = vec![all, all / 2];
-            both.retain(|&columns| columns > 0);
-            return both;
+            let half = usize::from(self.fit.embedding_dim.get()).div_ceil(2);
+            return vec![None, Some(half)];
         }
-        let columns = self.inner_dims.iter();
-        columns.map(|columns| usize::from(columns.get())).collect()
+        self.inner_dims.iter().map(|columns| columns.0).collect()
     }
 
     /// Tables at compression 1.
@@ -476,8 +495,9 @@ impl Sweep {
         self.fit.embedding_config(1.0, hash, inner_dim)
     }
 
-    pub fn settings(&self, data: &Data, compression: f64, seed: u64) -> Settings {
-        self.fit.settings(data, compression, seed)
+    pub fn settings(&self, data: &Data, config: &EmbeddingConfig, seed: u64) -> Settings {
+        let projected = config.inner_dim.is_some();
+        self.fit.settings(data, config.compression, projected, seed)
     }
 
     /// What the examples are called in the results.
@@ -573,10 +593,20 @@ impl Fit {
         }
     }
 
-    fn settings(&self, data: &Data, compression: f64, seed: u64) -> Settings {
+    fn settings(&self, data: &Data, compression: f64, projected: bool, seed: u64) -> Settings {
         // A user's taste is learnt by going over their ratings again; a log is long, and its categories come again.
         let (epochs, table_decay) = match data {
-            Data::Ratings(_) => (8, TABLE_DECAY * compression.sqrt()),
+            Data::Ratings(ratings) => {
+                let decay = match ratings.source {
+                    Source::Interactions(_) => INTERACTIONS_DECAY,
+                    Source::Generated { .. } | Source::Files(_) => TABLE_DECAY,
+                };
+                let decay = match projected {
+                    true => PROJECTED_DECAY * decay,
+                    false => decay,
+                };
+                (8, decay * compression.sqrt())
+            }
             Data::Clicks(_) => (1, 0.0),
         };
         // Weight decay acts once per step, so it is the number of steps that must not depend on the size of the data for
@@ -642,6 +672,13 @@ fn parse_bits(text: &str) -> Result<TableBits> {
         "4" => TableBits::Rounded(Bits::Four),
         _ => bail!("it must be 32, 8 or 4"),
     })
+}
+
+fn parse_inner_dim(text: &str) -> Result<InnerDim> {
+    Ok(InnerDim(match text {
+        "none" => None,
+        columns => Some(columns.parse::<NonZeroU16>()?.get().into()),
+    }))
 }
 
 fn parse_compression(text: &str) -> Result<f64> {

@@ -193,13 +193,14 @@ pub fn comparison(part: &str, lines: &[Line]) {
     }
 }
 
-/// What averaging gradients has taken, if there are several ranks.
+/// What averaging gradients has taken, if there are several ranks, whose replicas were compared.
 pub fn all_reduce(summary: Summary, ranks: &Ranks) -> Summary {
     let Some(times) = ranks.all_reduce_times() else {
         return summary;
     };
     let ms = |time: Duration| format!("{:.3} ms", 1e3 * time.as_secs_f64());
-    summary.fact("ranks", ranks.count().to_string()).fact(
+    let equal = format!("{}, with the same bits in all parameters", ranks.count());
+    summary.fact("ranks", equal).fact(
         "all-reduce",
         format!(
             "{} bytes a step in {}, fastest {}, {:.1} GB/s bus bandwidth",
@@ -245,14 +246,13 @@ pub fn recommendations(
     say!("\n{table}");
 }
 
-/// Quality, by `measure`, against bytes: the points in their order, and what the best of each size has over the plainest one, f32 in
-/// all `columns`.
-pub fn sweep(points: &[Point], measure: Measure, columns: usize) {
+/// Quality, by `measure`, against bytes: the points in their order, and what the best of each size has over f32 without matrices.
+pub fn sweep(points: &[Point], measure: Measure) {
     let mut table = table();
     table.set_header([
         "size",
         "hash",
-        "columns",
+        "inner columns",
         "bits",
         "bytes",
         "parameters",
@@ -265,7 +265,9 @@ pub fn sweep(points: &[Point], measure: Measure, columns: usize) {
         table.add_row([
             fraction(point.size),
             point.hash.clone(),
-            point.inner_dim.to_string(),
+            point
+                .inner_dim
+                .map_or(String::new(), |columns| columns.to_string()),
             point.bits.to_string(),
             grouped(point.bytes),
             grouped(point.parameters),
@@ -282,7 +284,7 @@ pub fn sweep(points: &[Point], measure: Measure, columns: usize) {
         say!("All labels of the test part are equal, so there is no AUC; less logloss is better.");
     }
     for of_size in points.chunk_by(|a, b| a.size == b.size) {
-        let is_plainest = |point: &&Point| point.bits == 32 && point.inner_dim == columns;
+        let is_plainest = |point: &&Point| point.bits == 32 && point.inner_dim.is_none();
         let Some(plainest) = of_size.iter().find(is_plainest) else {
             continue;
         };
@@ -290,14 +292,22 @@ pub fn sweep(points: &[Point], measure: Measure, columns: usize) {
         let difference = best.mean() - plainest.mean();
         if measure.is_better(difference) {
             say!(
-                "best at {}: {}, {} columns, {} bits, {difference:+.4} over {} in f32 with {columns}",
+                "best at {}: {}, {}, {} bits, {difference:+.4} over {} in f32 without matrices",
                 fraction(best.size),
                 best.hash,
-                best.inner_dim,
+                columns_of(best.inner_dim),
                 best.bits,
                 plainest.hash
             );
         }
+    }
+}
+
+/// What the columns of large tables are, in words.
+pub fn columns_of(inner_dim: Option<usize>) -> String {
+    match inner_dim {
+        None => "no matrices".to_owned(),
+        Some(columns) => format!("{columns} inner columns"),
     }
 }
 

@@ -2,8 +2,8 @@
 //!
 //! | tensor | dtype | |
 //! |---|---|---|
-//! | `plain.hashed_weight`, `narrow.hashed_weight`, `hashed.hashed_weight` | f32; u8 in 8 or 4 bits | the embedding tables; the crate's metadata says how to read them |
-//! | `narrow.projection`, `hashed.projection` | f32 | only of narrow tables: their matrices, `(tables, inner_dim, embedding_dim)` |
+//! | `plain.hashed_weight`, `projected.hashed_weight`, `hashed.hashed_weight` | f32; u8 in 8 or 4 bits | the embedding tables; the crate's metadata says how to read them |
+//! | `projected.projection`, `hashed.projection` | f32 | only with `--inner-dim`: a matrix of each table, `(tables, inner_dim, embedding_dim)` |
 //! | `top.<i>.weight`, `top.<i>.bias` | f32 | the MLP |
 //! | `<table>.rare` | u8 | only with `--min-count`: a bit per row of the table, 1 if the row is rare; rare rows share the first of them |
 //! | `about` | u8 | what the checkpoint says of itself: [`About`], as JSON |

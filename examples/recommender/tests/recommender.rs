@@ -190,7 +190,7 @@ fn a_divergence_is_an_error_that_replaces_no_model() {
     let sweep = "sweep --data ml --sizes 1 --seeds 1 --epochs 1 --lr 1e30";
     let (_, said) = folder.fails(sweep);
     assert!(
-        said.contains("plain, 16 columns, compression 1, seed 1") && said.contains("diverged"),
+        said.contains("plain, no matrices, compression 1, seed 1") && said.contains("diverged"),
         "{said}"
     );
 }
@@ -302,7 +302,7 @@ fn one_class_is_judged_by_logloss() {
     assert!(evaluated.contains("no AUC"), "{evaluated}");
 
     let sweep = format!(
-        "sweep {criteo} --sizes 1/4 --hashes default,original --inner-dims 16 --bits 32 --seeds 1"
+        "sweep {criteo} --sizes 1/4 --hashes default,original --inner-dims none --bits 32 --seeds 1"
     );
     for printed in [folder.succeeds(&sweep), folder.succeeds(&sweep)] {
         assert!(printed.contains("test logloss, mean"), "{printed}");
@@ -321,7 +321,7 @@ fn one_class_is_judged_by_logloss() {
 fn a_sweep_knows_its_data_again() {
     let folder = Folder::new();
     folder.click_log(false);
-    let sweep = "sweep --data log --format criteo --rows-per-field 100 --sizes 1/4 --inner-dims 16 --bits 32 --seeds 1";
+    let sweep = "sweep --data log --format criteo --rows-per-field 100 --sizes 1/4 --inner-dims none --bits 32 --seeds 1";
     let trained = |printed: String| printed.lines().filter(|l| l.contains(", seed ")).count();
     assert_eq!(trained(folder.succeeds(sweep)), 2);
     assert_eq!(trained(folder.succeeds(sweep)), 0);
@@ -347,7 +347,7 @@ fn a_sweep_knows_its_data_again() {
 fn jobs_do_not_change_a_sweep() {
     let folder = Folder::new();
     folder.click_log(false);
-    let sweep = "sweep --data log --format criteo --rows-per-field 100 --sizes 1/2,1/8 --inner-dims 16,4 --bits 32,4 --seeds 2";
+    let sweep = "sweep --data log --format criteo --rows-per-field 100 --sizes 1/2,1/8 --inner-dims none,4 --bits 32,4 --seeds 2";
     let printed = folder.succeeds(&format!("{sweep} --out one"));
     assert_eq!(
         printed.lines().filter(|l| l.contains(", seed ")).count(),
@@ -364,8 +364,8 @@ fn jobs_do_not_change_a_sweep() {
         lines
     };
     assert_eq!(runs("one"), runs("side"));
-    // A header and two seeds of eight models: in f32, plain ones with 16 and with 4 columns, and hashed ones of each size with 16 and
-    // of the smaller with 4; in 4 bits, the plain ones, and one that is hashed.
+    // A header and two seeds of eight models: in f32, plain ones with 16 columns and with 4 of them, and hashed ones of each size with
+    // 16 and of the smaller with 4; in 4 bits, the plain ones, and one that is hashed.
     assert_eq!(runs("one").len(), 17, "{:?}", runs("one"));
     for out in ["one", "side"] {
         assert!(folder.path(out).join("auc-vs-size.svg").exists());
@@ -374,7 +374,7 @@ fn jobs_do_not_change_a_sweep() {
     }
     let (_, said) = folder.fails(&format!("{sweep} --jobs 2 --lr 1e30 --out failed"));
     assert!(
-        said.contains("diverged") && said.contains("seed 1"),
+        said.contains("diverged") && said.contains(", seed "),
         "{said}"
     );
 }
@@ -430,8 +430,8 @@ fn interactions_are_learnt_and_recommended() {
     assert!(said.contains("not the ratings"), "{said}");
     let (_, said) = folder.fails("--format interactions");
     assert!(said.contains("--data"), "{said}");
-    let (_, said) = folder.fails(&format!("{train} --inner-dim 17"));
-    assert!(said.contains("17"), "{said}");
+    let (_, said) = folder.fails(&format!("{train} --inner-dim 0"));
+    assert!(said.contains("inner-dim"), "{said}");
 }
 
 #[test]

@@ -110,6 +110,8 @@ fn a_model_keeps_metadata_of_its_own() -> Result<()> {
     assert_eq!(opened.metadata(""), Some("nothing"));
     assert_eq!(opened.metadata("recall@10"), Some("0.31"));
     assert_eq!(opened.metadata("other"), None);
+    let own: Vec<_> = opened.own_metadata().collect();
+    assert_eq!(own, [("", "nothing"), ("ids", ids), ("recall@10", "0.31")]);
     // The description of the layers is not the model's.
     assert_eq!(opened.metadata("hashed_embedding_bag"), None);
     assert_eq!(opened.layers().count(), 1);

@@ -44,8 +44,8 @@ pub enum Measure {
 pub struct Point {
     /// As on the command line, or `plain`.
     pub hash: String,
-    /// Columns of the large tables.
-    pub inner_dim: usize,
+    /// Columns of the large tables, if they have matrices.
+    pub inner_dim: Option<usize>,
     /// Bits per value.
     pub bits: u32,
     /// Parameters of the embedding tables.
@@ -100,7 +100,7 @@ pub fn sweep(options: &Sweep) -> Result<()> {
 
     let (measure, points) = plan.points(&runs)?;
     plot::draw(&svg, &points, measure).with_context(|| format!("cannot draw {}", svg.display()))?;
-    report::sweep(&points, measure, plan.embedding_dim);
+    report::sweep(&points, measure);
     say!("\n{}\n{}", csv.display(), svg.display());
     Ok(())
 }

@@ -9,7 +9,7 @@ use super::{Measure, Point, PLAIN, TOLERANCE};
 use crate::data::Data;
 use crate::embeddings::EmbeddingConfig;
 use crate::options::{HashChoice, Sweep, TableBits};
-use crate::report::fraction;
+use crate::report::{columns_of, fraction};
 use crate::train::Settings;
 
 /// All trainings of a sweep.
@@ -59,13 +59,12 @@ impl Plan {
             for &hash in &options.hashes {
                 for columns in options.inner_dims() {
                     let bits = options.bits.iter();
-                    wanted.extend(bits.map(|&bits| (size, hash, Some(columns), bits)));
+                    wanted.extend(bits.map(|&bits| (size, hash, columns, bits)));
                 }
             }
         }
         for (size, hash, columns, bits) in wanted {
             let config = options.embedding_config(hash, columns);
-            let columns = columns.unwrap_or(plan.embedding_dim);
             let fitting = config.within(size, bits, &rows).and_then(|config| {
                 let is_hashed = config.is_hashed(&rows)?;
                 Ok((config, is_hashed))
@@ -74,14 +73,15 @@ impl Plan {
                 Ok(fitting) => fitting,
                 Err(error) => {
                     let (size, bits) = (fraction(size), bits.number());
-                    let model = format!("size {size}, {hash}, {columns} columns, {bits} bits");
+                    let columns = columns_of(columns);
+                    let model = format!("size {size}, {hash}, {columns}, {bits} bits");
                     plan.left_out.push(format!("{model}: {error:#}"));
                     continue;
                 }
             };
             let mut model = Vec::new();
             for seed in 1..=options.seeds.get() {
-                let fit = options.settings(data, config.compression, seed);
+                let fit = options.settings(data, &config, seed);
                 let setting = Setting {
                     data: options.data(),
                     fingerprint,
@@ -184,7 +184,7 @@ impl Plan {
 impl fmt::Display for Training {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         let (setting, _) = &self.settings[0];
-        write!(f, "{}, {} columns, ", setting.hash, setting.inner_dim)?;
+        write!(f, "{}, {}, ", setting.hash, columns_of(setting.inner_dim))?;
         let (compression, seed) = (setting.compression, setting.seed);
         write!(f, "compression {}, seed {seed}", fraction(compression))
     }

@@ -8,6 +8,7 @@ use anyhow::{anyhow, Result};
 use plotters::prelude::*;
 
 use super::{range, Measure, Point};
+use crate::report::columns_of;
 
 const SIZE: (u32, u32) = (800, 500);
 const FONT: &str = "sans-serif";
@@ -68,7 +69,7 @@ fn try_draw(path: &Path, points: &[Point], measure: Measure) -> Result<(), Box<d
             .legend(|(x, y)| PathElement::new([(x, y), (x + 20, y)], BLACK));
     }
     // A colour for each hash and number of columns, and a shape for the bits.
-    let mut by_colour: BTreeMap<(&str, usize), BTreeMap<u32, Vec<&Point>>> = BTreeMap::new();
+    let mut by_colour: BTreeMap<_, BTreeMap<u32, Vec<&Point>>> = BTreeMap::new();
     for point in points {
         let colour = (point.hash.as_str(), point.inner_dim);
         let of_colour = by_colour.entry(colour).or_default();
@@ -81,7 +82,7 @@ fn try_draw(path: &Path, points: &[Point], measure: Measure) -> Result<(), Box<d
             let line = points.iter().map(|point| (bytes(point), point.mean()));
             let line = LineSeries::new(line, colour.stroke_width(1));
             let series = chart.draw_series(line)?;
-            series.label(format!("{hash}, {columns} columns, {bits} bits"));
+            series.label(format!("{hash}, {}, {bits} bits", columns_of(columns)));
             let seeds = points.iter().flat_map(|&point| {
                 let scores = point.scores.iter();
                 scores.map(move |&score| (bytes(point), score))

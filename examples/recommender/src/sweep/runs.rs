@@ -12,7 +12,7 @@ use anyhow::{ensure, Context, Result};
 use serde::{de, Deserialize, Deserializer, Serialize, Serializer};
 
 use super::plan::Training;
-use crate::report::fraction;
+use crate::report::{columns_of, fraction};
 use crate::say;
 
 /// Everything that determines a run.
@@ -24,8 +24,8 @@ pub struct Setting {
     /// Of all embedding tables, before hashing.
     pub rows: usize,
     pub hash: String,
-    /// Columns of the large tables.
-    pub inner_dim: usize,
+    /// Columns of the large tables, if they have matrices.
+    pub inner_dim: Option<usize>,
     /// Bits per value, to which the tables are rounded after the training: 32, 8 or 4.
     pub bits: u32,
     /// Parameters per value of the tables.
@@ -207,8 +207,11 @@ impl fmt::Display for Setting {
         let compression = fraction(self.compression);
         write!(
             f,
-            "{}, {} columns, {} bits, compression {compression}, seed {}",
-            self.hash, self.inner_dim, self.bits, self.seed
+            "{}, {}, {} bits, compression {compression}, seed {}",
+            self.hash,
+            columns_of(self.inner_dim),
+            self.bits,
+            self.seed
         )
     }
 }
@@ -224,7 +227,7 @@ mod tests {
             fingerprint: Fingerprint(0x1234_5678),
             rows: 5000,
             hash: "mix:8".to_owned(),
-            inner_dim: 8,
+            inner_dim: Some(8),
             bits: 4,
             compression: 1.0 / 3.0,
             seed,
