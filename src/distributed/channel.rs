@@ -376,7 +376,7 @@ impl Shared {
     }
 
     /// Sends heartbeats and looks for failures until the channel is dropped.
-    fn watch(&self) {
+    fn watch(self: &Arc<Self>) {
         let interval = (self.limit / 10).min(Duration::from_secs(1));
         let mut behind = vec![(0, Instant::now()); self.peers.len() + 1];
         let mut state = lock(&self.state);
@@ -412,9 +412,15 @@ impl Shared {
                 let _ = Frame::Failure(failure.clone()).write(&mut *lock(&peer.writer));
             }
         }
-        if let Some(engine) = lock(&self.engine).as_mut() {
-            engine.abort();
-        }
+        // On a thread of its own, in case that hangs, too.
+        let shared = self.clone();
+        let aborting = spawn("ranks-abort", move || {
+            if let Some(engine) = lock(&shared.engine).as_mut() {
+                engine.abort();
+            }
+        });
+        // Without a thread, the process ends when its time is over.
+        drop(aborting);
         let (state, _) = self
             .changed
             .wait_timeout_while(lock(&self.state), GRACE, |state| !state.ended)
@@ -457,7 +463,7 @@ impl Shared {
             .iter()
             .enumerate()
             .filter(|(_, (_, is_leaving))| !is_leaving);
-        let (rank, (entered, _)) = furthest.min_by_key(|(_, (entered, _))| *entered)?;
+        let (rank, _) = furthest.min_by_key(|(_, (entered, _))| *entered)?;
         if behind[rank].1.elapsed() <= self.limit {
             return None;
         }
@@ -465,10 +471,9 @@ impl Shared {
             0 => "rank 0".to_string(),
             _ => self.peers[rank - 1].to_string(),
         };
+        let limit = self.limit;
         Some(format!(
-            "{name} hangs: for {:?}, others have been waiting for it in collective {}",
-            self.limit,
-            entered + 1
+            "{name} hangs: for {limit:?}, others have been waiting for it"
         ))
     }
 }
