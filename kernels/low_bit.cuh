@@ -215,18 +215,22 @@ struct LowBitForward {
     }
   }
 
-  // The sum of u (times factor) in a column since the sums were last moved.
-  __device__ __forceinline__ uint32_t sum_of(int w, int b) const {
-    if (V == 1) return all[0];
-    uint32_t even = all[w] - (odd[w] << 8);
-    uint32_t pair = b % 2 == 0 ? even : odd[w];
-    return b < 2 ? pair & 0xFFFF : pair >> 16;
+  // The sum of u (times factor) in a column since the sums were last moved: at most 256 * 255.
+  __device__ __forceinline__ uint32_t sum_of(int w, int b) const { return __byte_perm(pair_of(w, b), 0, half_of(b)); }
+
+  // The same as a float. With 0x4B00 above it, a 16-bit number is a float, and 2^23 too large.
+  __device__ __forceinline__ float float_sum_of(int w, int b) const {
+    return __uint_as_float(__byte_perm(pair_of(w, b), 0x4B00, half_of(b))) - 0x1p23f;
   }
 
-  // The sum of the integers of `rows` rows, from that of u (times factor).
-  __device__ __forceinline__ int64_t integer_sum(uint32_t sum, uint32_t rows) const {
-    return 2 * int64_t(sum) - (BITS == 8 ? 255 * int64_t(rows) : 15 * int64_t(factors));
+  // The 32-bit register that has the sum of a column in one of its halves, and the choice of that half.
+  __device__ __forceinline__ uint32_t pair_of(int w, int b) const {
+    return V == 1 || b % 2 == 0 ? all[w] - (odd[w] << 8) : odd[w];
   }
+  static __device__ __forceinline__ constexpr uint32_t half_of(int b) { return b < 2 ? 0x5410 : 0x5432; }
+
+  // What makes integers of sums of u (times factor): integer = 2 * sum - offset().
+  __device__ __forceinline__ uint32_t offset() const { return BITS == 8 ? 255 * count : 15 * factors; }
 
   // Moves the sums of a long bag to shared memory; in 8 bits without the 255 of each row, which end_together()
   // subtracts.
@@ -235,15 +239,16 @@ struct LowBitForward {
 #pragma unroll
     for (int w = 0; w < WORDS; w++)
 #pragma unroll
-      for (int b = 0; b < COLUMNS; b++)
-        atomicAdd(&long_sums[lane * V + column_of(w, b)],
-                  static_cast<unsigned long long>(integer_sum(sum_of(w, b), 0)));
+      for (int b = 0; b < COLUMNS; b++) {
+        int64_t integer = 2 * int64_t(sum_of(w, b)) - (BITS == 8 ? 0 : int64_t(offset()));
+        atomicAdd(&long_sums[lane * V + column_of(w, b)], static_cast<unsigned long long>(integer));
+      }
     clear();
   }
 
-  __device__ __forceinline__ float value(int64_t integer, uint64_t rows) const {
-    float factor = mean && rows > 0 ? __fdiv_rn(unit, __ull2float_rn(rows)) : unit;
-    return __fmul_rn(__ll2float_rn(integer), factor);
+  // The value of an integer summed over so many rows, per unit.
+  __device__ __forceinline__ float unit_of(uint64_t rows) const {
+    return mean && rows > 0 ? __fdiv_rn(unit, __ull2float_rn(rows)) : unit;
   }
 
   // The threads of a bag call this together. The widest store takes 16 bytes, half of a sector, which costs the L2 as
@@ -287,20 +292,21 @@ struct LowBitForward {
   }
 
   __device__ __forceinline__ void end(int64_t bag) {
-    float x[V];
+    float x[V], scale = POOLING == SUM ? unit_of(count) : unit, subtrahend = __uint2float_rn(offset());
 #pragma unroll
     for (int w = 0; w < WORDS; w++)
 #pragma unroll
       for (int b = 0; b < COLUMNS; b++) {
-        int c = column_of(w, b);
+        float integer;  // exact: of at most 17 bits
         if (POOLING == WEIGHTED) {
-          x[c] = __fmul_rn(weighted[c], unit);
+          integer = weighted[column_of(w, b)];
         } else if (POOLING == MAX) {
           int32_t most = all[w] >> (8 * b) & 255;
-          x[c] = count == 0 ? 0 : value(BITS == 8 ? 2 * most - 255 : most - 120, 0);
+          integer = count == 0 ? 0 : __int2float_rn(BITS == 8 ? 2 * most - 255 : most - 120);
         } else {
-          x[c] = value(integer_sum(sum_of(w, b), count), count);
+          integer = __fmaf_rn(2, float_sum_of(w, b), -subtrahend);
         }
+        x[column_of(w, b)] = __fmul_rn(integer, scale);
       }
     store(bag, x);
   }
@@ -314,12 +320,12 @@ struct LowBitForward {
       __syncthreads();
       uint64_t rows = *long_count;
       if (threadIdx.x < bags.lanes) {
-        float x[V];
+        float x[V], scale = unit_of(rows);
 #pragma unroll
         for (int v = 0; v < V; v++) {
           int64_t sum = int64_t(long_sums[lane * V + v]);
           long_sums[lane * V + v] = 0;
-          x[v] = value(BITS == 8 ? sum - 255 * int64_t(rows) : sum, rows);
+          x[v] = __fmul_rn(__ll2float_rn(BITS == 8 ? sum - 255 * int64_t(rows) : sum), scale);
         }
         store(bag, x);
       }

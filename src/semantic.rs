@@ -109,9 +109,9 @@ impl Records {
         for record in records {
             let mut rows = vec![];
             for (field, row) in record {
-                match first_rows.get(field..).unwrap_or_default() {
-                    &[first, end, ..] if row < end - first => rows.push(first + row),
-                    &[first, end, ..] => bail!(
+                match *first_rows.get(field..).unwrap_or_default() {
+                    [first, end, ..] if row < end - first => rows.push(first + row),
+                    [first, end, ..] => bail!(
                         "record {num_seen}: row {row} of field {field} is outside its {} rows",
                         end - first
                     ),

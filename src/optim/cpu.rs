@@ -24,7 +24,7 @@ pub(super) trait ParamDType: ValuesMut {
     type State: Real + ValuesMut;
 
     /// Updates the values of slices of equal length. Gradients are of this dtype, or of that of the state.
-    fn apply<G: Gradient<Self::State>, R: Rule<Self::State, S>, const S: usize>(
+    fn apply<G: GradValue<Self::State>, R: Rule<Self::State, S>, const S: usize>(
         rule: R,
         params: &mut [Self],
         grads: &[G],
@@ -33,14 +33,14 @@ pub(super) trait ParamDType: ValuesMut {
 }
 
 /// A dtype of gradients, for arithmetic in `A`.
-pub(super) trait Gradient<A>: Copy + Sync {
+pub(super) trait GradValue<A>: Copy + Sync {
     /// `grads` in the dtype of the arithmetic; `buffer` has room for them.
     fn widen<'a>(grads: &'a [Self], buffer: &'a mut [A]) -> &'a [A];
 }
 
 macro_rules! wide_gradient {
     ($t:ty) => {
-        impl Gradient<$t> for $t {
+        impl GradValue<$t> for $t {
             fn widen<'a>(grads: &'a [$t], _: &'a mut [$t]) -> &'a [$t] {
                 grads
             }
@@ -52,7 +52,7 @@ wide_gradient!(f64);
 
 macro_rules! half_gradient {
     ($t:ty) => {
-        impl Gradient<f32> for $t {
+        impl GradValue<f32> for $t {
             fn widen<'a>(grads: &'a [$t], buffer: &'a mut [f32]) -> &'a [f32] {
                 let buffer = &mut buffer[..grads.len()];
                 grads.convert_to_f32_slice(buffer);
@@ -69,7 +69,7 @@ macro_rules! full_precision {
         impl ParamDType for $t {
             type State = $t;
 
-            fn apply<G: Gradient<$t>, R: Rule<$t, S>, const S: usize>(
+            fn apply<G: GradValue<$t>, R: Rule<$t, S>, const S: usize>(
                 rule: R,
                 params: &mut [$t],
                 grads: &[G],
@@ -88,7 +88,7 @@ macro_rules! half_precision {
         impl ParamDType for $t {
             type State = f32;
 
-            fn apply<G: Gradient<f32>, R: Rule<f32, S>, const S: usize>(
+            fn apply<G: GradValue<f32>, R: Rule<f32, S>, const S: usize>(
                 rule: R,
                 params: &mut [$t],
                 grads: &[G],
@@ -181,7 +181,7 @@ fn apply<A: Real, R: Rule<A, S>, const S: usize>(
 }
 
 /// Updates all values of a parameter.
-pub(super) fn step<T: ParamDType + Gradient<T::State>>(
+pub(super) fn step<T: ParamDType + GradValue<T::State>>(
     rule: AnyRule<T::State>,
     params: &mut [T],
     grads: &[T],
@@ -198,7 +198,7 @@ pub(super) fn step<T: ParamDType + Gradient<T::State>>(
 }
 
 /// Updates the values that a sparse gradient has touched, and leaves zeros in it.
-pub(super) fn sparse_step<T: ParamDType<State: Gradient<T::State>>>(
+pub(super) fn sparse_step<T: ParamDType<State: GradValue<T::State>>>(
     rule: AnyRule<T::State>,
     params: &mut [T],
     sums: &mut SparseSums,
@@ -214,7 +214,7 @@ pub(super) fn sparse_step<T: ParamDType<State: Gradient<T::State>>>(
     }
 }
 
-fn on_touched<T: ParamDType<State: Gradient<T::State>>, R: Rule<T::State, S>, const S: usize>(
+fn on_touched<T: ParamDType<State: GradValue<T::State>>, R: Rule<T::State, S>, const S: usize>(
     rule: R,
     params: &mut [T],
     SparseSums { values, touched }: &mut SparseSums,
@@ -252,7 +252,7 @@ fn on_touched<T: ParamDType<State: Gradient<T::State>>, R: Rule<T::State, S>, co
     Ok(())
 }
 
-fn on_all_threads<T: ParamDType, G: Gradient<T::State>, R: Rule<T::State, S>, const S: usize>(
+fn on_all_threads<T: ParamDType, G: GradValue<T::State>, R: Rule<T::State, S>, const S: usize>(
     rule: R,
     params: &mut [T],
     grads: &[G],

@@ -410,9 +410,9 @@ impl<P: Params> Optimizer for InPlace<P> {
                 .transpose()?;
             let gradient = match (grad, sparse) {
                 (None, None) => continue,
-                (Some(grad), None) => Gradient::Dense(grad),
-                (None, Some(sparse)) => Gradient::Sparse(sparse),
-                (Some(grad), Some(sparse)) => Gradient::Both(
+                (Some(grad), None) => Pending::Dense(grad),
+                (None, Some(sparse)) => Pending::Sparse(sparse),
+                (Some(grad), Some(sparse)) => Pending::Both(
                     (&grad + sparse.to_tensor()?.to_dtype(grad.dtype())?)?,
                     sparse,
                 ),
@@ -432,12 +432,12 @@ impl<P: Params> Optimizer for InPlace<P> {
                 state: RefCell::new(&mut parameter.state),
             };
             match gradient {
-                Gradient::Dense(grad) => parameter.var.inplace_op2(&grad, &update)?,
-                Gradient::Both(sum, sparse) => {
+                Pending::Dense(grad) => parameter.var.inplace_op2(&grad, &update)?,
+                Pending::Both(sum, sparse) => {
                     parameter.var.inplace_op2(&sum, &update)?;
                     sparse.clear()?;
                 }
-                Gradient::Sparse(sparse) => {
+                Pending::Sparse(sparse) => {
                     sparse.take(|sums| {
                         let sums = RefCell::new(sums);
                         parameter.var.inplace_op1(&SparseUpdate { update, sums })
@@ -487,7 +487,7 @@ macro_rules! with_dtype {
 }
 
 /// What a parameter is updated with.
-enum Gradient {
+enum Pending {
     Dense(Tensor),
     Sparse(SparseGradient),
     /// The sum of a gradient of either kind, and the sparse one, which is in it.
@@ -553,7 +553,7 @@ impl<P: Algorithm> InplaceOp1 for SparseUpdate<'_, '_, P> {
 impl<P: Algorithm> SparseUpdate<'_, '_, P> {
     fn on_cpu<T>(&self, param: &mut CpuStorage, layout: &Layout) -> Result<()>
     where
-        T: cpu::ParamDType<State: cpu::Gradient<T::State>>,
+        T: cpu::ParamDType<State: cpu::GradValue<T::State>>,
     {
         let param = &mut T::values_mut(param)?[contiguous(layout)?];
         let rule = self.update.params.rule::<T::State>(self.update.step);
@@ -588,7 +588,7 @@ impl<P: Algorithm> SparseUpdate<'_, '_, P> {
 }
 
 impl<P: Algorithm> Update<'_, P> {
-    fn on_cpu<T: cpu::ParamDType + cpu::Gradient<T::State>>(
+    fn on_cpu<T: cpu::ParamDType + cpu::GradValue<T::State>>(
         &self,
         param: &mut CpuStorage,
         param_layout: &Layout,

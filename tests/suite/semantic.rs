@@ -51,14 +51,18 @@ fn rows_of_the_same_records_share_all_their_slots_and_others_none_beyond_chance(
         assert_eq!(signatures[row], signatures[row + 1]);
     }
     let chance = 1.0 / num_blocks as f64;
+    let shared_by = |i: usize| {
+        let table = &table;
+        move |a: usize, b: usize| table[a][i] == table[b][i]
+    };
     for i in 0..8 {
         // Rows of other groups share few records.
         let others = groups().map(|row| (row, (row + 4 * 313) % ROWS));
-        let shared = share(others, |a, b| table[a][i] == table[b][i]);
+        let shared = share(others, shared_by(i));
         assert!(shared < 8.0 * chance, "column block {i}: {shared}");
         // So do rows that no record holds.
         let unseen = groups().map(|row| (row + 3, (row + 4 * 313) % ROWS + 3));
-        let shared = share(unseen, |a, b| table[a][i] == table[b][i]);
+        let shared = share(unseen, shared_by(i));
         assert!(shared < 8.0 * chance, "column block {i}: {shared}");
     }
     let mut of_unseen: Vec<i64> = groups().map(|row| signatures[row + 3]).collect();

@@ -19,8 +19,8 @@ use candle_core::{DType, Device, Tensor, WithDType};
 use candle_hashed_embedding_bag::semantic::Records;
 use candle_hashed_embedding_bag::{
     hashed_embedding_bag_collection, hashed_embedding_bag_collection_with_row_tensor, Bits,
-    Checkpoint, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection, HashedEmbeddingBagConfig,
-    JaggedLayout, Mode,
+    Checkpoint, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection,
+    HashedEmbeddingBagConfig, JaggedLayout, Mode,
 };
 use candle_nn::{Init, Module, VarBuilder};
 
@@ -106,15 +106,20 @@ pub struct Table {
 }
 
 impl Embeddings {
-    /// New tables, with variables from `vb`.
+    /// New tables, with variables from `vb`, whose gradients are summed in this way.
     ///
     /// # Errors
     /// A compression that leaves the large tables less than one block of the hash; a hash that needs
     /// [`for_examples`](Self::for_examples).
-    pub fn new(schema: &Schema, config: EmbeddingConfig, vb: VarBuilder) -> Result<Self> {
+    pub fn new(
+        schema: &Schema,
+        config: EmbeddingConfig,
+        gradient: Gradient,
+        vb: VarBuilder,
+    ) -> Result<Self> {
         let none =
             |_: &[usize]| bail!("rows share memory by their examples, of which there are none");
-        Self::with_records(schema, config, none, vb)
+        Self::with_records(schema, config, none, gradient, vb)
     }
 
     /// New tables for examples, by whose train part a hash may decide which rows share memory.
@@ -124,10 +129,11 @@ impl Embeddings {
     pub fn for_examples(
         examples: &dyn Examples,
         config: EmbeddingConfig,
+        gradient: Gradient,
         vb: VarBuilder,
     ) -> Result<Self> {
         let records = |tables: &[usize]| alike::records(examples, tables);
-        Self::with_records(&examples.schema(), config, records, vb)
+        Self::with_records(&examples.schema(), config, records, gradient, vb)
     }
 
     /// `records` gives those of some tables.
@@ -135,6 +141,7 @@ impl Embeddings {
         schema: &Schema,
         config: EmbeddingConfig,
         records: impl Fn(&[usize]) -> Result<Records>,
+        gradient: Gradient,
         vb: VarBuilder,
     ) -> Result<Self> {
         let rows: Vec<usize> = schema.tables.iter().map(|&(_, rows)| rows).collect();
@@ -163,6 +170,7 @@ impl Embeddings {
                 mode: Mode::Mean,
                 hash: Some(hash),
                 include_last_offset: true,
+                gradient,
                 ..Default::default()
             };
             let named = tables.iter().map(|&table| schema.tables[table]);
@@ -673,7 +681,7 @@ mod tests {
             hash: Hash::default_for(inner_dim.unwrap_or(16)),
         };
         let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-        Embeddings::new(&schema, config, vb)
+        Embeddings::new(&schema, config, Gradient::Fastest, vb)
     }
 
     fn pool(embeddings: &Embeddings, bags: &[Bags]) -> Result<Vec<Vec<Vec<f32>>>> {
@@ -763,7 +771,7 @@ mod tests {
                     };
                     let config = config.within(1.0 / share as f64, bits, &rows)?;
                     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-                    let mut tables = Embeddings::new(&schema, config, vb)?;
+                    let mut tables = Embeddings::new(&schema, config, Gradient::Fastest, vb)?;
                     if let TableBits::Rounded(bits) = bits {
                         tables = tables.to_bits(bits)?.0;
                     }

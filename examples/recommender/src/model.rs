@@ -17,7 +17,7 @@
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_hashed_embedding_bag::{Bits, Checkpoint};
+use candle_hashed_embedding_bag::{Bits, Checkpoint, Gradient};
 use candle_nn::init::DEFAULT_KAIMING_NORMAL;
 use candle_nn::{Init, VarBuilder};
 
@@ -39,6 +39,8 @@ pub struct ModelConfig {
     pub top: Vec<usize>,
     /// What the top MLP reads besides the dots.
     pub input: TopInput,
+    /// How the gradients of the embedding tables are summed on a GPU.
+    pub gradient: Gradient,
 }
 
 impl From<EmbeddingConfig> for ModelConfig {
@@ -49,6 +51,7 @@ impl From<EmbeddingConfig> for ModelConfig {
             bottom: HIDDEN.to_vec(),
             top: HIDDEN.to_vec(),
             input: TopInput::Vectors,
+            gradient: Gradient::Fastest,
         }
     }
 }
@@ -73,8 +76,6 @@ pub struct Dlrm {
     bottom: Option<Mlp>,
     interaction: Interaction,
     top: Mlp,
-    /// For the interaction on a GPU: see [`Dlrm::first_of_top`].
-    places: Option<Tensor>,
     precision: Precision,
     device: Device,
 }
@@ -109,7 +110,7 @@ impl Dlrm {
     /// # Errors
     /// A compression that leaves the large tables less than one block of the hash.
     pub fn new(schema: &Schema, config: &ModelConfig, vb: VarBuilder) -> Result<Self> {
-        let embeddings = Embeddings::new(schema, config.embeddings, vb.clone())?;
+        let embeddings = Embeddings::new(schema, config.embeddings, config.gradient, vb.clone())?;
         Self::with_embeddings(embeddings, schema, config, vb)
     }
 
@@ -122,7 +123,8 @@ impl Dlrm {
         config: &ModelConfig,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let embeddings = Embeddings::for_examples(examples, config.embeddings, vb.clone())?;
+        let embeddings =
+            Embeddings::for_examples(examples, config.embeddings, config.gradient, vb.clone())?;
         Self::with_embeddings(embeddings, &examples.schema(), config, vb)
     }
 
@@ -214,18 +216,12 @@ impl Dlrm {
         top: Mlp,
         device: &Device,
     ) -> Result<Self> {
-        let places = if device.is_cpu() {
-            None
-        } else {
-            Some(places(interaction, device)?)
-        };
         Ok(Self {
             embeddings,
             numbers: schema.numbers,
             bottom,
             interaction,
             top,
-            places,
             precision: Precision::F32,
             device: device.clone(),
         })
@@ -343,49 +339,21 @@ impl Dlrm {
     }
 
     /// The first layer of the top MLP, applied to what the interaction of the vectors yields.
-    ///
-    /// On a GPU no dots are gathered and nothing is joined to them. What the layer does to the dots is done to the whole square matrix of them, with
-    /// its weights put in the places of the lower triangle and zeros elsewhere, and what it does to vectors is added.
     fn first_of_top(
         &self,
         vectors: &Tensor,
         bottom: Option<Tensor>,
         relu: bool,
     ) -> candle_core::Result<Tensor> {
-        let first = &self.top.first;
-        let Some(places) = &self.places else {
-            let bottom = match bottom {
-                Some(bottom) => bottom,
-                None => Tensor::zeros((vectors.dim(0)?, 0), DType::F32, &self.device)?,
-            };
-            let inputs = self.interaction.apply(vectors, &bottom)?;
-            return first.forward(&inputs, relu);
+        let Layer { weight, bias } = &self.top.first;
+        let inputs = self.interaction.apply(vectors, bottom.as_ref())?;
+        // Zeros behind the dots meet zeros behind the weights.
+        let zeros = inputs.dim(1)? - weight.dim(1)?;
+        let weight = match zeros {
+            0 => weight.clone(),
+            _ => weight.pad_with_zeros(1, 0, zeros)?,
         };
-        let all = match &bottom {
-            Some(bottom) => Tensor::cat(&[vectors, &bottom.unsqueeze(1)?], 1)?,
-            None => vectors.clone(),
-        };
-        let kept = match self.interaction.input {
-            TopInput::Vectors => Some(all.flatten_from(1)?),
-            TopInput::Bottom => bottom,
-        };
-        let dtype = all.dtype();
-        let (weight, width) = (first.weight.to_dtype(dtype)?, self.interaction.kept());
-        let of_dots = weight.narrow(1, width, weight.dim(1)? - width)?.t()?;
-        let of_square = places.to_dtype(dtype)?.matmul(&of_dots.contiguous()?)?;
-        let square = all.matmul(&all.transpose(1, 2)?)?.flatten_from(1)?;
-        let mut hidden = square
-            .matmul(&of_square)?
-            .broadcast_add(&first.bias.to_dtype(dtype)?)?;
-        if let Some(kept) = kept {
-            let of_kept = weight.narrow(1, 0, width)?.t()?.contiguous()?;
-            hidden = (hidden + kept.matmul(&of_kept)?)?;
-        }
-        if relu {
-            hidden.relu()
-        } else {
-            Ok(hidden)
-        }
+        ops::linear(&inputs, &weight, bias, relu)
     }
 
     /// The most values that an example has in any tensor between its rows and its logit.
@@ -415,18 +383,6 @@ impl Dlrm {
     pub fn embeddings(&self) -> &Embeddings {
         &self.embeddings
     }
-}
-
-/// For each place in the square matrix of dots, row by row, a 1 in the column of its pair: `(n * n, pairs)`. A product with it puts
-/// rows in their places exactly, and so does the backward pass.
-fn places(interaction: Interaction, device: &Device) -> candle_core::Result<Tensor> {
-    let n = interaction.vectors();
-    let pairs = interaction.pairs().count();
-    let mut places = vec![0f32; n * n * pairs];
-    for (pair, (i, j)) in interaction.pairs().enumerate() {
-        places[(i * n + j) * pairs + pair] = 1.0;
-    }
-    Tensor::from_vec(places, (n * n, pairs), device)
 }
 
 impl Layer {

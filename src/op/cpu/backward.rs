@@ -8,7 +8,7 @@ use super::combine::{combine, Load, Sum};
 use super::lanes::{prefetch, Lanes, Loop};
 use super::scalar::{Accumulator, ValuesMut};
 use super::sparse::SparseSums;
-use super::terms::{Gradient, Scale, Slots, Terms};
+use super::terms::{Scale, Scatter, Slots, Terms};
 use super::window::{Blocks, ADD_AHEAD};
 use super::{slice, winners, Pass};
 use crate::hash::Locate;
@@ -69,7 +69,7 @@ fn add_rows<T: Load, H: Locate, S: Scale<T::Acc>>(
     grad_output: &[T],
     slots: Slots<T::Acc>,
 ) {
-    let gradient = Gradient {
+    let gradient = Scatter {
         team: call.team(),
         grad_output,
         embedding_dim: call.embedding_dim(),

@@ -181,8 +181,8 @@ impl<S: Copy> Terms<S> {
     }
 }
 
-/// A gradient to be summed.
-pub(super) struct Gradient<'a, T: Load> {
+/// Terms to be added to the slots of a weight: a gradient in the making.
+pub(super) struct Scatter<'a, T: Load> {
     /// The threads for the whole of it, which finds the terms as well.
     pub team: Team,
     /// `(num_bags, embedding_dim)`
@@ -199,7 +199,7 @@ pub(super) type AddBags<'a, A> = &'a (dyn Fn(Range<usize>, Slots<A>) + Sync);
 /// Writes the terms of some bags.
 pub(super) type WriteBags<'a, S> = &'a (dyn Fn(Range<usize>, &mut Terms<S>) + Sync);
 
-impl<T: Load> Gradient<'_, T> {
+impl<T: Load> Scatter<'_, T> {
     /// Adds all terms to `slots`.
     pub fn sum<S: Scale<T::Acc>>(
         &self,

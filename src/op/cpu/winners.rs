@@ -4,14 +4,14 @@ use super::call::Call;
 use super::combine::{Load, Vector};
 use super::lanes::{prefetch, raise_noting, up_to_avx2, widest, Lanes, Loop};
 use super::scalar::Accumulator;
-use super::terms::{Gradient, Slots, Terms};
+use super::terms::{Scatter, Slots, Terms};
 use super::window::Blocks;
 use crate::hash::Locate;
 use std::ops::Range;
 
 /// Adds what the winners get to `slots`: a term for each column of each bag.
 pub(super) fn add<T: Load, H: Locate>(call: &Call<T, H>, grad_output: &[T], slots: Slots<T::Acc>) {
-    let gradient = Gradient {
+    let gradient = Scatter {
         team: call.team(),
         grad_output,
         embedding_dim: call.embedding_dim(),

@@ -25,7 +25,7 @@ use cudarc::driver::{
 use half::{bf16, f16};
 use std::sync::Arc;
 
-/// The kernels count the indices of a bag in 32 bits, and share a longer bag among at least 8 groups.
+/// The kernels count the indices of a bag in 32 bits, and share a longer bag among at least 4 groups.
 const MAX_INDICES: usize = 1 << 34;
 
 /// The pointer argument for an absent tensor.
