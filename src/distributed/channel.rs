@@ -463,7 +463,7 @@ impl Shared {
             .iter()
             .enumerate()
             .filter(|(_, (_, is_leaving))| !is_leaving);
-        let (rank, (entered, _)) = furthest.min_by_key(|(_, (entered, _))| *entered)?;
+        let (rank, _) = furthest.min_by_key(|(_, (entered, _))| *entered)?;
         if behind[rank].1.elapsed() <= self.limit {
             return None;
         }
@@ -471,10 +471,9 @@ impl Shared {
             0 => "rank 0".to_string(),
             _ => self.peers[rank - 1].to_string(),
         };
+        let limit = self.limit;
         Some(format!(
-            "{name} hangs: for {:?}, others have been waiting for it in collective {}",
-            self.limit,
-            entered + 1
+            "{name} hangs: for {limit:?}, others have been waiting for it"
         ))
     }
 }
