@@ -34,6 +34,7 @@
 //! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
 //! | [`progress`] | how far an epoch is |
 //! | [`report`] | what is printed |
+//! | [`alike`] | which rows are used alike, for hashes by which those share memory |
 //! | [`catalogue`] | how the movies of a model differ from those of another |
 //! | [`threads`] | how many compute |
 //! | [`allocator`] | the memory of both programs |
@@ -42,6 +43,7 @@
 #![warn(missing_docs)]
 
 pub mod about;
+pub mod alike;
 pub mod allocator;
 pub mod baselines;
 pub mod candidates;

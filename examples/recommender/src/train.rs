@@ -404,7 +404,7 @@ fn snapshot(vars: &VarMap) -> Result<Tensors> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{write_generated, Batch, Batches, Clicks, Rows, Schema};
+    use crate::data::{write_generated, Batch, Batches, Clicks, Records, Rows, Schema};
     use crate::embeddings::EmbeddingConfig;
     use crate::evaluate::evaluate;
     use crate::init::seeded;
@@ -438,6 +438,10 @@ mod tests {
                 numbers: 0,
                 tables: vec![("row", 4)],
             }
+        }
+
+        fn records(&self) -> Result<Records<'_>> {
+            Ok(Box::new(std::iter::empty()))
         }
 
         fn len(&self, _: Part) -> usize {
