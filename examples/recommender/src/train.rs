@@ -415,7 +415,7 @@ fn progress_bar(rows: usize) -> Result<ProgressBar> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{write_generated, Batch, Batches, Clicks, Rows, Schema};
+    use crate::data::{write_generated, Batch, Batches, Clicks, Records, Rows, Schema};
     use crate::embeddings::EmbeddingConfig;
     use crate::evaluate::evaluate;
     use crate::init::seeded;
@@ -449,6 +449,10 @@ mod tests {
                 numbers: 0,
                 tables: vec![("row", 4)],
             }
+        }
+
+        fn records(&self) -> Result<Records<'_>> {
+            Ok(Box::new(std::iter::empty()))
         }
 
         fn len(&self, _: Part) -> usize {
