@@ -17,7 +17,7 @@ use crate::error::{bail, error};
 use candle_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -547,9 +547,13 @@ fn listen(world: &World) -> Result<TcpListener> {
     let addresses = resolve(world)?;
     // A host may know itself by an address at which others do not reach it, so all are listened at unless all ranks are local.
     let is_local = addresses.iter().all(|address| address.ip().is_loopback());
+    let any: IpAddr = match addresses.iter().any(SocketAddr::is_ipv4) {
+        true => Ipv4Addr::UNSPECIFIED.into(),
+        false => Ipv6Addr::UNSPECIFIED.into(),
+    };
     let bound = match is_local {
         true => TcpListener::bind(&addresses[..]),
-        false => TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)),
+        false => TcpListener::bind((any, *port)),
     };
     match bound {
         Ok(listener) => {

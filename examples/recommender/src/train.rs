@@ -148,6 +148,12 @@ pub fn train_on(
         ..Position::default()
     };
     if let Some(state) = saving.load(ranks, model.device())? {
+        for (name, _) in &parameters {
+            ensure!(
+                state.model.contains_key(name),
+                "the saved state has no variable {name}"
+            );
+        }
         position = state.position;
         vars.clone().set(state.model.into_iter())?;
         let done = (position.epoch - 1) * steps_per_epoch + position.step;
@@ -164,6 +170,8 @@ pub fn train_on(
             position.step,
             position.epoch
         );
+    } else if saving.resume {
+        say!("  nothing has been saved that this could resume: it starts anew\n");
     }
     let (mut rate, seconds_before) = (position.rate, position.seconds);
 
@@ -250,7 +258,9 @@ pub fn train_on(
             break;
         }
     }
-    ranks.ensure_replicas_are_equal(&parameters)?;
+    if diverged.is_none() {
+        ranks.ensure_replicas_are_equal(&parameters)?;
+    }
     let Some((best, values)) = best else {
         bail!(diverged.map_or("there is no epoch".to_owned(), divergence));
     };
