@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(120);
 
 /// A small model of a small log, in many steps.
 const TRAIN: &str = "train --data log --format criteo --rows-per-field 500 --embedding-dim 4 --bottom-mlp 8 --top-mlp 8 \
-    --epochs 2 --batch-size 40 --checkpoint";
+    --bits 32 --epochs 2 --batch-size 40 --checkpoint";
 
 /// A folder of a test's own with a click log.
 struct Folder(TempDir);
