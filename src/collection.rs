@@ -443,6 +443,15 @@ impl HashedEmbeddingBagCollection {
         Self { bag }
     }
 
+    /// The same collection with another kind of gradient; see [`HashedEmbeddingBag::with_sparse`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::with_sparse`].
+    pub fn with_sparse(&self, sparse: bool) -> Result<Self> {
+        let bag = self.bag.with_sparse(sparse)?;
+        Ok(Self { bag })
+    }
+
     /// The same collection on another weight of the same length; see [`HashedEmbeddingBag::with_hashed_weight`].
     ///
     /// # Errors

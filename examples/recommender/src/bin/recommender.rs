@@ -78,6 +78,11 @@ fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
     let model = model
         .sharing_rare_rows(&counts.rows, options.min_count)
         .with_precision(options.precision())?;
+    // Ranks average tensors.
+    let model = match options.table_optimizer.is_sparse() && ranks.count() == 1 {
+        true => model.with_sparse_gradients()?,
+        false => model,
+    };
     report::introduction(&data, &model);
 
     let settings = options.settings_on(&ranks, &data);
