@@ -249,6 +249,8 @@ enum IndexType : uint32_t {{ {} }};
             Family::Affine => "AffineSlots",
             Family::Mix => "MixSlots",
             Family::Balanced => "BalancedSlots",
+            Family::Lma => "LmaRows",
+            Family::RowBlocks => "RowBlocks",
         };
         let pooling = match kernel.pooling {
             Pooling::Sum => "SUM",

@@ -13,6 +13,7 @@
 // place.signs_of<V>(i)            the signs of columns i … i + V - 1 of the block
 // flip<V>(signs, v, x)            x, negated if the v-th of those signs is negative
 // shuffle(mask, place, lane, n)   the place held by thread `lane` of a group of n threads
+// Hash::READS_ROWS                whether locate() reads memory, and so is worth calling before its result is needed
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -66,8 +67,10 @@ struct BlockPlace {
   }
 };
 
-// What the two families that place rows in aligned blocks have in common.
+// What the families that place rows in aligned blocks have in common.
 struct BlockSlots {
+  static constexpr bool READS_ROWS = false;
+
   uint64_t key;
   uint64_t reciprocal;
   uint32_t num_blocks;
@@ -159,6 +162,58 @@ private:
 };
 static_assert(sizeof(BalancedSlots) == sizeof(BlockSlots), "the host passes BlockSlots");
 
+// The tensor from which a hash reads what it hashes of each row. Rows past the last, which only a lookup without bounds
+// checks has, read the last.
+struct RowTensor {
+  const void *rows;
+  uint64_t last_row;
+  uint64_t keys;      // semantic: the bits of a signature that column block 0 hashes
+  uint32_t key_bits;  // semantic: how far they move from one column block to the next
+  uint32_t row_len;   // the column blocks of a row of a slot table; 0: signatures
+
+  __device__ __forceinline__ uint64_t signature(uint64_t row) const {
+    return static_cast<uint64_t>(__ldg(static_cast<const long long *>(rows) + min(row, last_row)));
+  }
+
+  __device__ __forceinline__ uint32_t entry(uint64_t row, uint32_t column_block) const {
+    return __ldg(static_cast<const uint32_t *>(rows) + min(row, last_row) * row_len + column_block);
+  }
+};
+CHECK_LAYOUT(RowTensor);
+
+// Aligned blocks that depend on a row tensor: the semantic family, which hashes some keys of the row's signature as the
+// mix family hashes the row, and slot tables. Which of them is the same for all threads.
+struct RowBlocks : BlockSlots {
+  static constexpr bool READS_ROWS = true;
+
+  RowTensor tensor;
+
+  struct ColumnBlock {
+    uint64_t first_row;
+    uint64_t start;  // of a slot table: the number of the column block
+    uint64_t keys;
+  };
+
+  __device__ __forceinline__ ColumnBlock column_block(uint32_t number) const {
+    if (tensor.row_len > 0) return {0, number, 0};
+    uint32_t bits = number * tensor.key_bits % 64;
+    return {0, start(number), bits == 0 ? tensor.keys : tensor.keys << bits | tensor.keys >> (64 - bits)};
+  }
+
+  __device__ __forceinline__ ColumnBlock shift(ColumnBlock column_block, int64_t rows) const {
+    return {column_block.first_row + rows, column_block.start, column_block.keys};
+  }
+
+  __device__ __forceinline__ Place locate(uint64_t row, ColumnBlock column_block) const {
+    row += column_block.first_row;
+    // A table that was changed after it was checked still leads to blocks that exist.
+    if (tensor.row_len > 0) return {min(tensor.entry(row, uint32_t(column_block.start)), num_blocks - 1), 0};
+    uint64_t h = finalize(column_block.start + (tensor.signature(row) & column_block.keys));
+    return {__umulhi(uint32_t(h >> 32), num_blocks), uint32_t(h) & sign_mask};
+  }
+};
+static_assert(sizeof(RowBlocks) == sizeof(BlockSlots) + sizeof(RowTensor), "the host passes one behind the other");
+
 __device__ __forceinline__ BlockPlace shuffle(uint32_t mask, BlockPlace place, int lane, int threads) {
   return {__shfl_sync(mask, place.block, lane, threads), __shfl_sync(mask, place.signs, lane, threads)};
 }
@@ -184,6 +239,8 @@ struct AffinePlace {
 
 // The family of HashedEmbeddingBag and ROBE: linear in row and column block. Blocks can start at any slot.
 struct AffineSlots {
+  static constexpr bool READS_ROWS = false;
+
   uint64_t a, b, c;
   Divisor modulus;
   Divisor starts;
@@ -217,3 +274,89 @@ CHECK_LAYOUT(AffineSlots);
 __device__ __forceinline__ AffinePlace shuffle(uint32_t mask, AffinePlace place, int lane, int threads) {
   return {__shfl_sync(mask, place.first_slot, lane, threads)};
 }
+
+// LMA: like the affine family, with some keys of the row's signature in place of the row.
+struct LmaSlots {
+  static constexpr uint32_t MAX_KEYS = 20;
+
+  uint64_t a, b, c;
+  Divisor modulus;
+  Divisor starts;
+  Divisor positions;  // how many keys of a signature can be selected
+  uint32_t selectors[2 * MAX_KEYS];
+  uint32_t key_bits;
+  uint32_t keys_to_use;
+  uint32_t block;
+};
+CHECK_LAYOUT(LmaSlots);
+
+struct LmaRows : LmaSlots {
+  static constexpr bool READS_ROWS = true;
+  static constexpr uint32_t WORDS = MAX_KEYS / 4;
+  static constexpr uint32_t NO_KEY = 64;
+
+  RowTensor tensor;
+
+  using Place = AffinePlace;
+  struct ColumnBlock {
+    uint64_t first_row;
+    uint64_t sum;
+    uint32_t shifts[WORDS];  // by how many bits each key is shifted down, a byte each
+  };
+
+  __device__ __forceinline__ ColumnBlock column_block(uint32_t number) const {
+    ColumnBlock column_block = {0, number * b + c, {}};
+#pragma unroll
+    for (uint32_t w = 0; w < WORDS; w++) {
+#pragma unroll 1
+      for (uint32_t t = 4 * w; t < 4 * w + 4; t++) {
+        uint32_t shift = NO_KEY;
+        if (t < keys_to_use) {
+          uint64_t selector = uint64_t(number) * selectors[2 * t] + selectors[2 * t + 1];
+          shift = key_bits * uint32_t(positions.rem(modulus.rem(selector)));
+        }
+        column_block.shifts[w] |= shift << (t % 4 * 8);
+      }
+    }
+    return column_block;
+  }
+
+  __device__ __forceinline__ ColumnBlock shift(ColumnBlock column_block, int64_t rows) const {
+    column_block.first_row += rows;
+    return column_block;
+  }
+
+  __device__ __forceinline__ Place locate(uint64_t row, const ColumnBlock &column_block) const {
+    uint64_t signature = tensor.signature(column_block.first_row + row);
+    uint32_t keys = 0, mask = 0xFFFFFFFFu >> (32 - key_bits);
+#pragma unroll
+    for (uint32_t w = 0; w < WORDS; w++) {
+      if (4 * w >= keys_to_use) break;
+#pragma unroll
+      for (uint32_t j = 0; j < 4; j++)
+        // Behind the last key, both shifts may exceed the word. Then they give zero, unlike those of C++.
+        keys |= __funnelshift_lc(0, shifted(signature, column_block.shifts[w] >> (8 * j) & 0xFF) & mask,
+                                 (4 * w + j) * key_bits);
+    }
+    return {starts.rem(modulus.rem(uint64_t(keys) * a + column_block.sum))};
+  }
+
+  template <typename T>
+  __device__ __forceinline__ T *at(T *base, Place place) const {
+    return base + place.first_slot;
+  }
+
+  template <int V>
+  __device__ __forceinline__ uint64_t vector(Place place, uint32_t within) const {
+    return (place.first_slot + within) / V;
+  }
+
+private:
+  // The low half of word >> bits; 0 if there are 64 bits or more.
+  static __device__ __forceinline__ uint32_t shifted(uint64_t word, uint32_t bits) {
+    uint64_t result;
+    asm("shr.u64 %0, %1, %2;" : "=l"(result) : "l"(word), "r"(bits));
+    return uint32_t(result);
+  }
+};
+static_assert(sizeof(LmaRows) == sizeof(LmaSlots) + sizeof(RowTensor), "the host passes one behind the other");

@@ -84,6 +84,7 @@ struct Walk {
     uint32_t full = uint32_t(bags.bag_len) / BATCH, tail = uint32_t(bags.bag_len) % BATCH;
 
     Index rows[OWN];
+    Place own[OWN];
     const Index *from = nullptr;
     uint32_t next = 0, last = 0;
     // Rows are fetched a batch ahead; the last batch is fetched twice.
@@ -91,6 +92,11 @@ struct Walk {
 #pragma unroll
       for (int s = 0; s < OWN; s++) rows[s] = from[next + s * SHARE];
       next = min(next + BATCH, last);
+    };
+    auto locate_next = [&] {
+#pragma unroll
+      for (int s = 0; s < OWN; s++) own[s] = hash.locate(uint64_t(bags.extend(rows[s])), columns);
+      fetch_next();
     };
     for (uint32_t b = 0; b < bags.bags_per_group; b++) {
       // The warp stays together: past the last bag, the last bag is looked up again but not stored.
@@ -103,19 +109,20 @@ struct Walk {
         next = 0;
         last = ((tail > 0 ? full : full * max(mine, 1u)) - 1) * BATCH;
         fetch_next();
+        if (Hash::READS_ROWS) locate_next();
       }
       for (uint32_t batch = 0; batch < full; batch++) {
-        Place own[OWN], places[BATCH];
-#pragma unroll
-        for (int s = 0; s < OWN; s++) own[s] = hash.locate(uint64_t(bags.extend(rows[s])), columns);
-        fetch_next();
+        Place places[BATCH];
+        if (!Hash::READS_ROWS) locate_next();
         share(own, places);
         work.load(places, All());
+        // What the hash of the next batch reads arrives while the values of this one do.
+        if (Hash::READS_ROWS) locate_next();
         work.use(places, start + batch * BATCH, All());
       }
       if (tail > 0) {
         int64_t rest[OWN];
-        Place own[OWN], places[BATCH];
+        Place places[BATCH];
         fetch<false>(first(start + full * BATCH), tail, rest);
         locate(rest, tail, columns, own);
         share(own, places);

@@ -13,7 +13,7 @@ use crate::config::{HashedEmbeddingBagConfig, HashedWeightConfig};
 use crate::error::bail;
 use crate::hash::Hash;
 use crate::jagged::KeyedJaggedTensor;
-use crate::layer::{create, HashedEmbeddingBag};
+use crate::layer::{create, HashedEmbeddingBag, Stored};
 use crate::low_bit::{Bits, LowBit};
 use crate::op::{check_weights_shape, contiguous_indices};
 use crate::tables::Tables;
@@ -104,7 +104,8 @@ pub struct HashedEmbeddingBagCollection {
 
 /// Creates a [`HashedEmbeddingBagCollection`] of tables, given by name and number of rows, on a variable named `hashed_weight`,
 /// which is sized and initialised as for one [`hashed_embedding_bag`](crate::hashed_embedding_bag()) with all the rows. Each table
-/// is a feature of the same name; [`with_features`](HashedEmbeddingBagCollection::with_features) changes that.
+/// is a feature of the same name; [`with_features`](HashedEmbeddingBagCollection::with_features) changes that. A
+/// [row tensor](Hash::row_tensor) is read from the `VarBuilder`.
 ///
 /// # Errors
 /// No tables, two with the same name, one without rows, a `config.first_row` other than 0, and the errors of
@@ -117,7 +118,33 @@ pub fn hashed_embedding_bag_collection<N: Into<String>>(
     vb: VarBuilder,
 ) -> Result<HashedEmbeddingBagCollection> {
     let tables = named(tables, &config)?;
-    let bag = create(tables, embedding_dim, hashed_weight.into(), config, vb)?;
+    let bag = create(
+        tables,
+        embedding_dim,
+        hashed_weight.into(),
+        None,
+        config,
+        vb,
+    )?;
+    Ok(HashedEmbeddingBagCollection { bag })
+}
+
+/// [`hashed_embedding_bag_collection()`] with a hash that reads a tensor of the rows; see
+/// [`HashedEmbeddingBagCollection::with_row_tensor`].
+///
+/// # Errors
+/// Those of [`hashed_embedding_bag_collection()`] and of [`HashedEmbeddingBagCollection::with_row_tensor`].
+pub fn hashed_embedding_bag_collection_with_row_tensor<N: Into<String>>(
+    tables: impl IntoIterator<Item = (N, usize)>,
+    embedding_dim: usize,
+    hashed_weight: impl Into<HashedWeightConfig>,
+    row_tensor: &Tensor,
+    config: HashedEmbeddingBagConfig,
+    vb: VarBuilder,
+) -> Result<HashedEmbeddingBagCollection> {
+    let tables = named(tables, &config)?;
+    let (hashed_weight, row_tensor) = (hashed_weight.into(), Some(row_tensor));
+    let bag = create(tables, embedding_dim, hashed_weight, row_tensor, config, vb)?;
     Ok(HashedEmbeddingBagCollection { bag })
 }
 
@@ -146,20 +173,34 @@ impl HashedEmbeddingBagCollection {
         embedding_dim: usize,
         config: HashedEmbeddingBagConfig,
     ) -> Result<Self> {
-        Self::over_stored(hashed_weight, None, tables, embedding_dim, config)
+        Self::over(hashed_weight.into(), tables, embedding_dim, config)
     }
 
-    /// The same on values, or on packed bytes.
-    pub(crate) fn over_stored<N: Into<String>>(
+    /// A collection on an existing `hashed_weight`, with a hash that reads a tensor of the rows, its
+    /// [row tensor](Hash::row_tensor): as for [`HashedEmbeddingBag::with_row_tensor`], with the rows of all tables, in their order.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new); a row tensor of another dtype or shape, on another device, or with a number that is none of a
+    /// block; or a hash that reads none.
+    pub fn with_row_tensor<N: Into<String>>(
         hashed_weight: Tensor,
-        low_bit: Option<LowBit>,
+        row_tensor: &Tensor,
+        tables: impl IntoIterator<Item = (N, usize)>,
+        embedding_dim: usize,
+        config: HashedEmbeddingBagConfig,
+    ) -> Result<Self> {
+        let stored = Stored::with_row_tensor(hashed_weight, row_tensor, embedding_dim, &config)?;
+        Self::over(stored, tables, embedding_dim, config)
+    }
+
+    pub(crate) fn over<N: Into<String>>(
+        stored: Stored,
         tables: impl IntoIterator<Item = (N, usize)>,
         embedding_dim: usize,
         config: HashedEmbeddingBagConfig,
     ) -> Result<Self> {
         let tables = Arc::new(named(tables, &config)?);
-        let bag =
-            HashedEmbeddingBag::over_stored(hashed_weight, low_bit, tables, embedding_dim, config)?;
+        let bag = HashedEmbeddingBag::over(stored, tables, embedding_dim, config)?;
         Ok(Self { bag })
     }
 
@@ -259,10 +300,9 @@ impl HashedEmbeddingBagCollection {
 
     /// The same parameter under the same tables with other features.
     fn looked_up_by(&self, tables: Tables) -> Result<Self> {
-        let hashed_weight = self.hashed_weight().clone();
-        let (tables, config) = (Arc::new(tables), self.config());
-        let (low_bit, dim) = (self.low_bit().cloned(), self.embedding_dim());
-        let bag = HashedEmbeddingBag::over_stored(hashed_weight, low_bit, tables, dim, config)?;
+        let (stored, tables) = (self.bag.stored().clone(), Arc::new(tables));
+        let (dim, config) = (self.embedding_dim(), self.config());
+        let bag = HashedEmbeddingBag::over(stored, tables, dim, config)?;
         Ok(Self { bag })
     }
 
@@ -387,9 +427,8 @@ impl HashedEmbeddingBagCollection {
                     first_row,
                     ..self.bag.config()
                 };
-                return HashedEmbeddingBag::over_stored(
-                    self.hashed_weight().clone(),
-                    self.low_bit().cloned(),
+                return HashedEmbeddingBag::over(
+                    self.bag.stored().clone(),
                     Arc::new(Tables::one(first_row, num_embeddings)?),
                     self.embedding_dim(),
                     config,
@@ -420,6 +459,16 @@ impl HashedEmbeddingBagCollection {
     /// The parameter, `(len,)`; of a collection in 8 or 4 bits, its bytes, see [`HashedEmbeddingBag::hashed_weight`].
     pub fn hashed_weight(&self) -> &Tensor {
         self.bag.hashed_weight()
+    }
+
+    /// What the hash reads of each row, if it does; see [`HashedEmbeddingBag::row_tensor`]. The rows are those of all tables.
+    pub fn row_tensor(&self) -> Option<&Tensor> {
+        self.bag.row_tensor()
+    }
+
+    /// The tensors of this collection.
+    pub(crate) fn stored(&self) -> &Stored {
+        self.bag.stored()
     }
 
     /// The number of columns of every table, and of the output.

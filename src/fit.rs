@@ -6,10 +6,11 @@
 
 use crate::config::HashedEmbeddingBagConfig;
 use crate::error::bail;
-use crate::hash::{AffineRows, Locate, Slots};
+use crate::hash::{Locate, Located, RowValues};
 use crate::layer::{new_len, HashedEmbeddingBag};
 use crate::op::{check_dtype, WEIGHT_DTYPES};
 use crate::parallel::Team;
+use crate::row_tensor;
 use crate::tables::Tables;
 use candle_core::{DType, Device, Result, Tensor};
 use std::ops::Range;
@@ -52,7 +53,8 @@ impl HashedEmbeddingBag {
     ///
     /// # Errors
     /// A `table` that is not 2-D, not of a float dtype, or holds a value that is not finite (the message gives its position); a
-    /// compression or a size that [`hashed_embedding_bag`](crate::hashed_embedding_bag()) refuses.
+    /// compression or a size that [`hashed_embedding_bag`](crate::hashed_embedding_bag()) refuses; a hash that reads a
+    /// [row tensor](crate::Hash::row_tensor).
     pub fn fit(
         table: &Tensor,
         compression: f64,
@@ -64,9 +66,13 @@ impl HashedEmbeddingBag {
         };
         let tables = Tables::one(config.first_row, num_embeddings)?;
         let len = new_len(&tables, embedding_dim, compression, &config)?;
-        let (hashed_weight, error) = match config.hash_for(embedding_dim).slots(len)? {
-            Slots::Mix(hash) | Slots::Balanced(hash) => Fit::new(table, hash, &config)?.solve(len),
-            Slots::Affine(hash) => Fit::new(table, AffineRows::from(hash), &config)?.solve(len),
+        let hash = config.hash_for(embedding_dim);
+        if let Some(name) = hash.row_tensor() {
+            return Err(row_tensor::missing(name));
+        }
+        let (hashed_weight, error) = match hash.slots(len)?.with_rows(RowValues::None)? {
+            Located::Blocks(hash) => Fit::new(table, hash, &config)?.solve(len),
+            Located::Starts(hash) => Fit::new(table, hash, &config)?.solve(len),
         }?;
         let layer = Self::new(hashed_weight, num_embeddings, embedding_dim, config)?;
         Ok((layer, error))

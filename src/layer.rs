@@ -14,6 +14,7 @@ use crate::error::bail;
 use crate::hash::{Hash, Slots};
 use crate::low_bit::{quantize, Bits, LowBit};
 use crate::op::{self, check_dtype, Offsets, SparseGradient, Table, WEIGHT_DTYPES};
+use crate::row_tensor::{self, RowTensor};
 use crate::tables::Tables;
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Init, Module, VarBuilder};
@@ -66,9 +67,7 @@ pub(crate) const HASHED_WEIGHT_SHIFT: &str = "hashed_weight_shift";
 /// ```
 #[derive(Debug, Clone)]
 pub struct HashedEmbeddingBag {
-    /// Values, or packed bytes that `low_bit` explains.
-    hashed_weight: Tensor,
-    low_bit: Option<LowBit>,
+    stored: Stored,
     embedding_dim: usize,
     /// Its `hash` is always set: to the hash in use.
     config: HashedEmbeddingBagConfig,
@@ -79,11 +78,62 @@ pub struct HashedEmbeddingBag {
     sparse_gradient: Option<SparseGradient>,
 }
 
+/// The tensors of a layer.
+#[derive(Debug, Clone)]
+pub(crate) struct Stored {
+    /// Values, or packed bytes that `low_bit` explains.
+    pub hashed_weight: Tensor,
+    pub low_bit: Option<LowBit>,
+    /// What the hash reads of each row, if it does.
+    pub row_tensor: Option<RowTensor>,
+}
+
+impl From<Tensor> for Stored {
+    fn from(hashed_weight: Tensor) -> Self {
+        Self {
+            hashed_weight,
+            low_bit: None,
+            row_tensor: None,
+        }
+    }
+}
+
+impl Stored {
+    /// Values, and a tensor of the rows for the hash of `config`.
+    pub fn with_row_tensor(
+        hashed_weight: Tensor,
+        row_tensor: &Tensor,
+        embedding_dim: usize,
+        config: &HashedEmbeddingBagConfig,
+    ) -> Result<Self> {
+        let hash = config.hash_for(embedding_dim);
+        let Some(name) = hash.row_tensor() else {
+            bail!("this hash reads no tensor of the rows: {hash:?}");
+        };
+        Ok(Self {
+            row_tensor: Some(RowTensor::new(name, row_tensor)?),
+            ..hashed_weight.into()
+        })
+    }
+
+    /// The number of slots.
+    fn len(&self) -> usize {
+        let len = self.hashed_weight.elem_count();
+        match &self.low_bit {
+            None => len,
+            Some(low_bit) => low_bit.bits().len(len),
+        }
+    }
+}
+
 /// Creates a [`HashedEmbeddingBag`] on a variable named `hashed_weight`. The argument `hashed_weight` sets its length and initial
 /// values: `1.0 / 64.0` is a 64th of `num_embeddings * embedding_dim` values, uniform in `±sqrt(1 / num_embeddings)`.
 ///
 /// The length is `floor(num_embeddings * embedding_dim * compression)`, at least 1, rounded up to whole blocks for
 /// [`Hash::Balanced`] and [`Hash::Mix`], and to at least one block for [`Hash::Affine`].
+///
+/// If the hash reads a [row tensor](Hash::row_tensor), so must the `VarBuilder` have it, as that of a file does, under that name;
+/// [`hashed_embedding_bag_with_row_tensor()`] takes it as an argument.
 ///
 /// # Errors
 /// Zero `num_embeddings` or `embedding_dim`, a compression outside `(0, 1]`, a hash with constants out of range, a table too
@@ -96,7 +146,51 @@ pub fn hashed_embedding_bag(
     vb: VarBuilder,
 ) -> Result<HashedEmbeddingBag> {
     let tables = Tables::one(config.first_row, num_embeddings)?;
-    create(tables, embedding_dim, hashed_weight.into(), config, vb)
+    create(
+        tables,
+        embedding_dim,
+        hashed_weight.into(),
+        None,
+        config,
+        vb,
+    )
+}
+
+/// [`hashed_embedding_bag()`] with a hash that reads a tensor of the rows, its [row tensor](Hash::row_tensor): see
+/// [`HashedEmbeddingBag::with_row_tensor`], which says what it must be. It is no variable.
+///
+/// ```
+/// use candle_core::{DType, Device, Module, Tensor};
+/// use candle_hashed_embedding_bag::{hashed_embedding_bag_with_row_tensor, Hash, HashedEmbeddingBagConfig};
+/// use candle_nn::{VarBuilder, VarMap};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// # let vars = VarMap::new();
+/// # let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// // Rows 0 and 2 have one signature, so they have one vector.
+/// let signatures = Tensor::new(&[0x1234_5678_9abc_def0i64, -1, 0x1234_5678_9abc_def0], &Device::Cpu)?;
+/// let config = HashedEmbeddingBagConfig { hash: Some(Hash::semantic(4)), ..Default::default() };
+/// let layer = hashed_embedding_bag_with_row_tensor(3, 16, 0.5, &signatures, config, vb)?;
+/// let table = layer.to_table(..)?.to_vec2::<f32>()?;
+/// assert_eq!(table[0], table[2]);
+/// assert_ne!(table[0], table[1]);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// Those of [`hashed_embedding_bag()`] and of [`HashedEmbeddingBag::with_row_tensor`].
+pub fn hashed_embedding_bag_with_row_tensor(
+    num_embeddings: usize,
+    embedding_dim: usize,
+    hashed_weight: impl Into<HashedWeightConfig>,
+    row_tensor: &Tensor,
+    config: HashedEmbeddingBagConfig,
+    vb: VarBuilder,
+) -> Result<HashedEmbeddingBag> {
+    let tables = Tables::one(config.first_row, num_embeddings)?;
+    let (hashed_weight, row_tensor) = (hashed_weight.into(), Some(row_tensor));
+    create(tables, embedding_dim, hashed_weight, row_tensor, config, vb)
 }
 
 /// Creates a layer over one or several tables, on a variable of the `VarBuilder`.
@@ -104,6 +198,7 @@ pub(crate) fn create(
     tables: Tables,
     embedding_dim: usize,
     hashed_weight: HashedWeightConfig,
+    row_tensor: Option<&Tensor>,
     config: HashedEmbeddingBagConfig,
     vb: VarBuilder,
 ) -> Result<HashedEmbeddingBag> {
@@ -114,8 +209,22 @@ pub(crate) fn create(
         lo: -bound,
         up: bound,
     });
+    let hash = config.hash_for(embedding_dim);
+    let from_vb = match (hash.row_tensor(), row_tensor) {
+        (Some(name), None) if vb.contains_tensor(name) => {
+            let shape = row_tensor::shape(name, &hash, tables.end_row(), embedding_dim);
+            let (zeros, dtype) = (Init::Const(0.), row_tensor::dtype(name));
+            Some(vb.get_with_hints_dtype(shape, name, zeros, dtype)?)
+        }
+        (Some(name), None) => return Err(row_tensor::missing(name)),
+        _ => None,
+    };
     let hashed_weight = vb.get_with_hints(len, HASHED_WEIGHT, init)?;
-    HashedEmbeddingBag::over(hashed_weight, Arc::new(tables), embedding_dim, config)
+    let stored = match row_tensor.or(from_vb.as_ref()) {
+        Some(tensor) => Stored::with_row_tensor(hashed_weight, tensor, embedding_dim, &config)?,
+        None => hashed_weight.into(),
+    };
+    HashedEmbeddingBag::over(stored, Arc::new(tables), embedding_dim, config)
 }
 
 /// The length of a new `hashed_weight`, checked against the tables and the hash.
@@ -160,7 +269,7 @@ impl HashedEmbeddingBag {
     ///
     /// # Errors
     /// A `hashed_weight` that is not 1-D or not of a float dtype, a hash or a length that [`Hash::check_len`] refuses, zero
-    /// `num_embeddings` or `embedding_dim`, or a table too large for the hash.
+    /// `num_embeddings` or `embedding_dim`, a table too large for the hash, or a hash that reads a [row tensor](Hash::row_tensor).
     pub fn new(
         hashed_weight: Tensor,
         num_embeddings: usize,
@@ -168,29 +277,55 @@ impl HashedEmbeddingBag {
         config: HashedEmbeddingBagConfig,
     ) -> Result<Self> {
         let tables = Tables::one(config.first_row, num_embeddings)?;
-        Self::over(hashed_weight, Arc::new(tables), embedding_dim, config)
+        Self::over(
+            hashed_weight.into(),
+            Arc::new(tables),
+            embedding_dim,
+            config,
+        )
+    }
+
+    /// A layer on an existing `hashed_weight` with a hash that reads a tensor of the rows, its [row tensor](Hash::row_tensor), which
+    /// must be on the same device:
+    ///
+    /// * for [`Hash::semantic`] and [`Hash::lma`] the signatures: i64, `(rows,)`;
+    /// * for [`Hash::slot_table`] the slot table: u32, `(rows, column_blocks)`, with `column_blocks` of `embedding_dim / block`,
+    ///   rounded up, and numbers of blocks: below `len / block`.
+    ///
+    /// There is a row for each row of the table, at least. If the table is a part of a larger one, these are the rows of the larger
+    /// one, and `config.first_row` says where the table starts in it.
+    ///
+    /// The tensor is shared, not copied, and is not trained. It is saved with the layer.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new); a row tensor of another dtype or shape, on another device, or with a number that is none of a
+    /// block; or a hash that reads none.
+    pub fn with_row_tensor(
+        hashed_weight: Tensor,
+        row_tensor: &Tensor,
+        num_embeddings: usize,
+        embedding_dim: usize,
+        config: HashedEmbeddingBagConfig,
+    ) -> Result<Self> {
+        let tables = Tables::one(config.first_row, num_embeddings)?;
+        let stored = Stored::with_row_tensor(hashed_weight, row_tensor, embedding_dim, &config)?;
+        Self::over(stored, Arc::new(tables), embedding_dim, config)
     }
 
     /// A layer over one or several tables, which already include `config.first_row`.
     pub(crate) fn over(
-        hashed_weight: Tensor,
-        tables: Arc<Tables>,
-        embedding_dim: usize,
-        config: HashedEmbeddingBagConfig,
-    ) -> Result<Self> {
-        Self::over_stored(hashed_weight, None, tables, embedding_dim, config)
-    }
-
-    /// The same on values, or on the packed bytes that `low_bit` was made for.
-    pub(crate) fn over_stored(
-        hashed_weight: Tensor,
-        low_bit: Option<LowBit>,
+        stored: Stored,
         tables: Arc<Tables>,
         embedding_dim: usize,
         config: HashedEmbeddingBagConfig,
     ) -> Result<Self> {
         check_embedding_dim(embedding_dim)?;
-        if let (true, Some(low_bit)) = (config.sparse, &low_bit) {
+        let Stored {
+            hashed_weight,
+            low_bit,
+            row_tensor,
+        } = &stored;
+        if let (true, Some(low_bit)) = (config.sparse, low_bit) {
             let bits = u32::from(low_bit.bits());
             bail!("a layer in {bits} bits does not train, and has no gradients");
         }
@@ -198,21 +333,23 @@ impl HashedEmbeddingBag {
             None => &WEIGHT_DTYPES[..],
             Some(_) => &[DType::U8],
         };
-        check_dtype(HASHED_WEIGHT, &hashed_weight, dtypes)?;
-        let len = match hashed_weight.dims() {
-            &[len] => stored_len(len, low_bit.as_ref()),
-            dims => bail!("hashed_weight must have rank 1, got {dims:?}"),
-        };
-        let hash = config.hash_for(embedding_dim);
+        check_dtype(HASHED_WEIGHT, hashed_weight, dtypes)?;
+        if hashed_weight.rank() != 1 {
+            let dims = hashed_weight.dims();
+            bail!("hashed_weight must have rank 1, got {dims:?}");
+        }
+        let (hash, len) = (config.hash_for(embedding_dim), stored.len());
         hash.check_table(tables.end_row(), embedding_dim)?;
         let slots = hash.slots(len)?;
+        let (rows, device) = (row_tensor.as_ref(), hashed_weight.device());
+        row_tensor::check(rows, &hash, len, &tables, embedding_dim, device)?;
         let table_rows = if tables.num_features() > 1 {
-            Some(Tensor::new(tables.table_rows(), hashed_weight.device())?)
+            Some(Tensor::new(tables.table_rows(), device)?)
         } else {
             None
         };
         let sparse_gradient = match config.sparse {
-            true if hashed_weight.is_variable() => Some(SparseGradient::of(&hashed_weight)),
+            true if hashed_weight.is_variable() => Some(SparseGradient::of(hashed_weight)),
             true if hashed_weight.track_op() => {
                 bail!("a sparse gradient needs a hashed_weight that is a variable itself, or detached for inference")
             }
@@ -223,8 +360,7 @@ impl HashedEmbeddingBag {
             ..config
         };
         Ok(Self {
-            hashed_weight,
-            low_bit,
+            stored,
             embedding_dim,
             config,
             slots,
@@ -269,16 +405,19 @@ impl HashedEmbeddingBag {
     /// # Errors
     /// A layer that is rounded already, a value that is not finite in f32; in 4 bits a `hashed_weight` of odd length.
     pub fn to_bits(&self, bits: Bits) -> Result<(Self, f64)> {
-        if let Some(low_bit) = &self.low_bit {
+        if let Some(low_bit) = &self.stored.low_bit {
             bail!(
                 "a layer is rounded once: this one has {} bits already",
                 u32::from(low_bit.bits())
             );
         }
-        let (packed, low_bit, error) = quantize(&self.hashed_weight, bits)?;
+        let (packed, low_bit, error) = quantize(&self.stored.hashed_weight, bits)?;
         let layer = Self {
-            hashed_weight: packed,
-            low_bit: Some(low_bit),
+            stored: Stored {
+                hashed_weight: packed,
+                low_bit: Some(low_bit),
+                row_tensor: self.stored.row_tensor.clone(),
+            },
             config: HashedEmbeddingBagConfig {
                 sparse: false,
                 ..self.config
@@ -291,7 +430,18 @@ impl HashedEmbeddingBag {
 
     /// What the bytes of [`hashed_weight`](Self::hashed_weight) mean, if this layer was rounded by [`to_bits`](Self::to_bits).
     pub fn low_bit(&self) -> Option<&LowBit> {
-        self.low_bit.as_ref()
+        self.stored.low_bit.as_ref()
+    }
+
+    /// What the hash reads of each row, its [row tensor](Hash::row_tensor), if it does: signatures, i64, `(rows,)`, or a slot table,
+    /// u32, `(rows, column_blocks)`, on the device of `hashed_weight`.
+    pub fn row_tensor(&self) -> Option<&Tensor> {
+        self.stored.row_tensor.as_ref().map(RowTensor::tensor)
+    }
+
+    /// The tensors of this layer.
+    pub(crate) fn stored(&self) -> &Stored {
+        &self.stored
     }
 
     /// The values of `hashed_weight`, `(len,)`: the tensor itself, or, of a layer in 8 or 4 bits, its bytes as f32.
@@ -299,9 +449,14 @@ impl HashedEmbeddingBag {
     /// # Errors
     /// What the device says.
     pub fn hashed_weight_values(&self) -> Result<Tensor> {
-        match &self.low_bit {
-            None => Ok(self.hashed_weight.clone()),
-            Some(low_bit) => low_bit.unpack(&self.hashed_weight),
+        let Stored {
+            hashed_weight,
+            low_bit,
+            ..
+        } = &self.stored;
+        match low_bit {
+            None => Ok(hashed_weight.clone()),
+            Some(low_bit) => low_bit.unpack(hashed_weight),
         }
     }
 
@@ -311,10 +466,10 @@ impl HashedEmbeddingBag {
     /// # Errors
     /// Another dtype, or a layer of floats, whose outputs have the dtype of its `hashed_weight`.
     pub fn with_output_dtype(mut self, dtype: DType) -> Result<Self> {
-        let Some(low_bit) = self.low_bit else {
+        let Some(low_bit) = self.stored.low_bit else {
             bail!("the outputs of a layer of floats have the dtype of its hashed_weight; see with_hashed_weight");
         };
-        self.low_bit = Some(low_bit.with_output_dtype(dtype)?);
+        self.stored.low_bit = Some(low_bit.with_output_dtype(dtype)?);
         Ok(self)
     }
 
@@ -381,11 +536,12 @@ impl HashedEmbeddingBag {
             embedding_dim: self.embedding_dim,
             mode: config.mode,
             padding_idx: config.padding_idx,
-            low_bit: self.low_bit.clone(),
+            low_bit: self.stored.low_bit.clone(),
+            row_tensor: self.stored.row_tensor.clone(),
             sparse_gradient: self.sparse_gradient.clone(),
         };
         op::hashed_embedding_bag(
-            &self.hashed_weight,
+            &self.stored.hashed_weight,
             indices,
             offsets,
             per_sample_weights,
@@ -439,7 +595,7 @@ impl HashedEmbeddingBag {
             bail!("rows must lie in 0..{num_embeddings}, got {start}..{end}");
         }
         op::check_output(end - start, self.embedding_dim)?;
-        let indices = Tensor::arange(start as i64, end as i64, self.hashed_weight.device())?;
+        let indices = Tensor::arange(start as i64, end as i64, self.hashed_weight().device())?;
         self.forward(&indices.unsqueeze(1)?)
     }
 
@@ -457,7 +613,7 @@ impl HashedEmbeddingBag {
     /// The parameter, `(len,)`. Of a layer in 8 or 4 bits, its bytes: u8, `(len,)` or `(len / 2,)`, see
     /// [`low_bit`](Self::low_bit).
     pub fn hashed_weight(&self) -> &Tensor {
-        &self.hashed_weight
+        &self.stored.hashed_weight
     }
 
     /// The number of rows of the virtual table.
@@ -473,8 +629,7 @@ impl HashedEmbeddingBag {
     /// The actual compression: the length of `hashed_weight` over the size of the virtual table.
     pub fn compression(&self) -> f64 {
         let table = self.num_embeddings() as f64 * self.embedding_dim() as f64;
-        let len = stored_len(self.hashed_weight.elem_count(), self.low_bit.as_ref());
-        len as f64 / table
+        self.stored.len() as f64 / table
     }
 
     /// The hash in use.
@@ -498,13 +653,8 @@ impl HashedEmbeddingBag {
             sparse,
             ..self.config
         };
-        Self::over_stored(
-            self.hashed_weight.clone(),
-            self.low_bit.clone(),
-            self.tables.clone(),
-            self.embedding_dim,
-            config,
-        )
+        let tables = self.tables.clone();
+        Self::over(self.stored.clone(), tables, self.embedding_dim, config)
     }
 
     /// The gradient of a layer on a variable with [`sparse`](HashedEmbeddingBagConfig::sparse).
@@ -531,33 +681,31 @@ impl HashedEmbeddingBag {
     /// # }
     /// ```
     ///
-    /// Of a layer in 8 or 4 bits, the other weight is of bytes with the same meaning, such as its own on another device.
+    /// Of a layer in 8 or 4 bits, the other weight is of bytes with the same meaning, such as its own on another device. A row tensor
+    /// goes along to another device.
     ///
     /// # Errors
     /// Another shape, or a dtype that is not a float; of a layer in 8 or 4 bits, a dtype other than u8.
     pub fn with_hashed_weight(&self, hashed_weight: Tensor) -> Result<Self> {
-        if hashed_weight.dims() != self.hashed_weight.dims() {
+        let now = self.hashed_weight();
+        if hashed_weight.dims() != now.dims() {
             bail!(
                 "hashed_weight must have the shape of the one it replaces, {:?}, got {:?}",
-                self.hashed_weight.dims(),
+                now.dims(),
                 hashed_weight.dims()
             );
         }
         let device = hashed_weight.device();
-        let low_bit = self.low_bit.as_ref().map(|low| low.to_device(device));
-        Self::over_stored(
-            hashed_weight.clone(),
-            low_bit.transpose()?,
-            self.tables.clone(),
-            self.embedding_dim,
-            self.config,
-        )
+        let low_bit = self.stored.low_bit.as_ref();
+        let row_tensor = self.stored.row_tensor.as_ref();
+        let stored = Stored {
+            low_bit: low_bit.map(|low| low.to_device(device)).transpose()?,
+            row_tensor: row_tensor.map(|rows| rows.to_device(device)).transpose()?,
+            hashed_weight,
+        };
+        let tables = self.tables.clone();
+        Self::over(stored, tables, self.embedding_dim, self.config)
     }
-}
-
-/// How many slots a stored `hashed_weight` of `len` values or bytes has.
-fn stored_len(len: usize, low_bit: Option<&LowBit>) -> usize {
-    low_bit.map_or(len, |low_bit| low_bit.bits().len(len))
 }
 
 impl Module for HashedEmbeddingBag {

@@ -15,6 +15,7 @@
 //! | train on several GPUs | [`distributed::Communicator`] |
 //! | save a model, and rebuild it from the file alone | [`checkpoint::save`], [`Checkpoint`] |
 //! | open what PyTorch saved | [`StateDict`] |
+//! | let rows that are used alike share memory | [`Hash::semantic`], with signatures by [`semantic`] |
 //! | compress a table that was not hashed | [`HashedEmbeddingBag::fit`] |
 //! | serve a trained layer from 8 or 4 bits per value | [`HashedEmbeddingBag::to_bits`] |
 //!
@@ -68,18 +69,26 @@ mod low_bit;
 mod op;
 pub mod optim;
 mod parallel;
+mod row_tensor;
+pub mod semantic;
 mod tables;
 
 pub use bags::JaggedLayout;
 pub use bounds::BoundsCheck;
 pub use checkpoint::file::TensorInfo;
 pub use checkpoint::Checkpoint;
-pub use collection::{hashed_embedding_bag_collection, HashedEmbeddingBagCollection};
+pub use collection::{
+    hashed_embedding_bag_collection, hashed_embedding_bag_collection_with_row_tensor,
+    HashedEmbeddingBagCollection,
+};
 pub use config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig, HashedWeightConfig};
-pub use hash::{Affine, Balanced, Hash, Mix, Overflow};
+pub use hash::{Affine, Balanced, Hash, Lma, Mix, Overflow, Semantic, SlotTable};
 pub use import::StateDict;
 pub use jagged::{JaggedTensor, KeyedJaggedTensor};
-pub use layer::{hashed_embedding, hashed_embedding_bag, HashedEmbedding, HashedEmbeddingBag};
+pub use layer::{
+    hashed_embedding, hashed_embedding_bag, hashed_embedding_bag_with_row_tensor, HashedEmbedding,
+    HashedEmbeddingBag,
+};
 pub use low_bit::{Bits, LowBit};
 pub use op::{Gradient, Mode, SparseGradient};
 

@@ -121,6 +121,11 @@ impl Tables {
         })
     }
 
+    /// Whether these are the tables of a collection, and not the one of a layer.
+    pub fn is_collection(&self) -> bool {
+        !self.names.is_empty()
+    }
+
     /// How many features there are.
     pub fn num_features(&self) -> usize {
         self.features.len()

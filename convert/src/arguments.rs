@@ -40,6 +40,13 @@ pub struct Options {
     /// Options: uma_chunk_size, and those of --bag
     #[arg(long, value_name = "NAME:ROWS+ROWS+…xCOLUMNS[,OPTION=VALUE]", value_parser = parser(Kind::RobeDlrm))]
     robe_dlrm: Vec<Request>,
+    /// HashedEmbeddingBag of the ROBE package with hmode="lma_hash". Options: key_bits (4), keys_to_use (8), and those of --robe
+    #[arg(long, value_name = "NAME:ROWSxCOLUMNS[,OPTION=VALUE]", value_parser = parser(Kind::Lma))]
+    lma: Vec<Request>,
+    /// The tables of the DLRM of SCMA's authors, which become a collection; NAME is the prefix of the model, mostly empty. Options:
+    /// table (the .npz file with its big_min_hash_table, required), and those of --bag
+    #[arg(long, value_name = "NAME:ROWS+ROWS+…xCOLUMNS,table=FILE[,OPTION=VALUE]", value_parser = parser(Kind::Scma))]
+    scma: Vec<Request>,
     /// A table that is not hashed, NAME.weight of torch.nn.EmbeddingBag or Embedding: a hashed layer is fitted to it.
     /// Options: compression (such as 1/64), and those of --bag
     #[arg(long, value_name = "NAME[,OPTION=VALUE]", value_parser = parser(Kind::Fit))]
@@ -64,6 +71,8 @@ impl Options {
             &self.embedding,
             &self.robe,
             &self.robe_dlrm,
+            &self.lma,
+            &self.scma,
             &self.fit,
         ]
         .into_iter()
@@ -77,6 +86,8 @@ Examples:
   convert model.pth model.safetensors --bag user:6040x16,mode=mean     # its entry is user.hashed_weight
   convert emb.pth emb.safetensors --robe :100000x16,uma_chunk_size=8   # the state dict is the module's own
   convert dlrm.pth dlrm.safetensors --key state_dict --robe-dlrm :1460+583+10131227x16,uma_chunk_size=8
+  convert emb.pth emb.safetensors --lma :100000x16,key_bits=4,keys_to_use=8
+  convert dlrm.pth dlrm.safetensors --key state_dict --scma :1460+583+10131227x16,table=min_hash.npz
   convert gan.pth gan.safetensors --key state_dict.generator --bag module.user:6040x16   # of two models, wrapped in DDP
   convert full.pth small.safetensors --fit item,compression=1/32       # item.weight becomes item.hashed_weight
   convert model.safetensors small.safetensors --bits 8                 # rounds the layers of a checkpoint
@@ -89,6 +100,8 @@ pub enum Kind {
     Embedding,
     Robe,
     RobeDlrm,
+    Lma,
+    Scma,
     Fit,
 }
 
@@ -111,6 +124,16 @@ impl Kind {
                 "include_last_offset",
                 "uma_chunk_size",
             ],
+            Self::Lma => &[
+                "mode",
+                "padding_idx",
+                "include_last_offset",
+                "uma_chunk_size",
+                "val_offset",
+                "key_bits",
+                "keys_to_use",
+            ],
+            Self::Scma => &["mode", "padding_idx", "include_last_offset", "table"],
             Self::Fit => &["mode", "padding_idx", "include_last_offset", "compression"],
         }
     }
@@ -128,6 +151,11 @@ pub struct Request {
     /// Only for [`Kind::Fit`].
     pub compression: f64,
     pub uma_chunk_size: usize,
+    /// Only for [`Kind::Lma`].
+    pub key_bits: usize,
+    pub keys_to_use: usize,
+    /// Only for [`Kind::Scma`].
+    pub table: Option<PathBuf>,
 }
 
 /// Parses `NAME:ROWSxCOLUMNS[,OPTION=VALUE]`, or `NAME[,OPTION=VALUE]` for [`Kind::Fit`].
@@ -142,6 +170,9 @@ fn parser(kind: Kind) -> impl Fn(&str) -> Result<Request> + Clone {
             config: HashedEmbeddingBagConfig::default(),
             compression: 1.0 / 64.0,
             uma_chunk_size: 1,
+            key_bits: 4,
+            keys_to_use: 8,
+            table: None,
         };
         if kind != Kind::Fit {
             let (name, size) = head.rsplit_once(':').context("no :ROWSxCOLUMNS")?;
@@ -151,7 +182,7 @@ fn parser(kind: Kind) -> impl Fn(&str) -> Result<Request> + Clone {
             request.rows = rows.collect::<Result<_>>()?;
             request.columns = number("columns", columns)?;
             ensure!(
-                request.rows.len() == 1 || kind == Kind::RobeDlrm,
+                request.rows.len() == 1 || matches!(kind, Kind::RobeDlrm | Kind::Scma),
                 "one table has one number of rows"
             );
         }
@@ -198,6 +229,9 @@ impl Request {
                     .context("include_last_offset must be true or false")?;
             }
             "uma_chunk_size" => self.uma_chunk_size = number(key, value)?,
+            "key_bits" => self.key_bits = number(key, value)?,
+            "keys_to_use" => self.keys_to_use = number(key, value)?,
+            "table" => self.table = Some(value.into()),
             "val_offset" => config.first_row = number(key, value)?,
             "compression" => {
                 let (over, under) = value.split_once('/').unwrap_or((value, "1"));

@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_hashed_embedding_bag::checkpoint::{self, Layer};
+use candle_hashed_embedding_bag::import::{self, LmaModule};
 use candle_hashed_embedding_bag::{
     Bits, Checkpoint, HashedEmbeddingBag, HashedEmbeddingBagCollection, HashedEmbeddingConfig,
     LowBit, StateDict,
@@ -58,8 +59,10 @@ pub fn round_checkpoint(from: &Checkpoint, others: bool, bits: Bits, to: &Path) 
         Ok(dtype.filter(DType::is_float).unwrap_or(DType::F32))
     };
     let (mut layers, mut parameters) = (vec![], vec![]);
-    let names = from.layers().map(|(name, _)| (name, false));
-    for (name, is_collection) in names.chain(from.collections().map(|(name, _)| (name, true))) {
+    let names = from.layers().map(|(name, spec)| (name, spec.hash, false));
+    let collections = from.collections();
+    let names = names.chain(collections.map(|(name, spec)| (name, spec.hash, true)));
+    for (name, hash, is_collection) in names {
         let parameter = join(name, "hashed_weight");
         let dtype = dtype(&parameter)?;
         let layer = if is_collection {
@@ -69,6 +72,7 @@ pub fn round_checkpoint(from: &Checkpoint, others: bool, bits: Bits, to: &Path) 
         };
         layers.push((name, round(name, &layer, bits, &mut report)?));
         parameters.push(parameter);
+        parameters.extend(hash.row_tensor().map(|tensor| join(name, tensor)));
     }
     ensure!(!layers.is_empty(), "the checkpoint has no hashed layers");
     let is_other = |name: &String| others && !parameters.contains(name);
@@ -214,6 +218,23 @@ impl Request {
                 let tables = rows.enumerate().map(|(t, rows)| (t.to_string(), rows));
                 BagOrCollection::Collection(
                     state.robe_dlrm(&name, tables, columns, chunk, config, device)?,
+                )
+            }
+            Kind::Lma => {
+                let module = LmaModule {
+                    uma_chunk_size: chunk,
+                    key_bits: self.key_bits,
+                    keys_to_use: self.keys_to_use,
+                    signature: None,
+                };
+                BagOrCollection::Bag(state.lma(&name, first()?, columns, module, config, device)?)
+            }
+            Kind::Scma => {
+                let path = self.table.as_ref().context("--scma needs table=FILE.npz")?;
+                let table = import::scma_table(path, rows.clone().sum(), columns)?;
+                let tables = rows.enumerate().map(|(t, rows)| (t.to_string(), rows));
+                BagOrCollection::Collection(
+                    state.scma(&name, tables, columns, &table, config, device)?,
                 )
             }
             Kind::Fit => {

@@ -7,7 +7,7 @@ use anyhow::{ensure, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_hashed_embedding_bag::checkpoint::{CollectionSpec, LowBitSpec, TableSpec};
 use candle_hashed_embedding_bag::{
-    Balanced, Bits, Checkpoint, Hash, Mix, Mode, Overflow, StateDict, TensorInfo,
+    Balanced, Bits, Checkpoint, Hash, Mix, Mode, Overflow, Semantic, StateDict, TensorInfo,
 };
 use comfy_table::{presets, Table};
 
@@ -62,7 +62,15 @@ pub fn inspect(path: &Path) -> Result<String> {
             }
             _ => 0,
         };
-        layers.add_row(layer.row(&parameter, &weight, shifts_len));
+        let mut row_tensor_len = 0;
+        if let Some(tensor) = layer.hash.row_tensor() {
+            let tensor = join(layer.name, tensor);
+            let info = checkpoint.tensor_info(&tensor)?;
+            let size = info.candle_dtype.map_or(0, |dtype| dtype.size_in_bytes());
+            row_tensor_len = info.shape.iter().product::<usize>() * size;
+            parameters.push(tensor);
+        }
+        layers.add_row(layer.row(&parameter, &weight, shifts_len + row_tensor_len));
         parameters.push(parameter);
     }
     let mut report = format!("{layers}\n");
@@ -154,11 +162,11 @@ impl HashedLayer<'_> {
         "bytes",
     ];
 
-    /// `shifts_len`: the bytes that belong to `weight` in 4 bits.
-    fn row(&self, parameter: &str, weight: &Tensor, shifts_len: usize) -> [String; 10] {
+    /// `more`: the bytes of the tensors beside `weight`, of shifts in 4 bits and of the rows.
+    fn row(&self, parameter: &str, weight: &Tensor, more: usize) -> [String; 10] {
         let rows: Vec<_> = self.rows.iter().map(usize::to_string).collect();
         let total: f64 = self.rows.iter().map(|&rows| rows as f64).sum();
-        let bytes = weight.elem_count() * weight.dtype().size_in_bytes() + shifts_len;
+        let bytes = weight.elem_count() * weight.dtype().size_in_bytes() + more;
         let (values, dtype) = match self.low_bit.map(|low_bit| low_bit.bits) {
             None => (weight.elem_count(), weight.dtype().as_str().to_string()),
             Some(bits) => {
@@ -198,7 +206,7 @@ fn ensure_finite(parameter: &str, weight: &Tensor) -> Result<()> {
 }
 
 fn describe(hash: Hash) -> String {
-    let blocks = |family, seed| {
+    let blocks = |family: &str, seed| {
         let signed = if hash.signed() { "signed" } else { "unsigned" };
         format!("{family}, seed {seed}, block {}, {signed}", hash.block())
     };
@@ -210,6 +218,22 @@ fn describe(hash: Hash) -> String {
         Hash::Affine(_) => format!("affine, block {}", hash.block()),
         Hash::Balanced(Balanced { seed, .. }) => blocks("balanced", seed),
         Hash::Mix(Mix { seed, .. }) => blocks("mix", seed),
+        Hash::Semantic(Semantic {
+            seed,
+            key_bits,
+            keys_to_use,
+            ..
+        }) => {
+            let family = format!("semantic, {keys_to_use} keys of {key_bits} bits");
+            blocks(&family, seed)
+        }
+        Hash::Lma(lma) => format!(
+            "LMA, {} keys of {} bits, block {}",
+            lma.keys_to_use(),
+            lma.key_bits(),
+            lma.block()
+        ),
+        Hash::SlotTable(_) => format!("slot table, block {}", hash.block()),
         other => format!("{other:?}"),
     }
 }

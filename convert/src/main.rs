@@ -52,7 +52,7 @@ fn run(options: Options) -> Result<String> {
         // A file that describes its layers needs nothing else to be said of them.
         if options.requests().next().is_none() {
             let from = Checkpoint::open(path).context(
-                "--bits without --bag, --embedding, --robe, --robe-dlrm or --fit rounds the layers of a checkpoint",
+                "--bits without --bag, --embedding, --robe, --robe-dlrm, --lma, --scma or --fit rounds the layers of a checkpoint",
             )?;
             let report = conversion::round_checkpoint(&from, !options.layers_only, bits, to)?;
             return Ok(report + &inspection::inspect(to)?);
@@ -67,8 +67,8 @@ fn run(options: Options) -> Result<String> {
     };
     ensure!(
         options.requests().next().is_some(),
-        "which entries are hashed layers? --bag, --embedding, --robe, --robe-dlrm and --fit say so; `convert {}` lists the \
-         entries",
+        "which entries are hashed layers? --bag, --embedding, --robe, --robe-dlrm, --lma, --scma and --fit say so; \
+         `convert {}` lists the entries",
         path.display()
     );
     let report = conversion::convert(

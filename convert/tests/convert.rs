@@ -1,5 +1,6 @@
 //! The program `convert` as a process, on state dicts that PyTorch wrote.
 
+use std::collections::HashMap;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
@@ -122,6 +123,81 @@ fn the_layer_is_the_one_imported() -> Result<()> {
         opened.forward(&indices)?.to_vec2::<f32>()?,
         imported.forward(&indices)?.to_vec2::<f32>()?
     );
+    Ok(())
+}
+
+/// State dicts as LMA and SCMA write them, the table of SCMA as .npz; then the layers rounded, with their row tensors.
+#[test]
+fn allocations_by_meaning() -> Result<()> {
+    let (folder, device) = (tempfile::tempdir()?, &Device::Cpu);
+    let golden = Path::new(REPOSITORY).join("tests/golden/semantic.safetensors");
+    let golden = candle_core::safetensors::load(golden, device)?;
+    let write = |name: &str, entries: &[(&str, &str)]| {
+        let entries = entries
+            .iter()
+            .map(|(to, from)| (*to, golden[*from].clone()));
+        candle_core::safetensors::save(
+            &entries.collect::<HashMap<_, _>>(),
+            folder.path().join(name),
+        )
+    };
+    write(
+        "lma.safetensors",
+        &[
+            ("hashed_weight", "b.hashed_weight"),
+            ("random_numbers", "random_numbers"),
+            ("signature", "b.signature"),
+        ],
+    )?;
+    write(
+        "scma.safetensors",
+        &[
+            ("hashed_weight", "scma.hashed_weight"),
+            ("top.weight", "a.output"),
+        ],
+    )?;
+    let table = [("big_min_hash_table", &golden["scma.table"])];
+    Tensor::write_npz(&table, folder.path().join("table.npz"))?;
+    let said = convert(
+        &folder,
+        "{}/lma.safetensors {}/lma --lma :2000x32,uma_chunk_size=8,key_bits=8,keys_to_use=4",
+    )?;
+    assert_says(
+        &said,
+        &["hashed_weight 2000 32 sum - LMA, 4 keys of 8 bits, block 8 f32 50000 1/1.3 216000"],
+    );
+    let said = convert(
+        &folder,
+        "{}/scma.safetensors {}/scma --scma :50+10x8,table={}/table.npz",
+    )?;
+    assert_says(
+        &said,
+        &[
+            "hashed_weight 50 + 10 8 sum - slot table, block 1 f32 131 1/3.7 2444",
+            "top.weight f32 [40, 16]",
+        ],
+    );
+    let opened = Checkpoint::open(folder.path().join("lma"))?;
+    let layer = opened.hashed_embedding_bag("", DType::F64, device)?;
+    let output = layer.forward_with_offsets(&golden["b.indices"], &golden["b.offsets"])?;
+    assert_eq!(
+        output.to_dtype(DType::F32)?.to_vec2::<f32>()?,
+        golden["b.output"].to_vec2::<f32>()?
+    );
+
+    for name in ["lma", "scma"] {
+        convert(&folder, &format!("{{}}/{name} {{}}/{name}-8 --bits 8"))?;
+        let opened = Checkpoint::open(folder.path().join(format!("{name}-8")))?;
+        assert_eq!(opened.layers().count() + opened.collections().count(), 1);
+    }
+    let missing = refused(&folder, "{}/scma.safetensors {}/out --scma :50+10x8")?;
+    assert!(missing.contains("--scma needs table=FILE.npz"), "{missing}");
+    let wrong = refused(
+        &folder,
+        "{}/scma.safetensors {}/out --scma :50+11x8,table={}/table.npz",
+    )?;
+    let what = "big_min_hash_table must be i64 of shape [61, 8], got i64 of shape [60, 8]";
+    assert!(wrong.contains(what), "{wrong}");
     Ok(())
 }
 

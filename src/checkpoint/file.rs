@@ -112,6 +112,20 @@ impl MappedFile {
         let data = &self.map[self.data_start + start..self.data_start + end];
         tensor(info.dtype, &info.shape, data, device)
     }
+
+    /// The values of a tensor of u32, from the map.
+    pub(crate) fn u32s(&self, name: &str) -> Result<impl Iterator<Item = u32> + '_> {
+        let Some(info) = self.metadata.info(name) else {
+            return Err(missing(name));
+        };
+        let (start, end) = info.data_offsets;
+        let data = &self.map[self.data_start + start..self.data_start + end];
+        Ok(data
+            .as_chunks()
+            .0
+            .iter()
+            .map(|&bytes| u32::from_le_bytes(bytes)))
+    }
 }
 
 fn missing(name: &str) -> Error {

@@ -93,11 +93,13 @@ mod spec;
 pub use spec::{CollectionSpec, FeatureSpec, LayerSpec, LowBitSpec, TableSpec};
 
 use crate::collection::HashedEmbeddingBagCollection;
+use crate::hash::Hash;
 use crate::layer::{
-    HashedEmbedding, HashedEmbeddingBag, HASHED_WEIGHT, HASHED_WEIGHT_SHIFT, INNER_BAG,
+    HashedEmbedding, HashedEmbeddingBag, Stored, HASHED_WEIGHT, HASHED_WEIGHT_SHIFT, INNER_BAG,
 };
 use crate::low_bit::{Bits, LowBit};
 use crate::op::WEIGHT_DTYPES;
+use crate::row_tensor::{self, LargestEntry, RowTensor};
 use candle_core::{bail, DType, Device, Error, Result, Shape, Tensor, Var};
 use candle_nn::var_builder::SimpleBackend;
 use candle_nn::{Init, VarBuilder, VarMap};
@@ -129,17 +131,17 @@ impl<'a> From<&'a HashedEmbeddingBagCollection> for Layer<'a> {
 }
 
 impl Layer<'_> {
-    fn hashed_weight(&self) -> &Tensor {
+    fn stored(&self) -> &Stored {
         match self {
-            Self::Bag(layer) => layer.hashed_weight(),
-            Self::Collection(collection) => collection.hashed_weight(),
+            Self::Bag(layer) => layer.stored(),
+            Self::Collection(collection) => collection.stored(),
         }
     }
 
-    fn low_bit(&self) -> Option<&LowBit> {
+    fn hash(&self) -> Hash {
         match self {
-            Self::Bag(layer) => layer.low_bit(),
-            Self::Collection(collection) => collection.low_bit(),
+            Self::Bag(layer) => layer.hash(),
+            Self::Collection(collection) => collection.hash(),
         }
     }
 }
@@ -217,9 +219,13 @@ pub fn save_with_metadata<
     let mut description = Description::default();
     for (name, layer) in layers {
         let (name, layer) = (name.into(), layer.into());
-        insert(weight_name(&name), layer.hashed_weight().clone())?;
-        if let Some(shifts) = layer.low_bit().and_then(LowBit::shifts) {
+        let stored = layer.stored();
+        insert(weight_name(&name), stored.hashed_weight.clone())?;
+        if let Some(shifts) = stored.low_bit.as_ref().and_then(LowBit::shifts) {
             insert(shift_name(&name), shifts.clone())?;
+        }
+        if let (Some(tensor), Some(rows)) = (layer.hash().row_tensor(), &stored.row_tensor) {
+            insert(join(&name, tensor), rows.tensor().clone())?;
         }
         if description.layers.contains_key(&name) || description.collections.contains_key(&name) {
             bail!("checkpoint: two layers are named {name}");
@@ -421,8 +427,7 @@ impl Checkpoint {
         device: &Device,
     ) -> Result<HashedEmbeddingBag> {
         let spec = self.layer(name)?;
-        let (hashed_weight, low_bit) = self.stored(name, spec.low_bit, dtype, device)?;
-        spec.build(hashed_weight, low_bit)
+        spec.build(self.stored(name, &spec.hash, spec.low_bit, dtype, device)?)
     }
 
     /// The collection `name`, its parameter cast to `dtype` on `device`; untracked, for inference. In 8 or 4 bits as for
@@ -437,28 +442,45 @@ impl Checkpoint {
         device: &Device,
     ) -> Result<HashedEmbeddingBagCollection> {
         let spec = self.collection(name)?;
-        let (hashed_weight, low_bit) = self.stored(name, spec.low_bit, dtype, device)?;
-        spec.build(hashed_weight, low_bit)
+        spec.build(self.stored(name, &spec.hash, spec.low_bit, dtype, device)?)
     }
 
-    /// The parameter of layer or collection `name`: its values, or its bytes and what they mean.
+    /// The tensors of layer or collection `name`.
     fn stored(
         &self,
         name: &str,
+        hash: &Hash,
         low_bit: Option<LowBitSpec>,
         dtype: DType,
         device: &Device,
-    ) -> Result<(Tensor, Option<LowBit>)> {
+    ) -> Result<Stored> {
         let hashed_weight = self.tensor(&weight_name(name), device)?;
+        let row_tensor = self.row_tensor(name, hash, device)?;
         let Some(LowBitSpec { bits, scale }) = low_bit else {
-            return Ok((hashed_weight.to_dtype(dtype)?, None));
+            return Ok(Stored {
+                row_tensor,
+                ..hashed_weight.to_dtype(dtype)?.into()
+            });
         };
         let shifts = match bits {
             Bits::Eight => None,
             Bits::Four => Some(self.tensor(&shift_name(name), device)?),
         };
         let low_bit = LowBit::new(bits, scale, &hashed_weight, shifts)?;
-        Ok((hashed_weight, Some(low_bit.with_output_dtype(dtype)?)))
+        Ok(Stored {
+            hashed_weight,
+            low_bit: Some(low_bit.with_output_dtype(dtype)?),
+            row_tensor,
+        })
+    }
+
+    /// What the hash of layer or collection `name` reads of each row, if it does.
+    fn row_tensor(&self, name: &str, hash: &Hash, device: &Device) -> Result<Option<RowTensor>> {
+        let Some(tensor) = hash.row_tensor() else {
+            return Ok(None);
+        };
+        let values = self.tensor(&join(name, tensor), &Device::Cpu)?;
+        RowTensor::new(tensor, &values)?.to_device(device).map(Some)
     }
 
     /// The [`HashedEmbedding`] `name`, saved as layer `<name>.hashed_embedding_bag`.
@@ -490,7 +512,7 @@ impl Checkpoint {
     ) -> Result<HashedEmbeddingBag> {
         let spec = self.layer(name)?;
         refuse_low_bit(name, spec.low_bit)?;
-        spec.build(self.variable(name, vb)?, None)
+        spec.build(self.trainable(name, &spec.hash, vb)?)
     }
 
     /// The collection `name`, to be trained on; see
@@ -505,7 +527,7 @@ impl Checkpoint {
     ) -> Result<HashedEmbeddingBagCollection> {
         let spec = self.collection(name)?;
         refuse_low_bit(name, spec.low_bit)?;
-        spec.build(self.variable(name, vb)?, None)
+        spec.build(self.trainable(name, &spec.hash, vb)?)
     }
 
     /// The [`HashedEmbedding`] `name`, saved as layer `<name>.hashed_embedding_bag`, to be trained on. Its variable is
@@ -520,6 +542,15 @@ impl Checkpoint {
     ) -> Result<HashedEmbedding> {
         self.trainable_hashed_embedding_bag(&join(name, INNER_BAG), vb.pp(INNER_BAG))
             .map(HashedEmbedding::from)
+    }
+
+    /// The tensors of layer or collection `name`, its parameter as a variable of the `VarBuilder`.
+    fn trainable(&self, name: &str, hash: &Hash, vb: VarBuilder) -> Result<Stored> {
+        let hashed_weight = self.variable(name, vb)?;
+        Ok(Stored {
+            row_tensor: self.row_tensor(name, hash, hashed_weight.device())?,
+            ..hashed_weight.into()
+        })
     }
 
     /// A variable of the `VarBuilder` with the values of the parameter of layer or collection `name`.
@@ -579,41 +610,65 @@ fn describe(file: &MappedFile) -> Result<Description> {
     };
     let description = Description::from_json(json)?;
     for (name, spec) in &description.layers {
-        check(file, name, spec.low_bit, |weight, low_bit| {
-            spec.build(weight, low_bit).map(drop)
-        })
-        .map_err(|e| Error::msg(format!("layer {name}: {e}")))?;
+        stand_ins(file, name, &spec.hash, spec.low_bit)
+            .and_then(|stored| spec.build(stored))
+            .map_err(|e| Error::msg(format!("layer {name}: {e}")))?;
     }
     for (name, spec) in &description.collections {
-        check(file, name, spec.low_bit, |weight, low_bit| {
-            spec.build(weight, low_bit).map(drop)
-        })
-        .map_err(|e| Error::msg(format!("collection {name}: {e}")))?;
+        stand_ins(file, name, &spec.hash, spec.low_bit)
+            .and_then(|stored| spec.build(stored))
+            .map_err(|e| Error::msg(format!("collection {name}: {e}")))?;
     }
     Ok(description)
 }
 
-/// Checks the parameter of a layer or collection, from which `build` makes it.
-fn check(
+/// The tensors of a layer or collection, from which it can be built to be checked.
+fn stand_ins(
     file: &MappedFile,
     name: &str,
+    hash: &Hash,
     low_bit: Option<LowBitSpec>,
-    build: impl Fn(Tensor, Option<LowBit>) -> Result<()>,
-) -> Result<()> {
-    let Some(LowBitSpec { bits, scale }) = low_bit else {
-        let weight = stand_in(file, &weight_name(name), "a float dtype", |dtype| {
-            WEIGHT_DTYPES.contains(&dtype)
-        })?;
-        return build(weight, None);
+) -> Result<Stored> {
+    let of_dtype = |name: &str, only: DType| {
+        let wanted = format!("dtype {only:?}");
+        stand_in(file, name, &wanted, |dtype| dtype == only)
     };
-    let bytes = |name: String| stand_in(file, &name, "dtype U8", |dtype| dtype == DType::U8);
-    let weight = bytes(weight_name(name))?;
-    let shifts = match bits {
-        Bits::Eight => None,
-        Bits::Four => Some(bytes(shift_name(name))?),
+    let (hashed_weight, low_bit) = match low_bit {
+        None => {
+            let weight = stand_in(file, &weight_name(name), "a float dtype", |dtype| {
+                WEIGHT_DTYPES.contains(&dtype)
+            })?;
+            (weight, None)
+        }
+        Some(LowBitSpec { bits, scale }) => {
+            let weight = of_dtype(&weight_name(name), DType::U8)?;
+            let shifts = match bits {
+                Bits::Eight => None,
+                Bits::Four => Some(of_dtype(&shift_name(name), DType::U8)?),
+            };
+            let low_bit = LowBit::new(bits, scale, &weight, shifts)?;
+            (weight, Some(low_bit))
+        }
     };
-    let low_bit = LowBit::new(bits, scale, &weight, shifts)?;
-    build(weight, Some(low_bit))
+    let row_tensor = match hash.row_tensor() {
+        None => None,
+        Some(tensor) => {
+            let name = join(name, tensor);
+            let dtype = row_tensor::dtype(tensor);
+            let stand_in = of_dtype(&name, dtype)?;
+            // Of a slot table every entry is checked, in the mapped file.
+            let largest = match dtype {
+                DType::U32 => Some(LargestEntry::of(file.u32s(&name)?)),
+                _ => None,
+            };
+            Some(RowTensor::stand_in(stand_in, largest))
+        }
+    };
+    Ok(Stored {
+        hashed_weight,
+        low_bit,
+        row_tensor,
+    })
 }
 
 /// A tensor that holds no data, with the shape of tensor `name` and a dtype that stands for those that suit; a layer's own rules

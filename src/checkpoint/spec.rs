@@ -4,11 +4,11 @@ use super::file::join;
 use crate::collection::HashedEmbeddingBagCollection;
 use crate::config::HashedEmbeddingBagConfig;
 use crate::hash::Hash;
-use crate::layer::HashedEmbeddingBag;
+use crate::layer::{HashedEmbeddingBag, Stored};
 use crate::low_bit::{check_scale, Bits, LowBit, GROUP};
 use crate::op::Mode;
 use crate::tables::Tables;
-use candle_core::{bail, Error, Result, Tensor};
+use candle_core::{bail, Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
@@ -133,12 +133,8 @@ impl LayerSpec {
         check_same(self, &Self::from(layer))
     }
 
-    /// Builds the layer on `hashed_weight`, values or packed bytes as `low_bit` says.
-    pub(super) fn build(
-        &self,
-        hashed_weight: Tensor,
-        low_bit: Option<LowBit>,
-    ) -> Result<HashedEmbeddingBag> {
+    /// Builds the layer on its tensors.
+    pub(super) fn build(&self, stored: Stored) -> Result<HashedEmbeddingBag> {
         let config = HashedEmbeddingBagConfig {
             mode: self.mode,
             hash: Some(self.hash),
@@ -148,8 +144,7 @@ impl LayerSpec {
             ..Default::default()
         };
         let tables = Arc::new(Tables::one(config.first_row, self.num_embeddings)?);
-        let embedding_dim = self.embedding_dim;
-        HashedEmbeddingBag::over_stored(hashed_weight, low_bit, tables, embedding_dim, config)
+        HashedEmbeddingBag::over(stored, tables, self.embedding_dim, config)
     }
 }
 
@@ -241,12 +236,8 @@ impl CollectionSpec {
         check_same(self, &Self::from(collection))
     }
 
-    /// Builds the collection on `hashed_weight`, values or packed bytes as `low_bit` says.
-    pub(super) fn build(
-        &self,
-        hashed_weight: Tensor,
-        low_bit: Option<LowBit>,
-    ) -> Result<HashedEmbeddingBagCollection> {
+    /// Builds the collection on its tensors.
+    pub(super) fn build(&self, stored: Stored) -> Result<HashedEmbeddingBagCollection> {
         let config = HashedEmbeddingBagConfig {
             mode: self.mode,
             hash: Some(self.hash),
@@ -256,13 +247,8 @@ impl CollectionSpec {
         };
         let tables = self.tables.iter();
         let tables = tables.map(|table| (table.name.as_str(), table.num_embeddings));
-        let collection = HashedEmbeddingBagCollection::over_stored(
-            hashed_weight,
-            low_bit,
-            tables,
-            self.embedding_dim,
-            config,
-        )?;
+        let dim = self.embedding_dim;
+        let collection = HashedEmbeddingBagCollection::over(stored, tables, dim, config)?;
         match &self.features {
             Some(features) => collection.with_features(
                 features

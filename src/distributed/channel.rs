@@ -376,7 +376,7 @@ impl Shared {
     }
 
     /// Sends heartbeats and looks for failures until the channel is dropped.
-    fn watch(&self) {
+    fn watch(self: &Arc<Self>) {
         let interval = (self.limit / 10).min(Duration::from_secs(1));
         let mut behind = vec![(0, Instant::now()); self.peers.len() + 1];
         let mut state = lock(&self.state);
@@ -412,9 +412,15 @@ impl Shared {
                 let _ = Frame::Failure(failure.clone()).write(&mut *lock(&peer.writer));
             }
         }
-        if let Some(engine) = lock(&self.engine).as_mut() {
-            engine.abort();
-        }
+        // On a thread of its own, in case that hangs, too.
+        let shared = self.clone();
+        let aborting = spawn("ranks-abort", move || {
+            if let Some(engine) = lock(&shared.engine).as_mut() {
+                engine.abort();
+            }
+        });
+        // Without a thread, the process ends when its time is over.
+        drop(aborting);
         let (state, _) = self
             .changed
             .wait_timeout_while(lock(&self.state), GRACE, |state| !state.ended)

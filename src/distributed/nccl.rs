@@ -325,15 +325,18 @@ impl Engine for Watched {
         } = &*self.0;
         let deadline = Instant::now() + PATIENCE;
         while Instant::now() < deadline {
-            if let Ok(mut comm) = comm.try_lock() {
-                if let Some(Handle(comm)) = comm.take() {
+            // Taken, so that nobody uses it any more, and the lock is free while it ends.
+            let taken = comm.try_lock().map(|mut comm| comm.take());
+            match taken {
+                Ok(Some(Handle(comm))) => {
                     let _ = stream.context().bind_to_thread();
-                    // SAFETY: the handle was taken, so nobody uses it any more, and it is freed once.
+                    // SAFETY: it was taken, so it is not in use, and it is freed once.
                     unsafe { (library.comm_abort)(comm) };
+                    return;
                 }
-                return;
+                Ok(None) => return,
+                Err(_) => std::thread::sleep(Duration::from_millis(10)),
             }
-            std::thread::sleep(Duration::from_millis(10));
         }
     }
 }

@@ -3,6 +3,7 @@
 use super::channel::tests::free_port;
 use super::*;
 use candle_core::{DType, Device};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -25,6 +26,10 @@ fn on_devices<T: Send>(
     devices: &[Device],
     work: impl Fn(Communicator) -> Result<T> + Sync,
 ) -> Vec<Result<T>> {
+    // Two communicators of NCCL at work on one device may each wait for what the other keeps from starting.
+    static GPUS: Mutex<()> = Mutex::new(());
+    let is_on_cpu = devices.iter().all(Device::is_cpu);
+    let _alone = (!is_on_cpu).then(|| GPUS.lock().unwrap_or_else(PoisonError::into_inner));
     let work = &work;
     thread::scope(|scope| {
         let ranks = worlds(devices.len())

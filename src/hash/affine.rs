@@ -2,7 +2,7 @@
 //! number of slots at which a block can start.
 
 use super::divisor::Divisor;
-use super::{Locate, MAX_ROWS};
+use super::MAX_ROWS;
 use serde::{Deserialize, Serialize};
 
 /// A member of the affine family: `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block`.
@@ -141,18 +141,18 @@ impl From<AffineSlots> for AffineRows {
     }
 }
 
-/// A place is the first slot of a block.
-impl Locate for AffineRows {
-    type ColumnBlock = AffineBlock;
-    type Place = u64;
-    const SIGNED: bool = false;
-
+impl AffineRows {
     #[inline(always)]
-    fn block(&self) -> usize {
+    pub(super) fn block(&self) -> usize {
         self.slots.block as usize
     }
 
-    fn column_block(&self, number: u64) -> AffineBlock {
+    #[inline(always)]
+    pub(super) fn last_place(&self) -> u64 {
+        self.slots.starts.value - 1
+    }
+
+    pub(super) fn column_block(&self, number: u64) -> AffineBlock {
         let sum = number.wrapping_mul(self.slots.b);
         let modulus = self.slots.modulus;
         let rest = modulus.rem(sum);
@@ -163,13 +163,13 @@ impl Locate for AffineRows {
         }
     }
 
+    /// The first slots of column blocks of some rows, at most [`MAX_ROWS`]; see [`Locate::locate`](super::Locate::locate).
     #[inline(always)]
-    fn locate(
+    pub(super) fn locate<'b>(
         &self,
         rows: &[u64],
-        column_blocks: &[AffineBlock],
+        column_blocks: impl Iterator<Item = &'b AffineBlock>,
         places: &mut [u64],
-        _: &mut [u32],
     ) {
         let AffineSlots {
             a,
@@ -194,7 +194,7 @@ impl Locate for AffineRows {
             slots[i] = slot as i64;
             slots_down[i] = sub_mod(slot, self.down, starts.value) as i64;
         }
-        for (share, places) in column_blocks.iter().zip(places.chunks_exact_mut(n)) {
+        for (share, places) in column_blocks.zip(places.chunks_exact_mut(n)) {
             if !self.fits {
                 for (place, row) in places.iter_mut().zip(rows) {
                     let sum = row.wrapping_mul(a).wrapping_add(c);
@@ -212,16 +212,6 @@ impl Locate for AffineRows {
                 places[i] = (slot + select(slot < 0, end, 0)) as u64;
             }
         }
-    }
-
-    #[inline(always)]
-    fn slot(&self, place: u64, _: usize) -> usize {
-        place as usize
-    }
-
-    #[inline(always)]
-    fn last_place(&self) -> u64 {
-        self.slots.starts.value - 1
     }
 }
 
@@ -276,7 +266,7 @@ mod tests {
             let column_blocks: Vec<_> = (0..40).map(|block| rows.column_block(block)).collect();
             let at: Vec<u64> = (0..20).map(|_| draw(64)).collect();
             let mut places = vec![0; column_blocks.len() * at.len()];
-            rows.locate(&at, &column_blocks, &mut places, &mut []);
+            rows.locate(&at, column_blocks.iter(), &mut places);
             for (block, places) in places.chunks(at.len()).enumerate() {
                 for (&row, &place) in at.iter().zip(places) {
                     let want = slots.plain_slot(row, block as u64);

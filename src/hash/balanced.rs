@@ -73,14 +73,12 @@ const fn low(x: u64) -> u64 {
     x & 0xFFFF_FFFF
 }
 
-/// [`Locate::locate`](super::Locate::locate) for this family.
+/// [`Locate::locate`](super::Locate::locate) for this family: the start of each column block, with its places and signs.
 #[inline(always)]
-pub(super) fn locate(
+pub(super) fn locate<'a>(
     slots: &BlockSlots,
     rows: &[u64],
-    column_blocks: &[u64],
-    places: &mut [u32],
-    signs: &mut [u32],
+    column_blocks: impl Iterator<Item = (u64, (&'a mut [u32], &'a mut [u32]))>,
 ) {
     let (factor_low, factor_high) = (low(slots.reciprocal), slots.reciprocal >> 32);
     let n = rows.len();
@@ -98,8 +96,7 @@ pub(super) fn locate(
         fractions[i] = (low(product) * u64::from(slots.stride)) as u32;
         strata[i] = ((product >> 32) * 0x9E37_79B9) as u32;
     }
-    let outputs = places.chunks_exact_mut(n).zip(signs.chunks_exact_mut(n));
-    for (&start, (places, signs)) in column_blocks.iter().zip(outputs) {
+    for (start, (places, signs)) in column_blocks {
         for i in 0..n {
             // The multipliers and shifts of lowbias32, from Chris Wellons' hash-prospector.
             let turn = strata[i].wrapping_add(start as u32);

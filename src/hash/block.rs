@@ -1,11 +1,14 @@
-//! What the mix and the balanced family share: aligned blocks, so that a place is a block number, and sign bits.
+//! What the families with aligned blocks share: a place is a block number, and there are sign bits.
 //!
-//! Both families are one type here, so that the CPU loops are compiled once for the two. Telling them apart costs one branch per
-//! window of rows.
+//! Mix, balanced, semantic and slot tables are one type here, so that the CPU loops are compiled once for all of them. Telling them
+//! apart costs one branch per window of rows.
 
-use super::{balanced, mix, Locate};
+use super::lma::read_signatures;
+use super::semantic::Keys;
+use super::{balanced, mix, Locate, MAX_ROWS};
 
-/// A mix or balanced hash bound to a length. CUDA kernels take it as it is: it is the twin of `BlockSlots` in `kernels/hash.cuh`.
+/// A hash with aligned blocks, bound to a length. CUDA kernels take it as it is: it is the twin of `BlockSlots` in
+/// `kernels/hash.cuh`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub(crate) struct BlockSlots {
@@ -17,49 +20,8 @@ pub(crate) struct BlockSlots {
     pub(crate) block: u32,
     /// All ones where values are signed, else zero.
     pub(crate) sign_mask: u32,
-    /// The distance between consecutive rows of the balanced family, in blocks; 0 for the mix family.
+    /// The distance between consecutive rows of the balanced family, in blocks; 0 for the other families.
     pub(crate) stride: u32,
-}
-
-/// A place is a block number.
-impl Locate for BlockSlots {
-    /// The result of [`mix::start`] or [`balanced::start`].
-    type ColumnBlock = u64;
-    type Place = u32;
-    const SIGNED: bool = true;
-
-    #[inline(always)]
-    fn block(&self) -> usize {
-        self.block as usize
-    }
-
-    #[inline(always)]
-    fn column_block(&self, number: u64) -> u64 {
-        if self.is_balanced() {
-            balanced::start(self.key, number)
-        } else {
-            mix::start(self.key, number)
-        }
-    }
-
-    #[inline(always)]
-    fn locate(&self, rows: &[u64], column_blocks: &[u64], places: &mut [u32], signs: &mut [u32]) {
-        if self.is_balanced() {
-            balanced::locate(self, rows, column_blocks, places, signs);
-        } else {
-            mix::locate(self, rows, column_blocks, places, signs);
-        }
-    }
-
-    #[inline(always)]
-    fn slot(&self, place: u32, block: usize) -> usize {
-        place as usize * block
-    }
-
-    #[inline(always)]
-    fn last_place(&self) -> u32 {
-        self.num_blocks - 1
-    }
 }
 
 impl BlockSlots {
@@ -82,14 +44,111 @@ impl BlockSlots {
         }
     }
 
-    #[inline(always)]
-    fn is_balanced(&self) -> bool {
-        self.stride != 0
-    }
-
     /// Scales `x`, a fraction of `2^32`, to a block number: `floor(x * num_blocks / 2^32)`.
     #[inline(always)]
     pub(super) fn block_at(&self, x: u32) -> u32 {
         ((u64::from(x) * u64::from(self.num_blocks)) >> 32) as u32
+    }
+}
+
+/// [`BlockSlots`] for the CPU, with what is hashed of each row.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BlockRows<'a> {
+    pub(super) slots: BlockSlots,
+    pub(super) family: BlockFamily<'a>,
+}
+
+#[derive(Debug, Clone, Copy)]
+pub(super) enum BlockFamily<'a> {
+    Mix,
+    Balanced,
+    /// Some keys of the row's signature. There is at least one row.
+    Semantic(&'a [i64], Keys),
+    /// None of it: the blocks of each row, of which there are so many, are given. There is at least one row.
+    SlotTable(&'a [u32], usize),
+}
+
+/// The constants of a column block.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct BlockColumns {
+    /// The result of [`mix::start`] or [`balanced::start`]; for slot tables, the number of the column block.
+    start: u64,
+    /// For the semantic family, the bits of the keys that it selects.
+    keys: u64,
+}
+
+/// A place is a block number.
+impl Locate for BlockRows<'_> {
+    type ColumnBlock = BlockColumns;
+    type Place = u32;
+    const SIGNED: bool = true;
+
+    #[inline(always)]
+    fn block(&self) -> usize {
+        self.slots.block as usize
+    }
+
+    #[inline(always)]
+    fn column_block(&self, number: u64) -> BlockColumns {
+        let key = self.slots.key;
+        let (start, keys) = match self.family {
+            BlockFamily::Mix => (mix::start(key, number), u64::MAX),
+            BlockFamily::Balanced => (balanced::start(key, number), u64::MAX),
+            BlockFamily::Semantic(_, keys) => (mix::start(key, number), keys.of(number)),
+            BlockFamily::SlotTable(..) => (number, u64::MAX),
+        };
+        BlockColumns { start, keys }
+    }
+
+    #[inline(always)]
+    fn locate(
+        &self,
+        rows: &[u64],
+        column_blocks: &[BlockColumns],
+        places: &mut [u32],
+        signs: &mut [u32],
+    ) {
+        let (slots, n) = (&self.slots, rows.len());
+        let blocks = places.chunks_exact_mut(n).zip(signs.chunks_exact_mut(n));
+        let columns = column_blocks.iter();
+        match self.family {
+            BlockFamily::Balanced => {
+                let starts = columns.map(|columns| columns.start);
+                balanced::locate(slots, rows, starts.zip(blocks));
+            }
+            BlockFamily::Mix => {
+                let starts = columns.map(|columns| (columns.start, u64::MAX));
+                mix::locate(slots, rows, starts.zip(blocks));
+            }
+            BlockFamily::Semantic(signatures, _) => {
+                let mut of_rows = [0; MAX_ROWS];
+                let of_rows = &mut of_rows[..n];
+                read_signatures(signatures, rows, of_rows);
+                let starts = columns.map(|columns| (columns.start, columns.keys));
+                mix::locate(slots, of_rows, starts.zip(blocks));
+            }
+            BlockFamily::SlotTable(table, row_len) => {
+                // Rows past the last, which only a lookup without bounds checks has, read the last; and a table that was changed
+                // after it was checked still leads to blocks that exist.
+                let (last_row, last) = ((table.len() / row_len) as u64 - 1, self.last_place());
+                for (columns, (places, signs)) in columns.zip(blocks) {
+                    for (place, &row) in places.iter_mut().zip(rows) {
+                        let row = row.min(last_row) as usize;
+                        *place = table[row * row_len + columns.start as usize].min(last);
+                    }
+                    signs.fill(0);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn slot(&self, place: u32, block: usize) -> usize {
+        place as usize * block
+    }
+
+    #[inline(always)]
+    fn last_place(&self) -> u32 {
+        self.slots.num_blocks - 1
     }
 }

@@ -33,10 +33,10 @@ impl Mix {
 }
 
 /// The increment of SplitMix64: `2^64` divided by the golden ratio, made odd.
-pub(super) const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
+pub(crate) const GOLDEN: u64 = 0x9E37_79B9_7F4A_7C15;
 
 /// The finaliser of SplitMix64, a bijection of `u64` in which every input bit affects every output bit.
-pub(super) const fn finalize(mut h: u64) -> u64 {
+pub(crate) const fn finalize(mut h: u64) -> u64 {
     h = (h ^ (h >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     h = (h ^ (h >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     h ^ (h >> 31)
@@ -48,21 +48,18 @@ pub(super) fn start(key: u64, column_block: u64) -> u64 {
     key.wrapping_add(column_block.wrapping_add(1).wrapping_mul(GOLDEN))
 }
 
-/// [`Locate::locate`](super::Locate::locate) for this family.
+/// [`Locate::locate`](super::Locate::locate) for this family and the semantic one: the start of each column block and the bits that
+/// it hashes, with its places and signs. `rows` are rows, or their signatures.
 #[inline(always)]
-pub(super) fn locate(
+pub(super) fn locate<'a>(
     slots: &BlockSlots,
     rows: &[u64],
-    column_blocks: &[u64],
-    places: &mut [u32],
-    signs: &mut [u32],
+    column_blocks: impl Iterator<Item = ((u64, u64), (&'a mut [u32], &'a mut [u32]))>,
 ) {
-    let n = rows.len();
-    let outputs = places.chunks_exact_mut(n).zip(signs.chunks_exact_mut(n));
-    for (start, (places, signs)) in column_blocks.iter().zip(outputs) {
+    for ((start, mask), (places, signs)) in column_blocks {
         let outputs = places.iter_mut().zip(signs);
         for (row, (place, signs)) in rows.iter().zip(outputs) {
-            let h = finalize(start.wrapping_add(*row));
+            let h = finalize(start.wrapping_add(row & mask));
             *place = slots.block_at((h >> 32) as u32);
             *signs = h as u32 & slots.sign_mask;
         }

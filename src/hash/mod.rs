@@ -9,25 +9,45 @@
 //! | `balanced.rs` | [`Balanced`] | `((y * stride + turn) mod 2^32 * (len / block) >> 32) * block + column % block`, explained there |
 //! | `mix.rs` | [`Mix`] | `(((h >> 32) * (len / block)) >> 32) * block + column % block`, `h` = output `column / block` of SplitMix64 started at `row` |
 //! | `affine.rs` | [`Affine`] | `(row * a + (column / block) * b + c) mod modulus mod (len - block + 1) + column % block` |
+//! | `lma.rs` | [`Lma`] | affine in some keys of the row's signature, instead of the row |
+//! | `semantic.rs` | [`Semantic`] | mix of some keys of the row's signature, instead of the row |
+//! | `slot_table.rs` | [`SlotTable`] | `slot_table[row][column / block] * block + column % block` |
+//!
+//! The last three read a *row tensor*: signatures or a slot table, which a layer keeps beside `hashed_weight`.
 //!
 //! A [`Hash`](enum@Hash) is bound once to the length of `hashed_weight`, which gives [`Slots`]. Its structs are `Copy` and
-//! `#[repr(C)]`, because the CUDA kernels take them as they are. The CPU loops use them through [`Locate`]. `kernels/hash.cuh` is
-//! the twin of this folder for the GPU.
+//! `#[repr(C)]`, because the CUDA kernels take them as they are. The CPU loops use them, with the values of the row tensor, through
+//! [`Locate`]: there are two implementations, for families with aligned blocks (`block.rs`) and for the others (`start.rs`).
+//! `kernels/hash.cuh` is the twin of this folder for the GPU.
 
 mod affine;
 mod balanced;
 mod block;
 mod divisor;
+mod lma;
 mod mix;
+mod semantic;
+mod slot_table;
 mod spec;
+mod start;
 
+#[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
+pub(crate) use affine::AffineSlots;
 pub use affine::{Affine, Overflow};
-pub(crate) use affine::{AffineRows, AffineSlots};
 pub use balanced::Balanced;
-pub(crate) use block::BlockSlots;
+use block::BlockFamily;
+pub(crate) use block::{BlockRows, BlockSlots};
 #[cfg_attr(not(feature = "cuda"), allow(unused_imports))]
 pub(crate) use divisor::Divisor;
+pub use lma::Lma;
+use lma::LmaRows;
+pub(crate) use lma::LmaSlots;
 pub use mix::Mix;
+pub(crate) use mix::{finalize, GOLDEN};
+pub(crate) use semantic::Keys;
+pub use semantic::Semantic;
+pub use slot_table::SlotTable;
+pub(crate) use start::StartRows;
 
 use crate::error::{bail, error};
 use candle_core::Result;
@@ -45,6 +65,12 @@ use spec::HashSpec;
 /// | [`Hash::robe`] | affine | weights trained with ROBE (arXiv 2108.02191) |
 /// | [`Hash::affine`] | affine | any other member of the family |
 /// | [`Hash::identity`] | affine | a plain table, to compare with |
+/// | [`Hash::semantic`] | semantic | new models in which rows that are used alike share memory |
+/// | [`Hash::lma`] | LMA | weights trained with LMA of the ROBE package |
+/// | [`Hash::slot_table`] | slot table | SCMA (arXiv 2103.06124), or an allocation of your own |
+///
+/// The last three read a tensor of the rows, which a layer keeps beside `hashed_weight`: [`Hash::row_tensor`] has its name. See
+/// [`HashedEmbeddingBag::with_row_tensor`](crate::HashedEmbeddingBag::with_row_tensor).
 ///
 /// The structs of the families have all settings, such as the seed: `Balanced { seed: 7, ..Balanced::new(16) }.into()`.
 ///
@@ -76,6 +102,12 @@ pub enum Hash {
     Mix(Mix),
     /// Linear in row and block, as in HashedEmbeddingBag and ROBE.
     Affine(Affine),
+    /// By keys of the row's signature, as in the ROBE package.
+    Lma(Lma),
+    /// By keys of the row's signature.
+    Semantic(Semantic),
+    /// Wherever a table says.
+    SlotTable(SlotTable),
 }
 
 impl From<Balanced> for Hash {
@@ -93,6 +125,24 @@ impl From<Mix> for Hash {
 impl From<Affine> for Hash {
     fn from(hash: Affine) -> Self {
         Self::Affine(hash)
+    }
+}
+
+impl From<Lma> for Hash {
+    fn from(hash: Lma) -> Self {
+        Self::Lma(hash)
+    }
+}
+
+impl From<Semantic> for Hash {
+    fn from(hash: Semantic) -> Self {
+        Self::Semantic(hash)
+    }
+}
+
+impl From<SlotTable> for Hash {
+    fn from(hash: SlotTable) -> Self {
+        Self::SlotTable(hash)
     }
 }
 
@@ -186,41 +236,99 @@ impl Hash {
         Self::affine(embedding_dim as u64, 0, 0, u64::MAX, embedding_dim)
     }
 
+    /// Rows that are used alike share blocks, for example items that the same users have seen: those whose signatures agree in two
+    /// keys of 16 bits; signed, with seed 0. See [`Semantic`], and [`semantic`](crate::semantic) for signatures.
+    pub const fn semantic(block: usize) -> Self {
+        Self::Semantic(Semantic::new(block))
+    }
+
+    /// The hash of a module of the ROBE package with `hmode="lma_hash"` and these `random_numbers` (its buffer, of which those up to
+    /// position `10 + 2 * keys_to_use` matter), `key_bits` (4), `keys_to_use` (8) and `block` columns per hash (its
+    /// `uma_chunk_size`).
+    ///
+    /// A layer whose columns could overflow the original's signed arithmetic is refused when it is built.
+    ///
+    /// # Errors
+    /// Zero `key_bits` or `keys_to_use`; `key_bits * keys_to_use` above 32, for which that arithmetic could overflow; more than 20
+    /// keys; fewer numbers than these need, or one outside `0..2^31`; or a block outside `1..=2^24`.
+    pub fn lma(
+        random_numbers: &[i64],
+        key_bits: usize,
+        keys_to_use: usize,
+        block: usize,
+    ) -> Result<Self> {
+        let hash = Lma::new(random_numbers, key_bits, keys_to_use, block);
+        let hash = hash.map(Self::Lma).and_then(|hash| {
+            hash.check()?;
+            Ok(hash)
+        });
+        hash.map_err(error)
+    }
+
+    /// Each block of `block` columns of a row wherever the table of a layer says. See [`SlotTable`].
+    pub const fn slot_table(block: usize) -> Self {
+        Self::SlotTable(SlotTable { block })
+    }
+
+    /// The name of the tensor of the rows that a layer with this hash keeps beside `hashed_weight`, if it needs one:
+    ///
+    /// * `signatures`, i64, `(rows,)`, for [`Semantic`] and [`Lma`];
+    /// * `slot_table`, u32, `(rows, column_blocks)`, for [`SlotTable`].
+    pub const fn row_tensor(&self) -> Option<&'static str> {
+        match self {
+            Self::Lma(_) | Self::Semantic(_) => Some("signatures"),
+            Self::SlotTable(_) => Some("slot_table"),
+            Self::Balanced(_) | Self::Mix(_) | Self::Affine(_) => None,
+        }
+    }
+
     /// How many consecutive columns share one hash.
     pub const fn block(&self) -> usize {
         match self {
             Self::Balanced(Balanced { block, .. })
             | Self::Mix(Mix { block, .. })
-            | Self::Affine(Affine { block, .. }) => *block,
+            | Self::Affine(Affine { block, .. })
+            | Self::Semantic(Semantic { block, .. })
+            | Self::SlotTable(SlotTable { block }) => *block,
+            Self::Lma(lma) => lma.block(),
         }
     }
 
     /// Whether values carry a sign.
     pub const fn signed(&self) -> bool {
         match self {
-            Self::Balanced(Balanced { signed, .. }) | Self::Mix(Mix { signed, .. }) => *signed,
-            Self::Affine(_) => false,
+            Self::Balanced(Balanced { signed, .. })
+            | Self::Mix(Mix { signed, .. })
+            | Self::Semantic(Semantic { signed, .. }) => *signed,
+            Self::Affine(_) | Self::Lma(_) | Self::SlotTable(_) => false,
         }
     }
 
-    /// The slot of virtual element `(row, column)` in a `hashed_weight` of `len` values, and its sign (`1` or `-1`).
+    /// The slot of virtual element `(row, column)` in a `hashed_weight` of `len` values, and its sign (`1` or `-1`). For
+    /// [`Semantic`] and [`Lma`], `row` is the signature of the row.
     ///
     /// `row` may be any `i64`, as it may be with [`BoundsCheck::Off`](crate::BoundsCheck::Off).
     ///
     /// # Errors
-    /// Those of [`Hash::check_len`].
+    /// Those of [`Hash::check_len`], and a [`SlotTable`], whose slots are in its tensor.
     pub fn slot(&self, row: i64, column: usize, len: usize) -> Result<(usize, i8)> {
         let slots = self.slots(len)?;
         let block = self.block();
         let (column_block, within) = ((column / block) as u64, column % block);
-        let (start, signs) = match slots {
-            Slots::Balanced(slots) | Slots::Mix(slots) => {
-                let (mut place, mut signs) = ([0], [0]);
-                let column_block = slots.column_block(column_block);
-                slots.locate(&[row as u64], &[column_block], &mut place, &mut signs);
-                (slots.slot(place[0], block), signs[0])
+        // The signature of row 0.
+        let (signatures, row_0) = ([row], 0);
+        let (rows, row) = match slots {
+            Slots::Lma(_) | Slots::Semantic(..) => (RowValues::Signatures(&signatures), row_0),
+            Slots::SlotTable(_) => bail!("the slots of a slot table are known to a layer only"),
+            Slots::Affine(slots) => {
+                let start = slots.plain_slot(row as u64, column_block);
+                return Ok((start + within, 1));
             }
-            Slots::Affine(slots) => (slots.plain_slot(row as u64, column_block), 0),
+            Slots::Mix(_) | Slots::Balanced(_) => (RowValues::None, row as u64),
+        };
+        let (start, signs) = match slots.with_rows(rows)? {
+            Located::Blocks(hash) => locate_one(hash, row, column_block),
+            Located::Starts(hash) => locate_one(hash, row, column_block),
         };
         let negative = within < 32 && (signs >> within) & 1 == 1;
         Ok((start + within, if negative { -1 } else { 1 }))
@@ -230,7 +338,9 @@ impl Hash {
     ///
     /// # Errors
     /// * any hash: a block outside `1..=2^24`, or a `len` smaller than one block;
-    /// * balanced and mix: a signed block above 32, a `len` that is not a multiple of the block or holds 2^32 blocks or more;
+    /// * balanced, mix, semantic and slot table: a signed block above 32, a `len` that is not a multiple of the block or holds 2^32
+    ///   blocks or more;
+    /// * semantic: `key_bits` or `keys_to_use` out of range;
     /// * affine: a modulus of 0.
     pub fn check_len(&self, len: usize) -> Result<()> {
         self.check().map_err(error)?;
@@ -271,6 +381,9 @@ impl Hash {
             Self::Affine(affine) if affine.overflows(num_embeddings, embedding_dim) => bail!(
                 "{num_embeddings} rows of {embedding_dim} columns overflow the signed 64-bit arithmetic of this hash"
             ),
+            Self::Lma(lma) if lma.overflows(embedding_dim) => {
+                bail!("{embedding_dim} columns overflow the signed 64-bit arithmetic of this hash")
+            }
             _ => Ok(()),
         }
     }
@@ -282,14 +395,20 @@ impl Hash {
             Self::Balanced(hash) => Slots::Balanced(hash.bind(len)),
             Self::Mix(hash) => Slots::Mix(hash.bind(len)),
             Self::Affine(hash) => Slots::Affine(hash.bind(len)),
+            Self::Lma(hash) => Slots::Lma(hash.bind(len)),
+            Self::Semantic(hash) => {
+                let (slots, keys) = hash.bind(len);
+                Slots::Semantic(slots, keys)
+            }
+            Self::SlotTable(hash) => Slots::SlotTable(hash.bind(len)),
         })
     }
 
     /// Whether every block starts at a multiple of its length.
     fn is_aligned(&self) -> bool {
         match self {
-            Self::Balanced(_) | Self::Mix(_) => true,
-            Self::Affine(_) => false,
+            Self::Balanced(_) | Self::Mix(_) | Self::Semantic(_) | Self::SlotTable(_) => true,
+            Self::Affine(_) | Self::Lma(_) => false,
         }
     }
 
@@ -299,11 +418,12 @@ impl Hash {
         if block == 0 || block > MAX_BLOCK {
             return Err(format!("block must lie in 1..={MAX_BLOCK}, got {block}"));
         }
+        // One hash carries 32 sign bits.
+        if self.signed() && block > 32 {
+            return Err(format!("a signed block must be at most 32, got {block}"));
+        }
         match self {
-            // One hash carries 32 sign bits.
-            Self::Balanced(_) | Self::Mix(_) if self.signed() && block > 32 => {
-                Err(format!("a signed block must be at most 32, got {block}"))
-            }
+            Self::Semantic(hash) => hash.check(),
             Self::Affine(Affine { modulus: 0, .. }) => {
                 Err("the modulus of an affine hash must be at least 1, got 0".into())
             }
@@ -319,19 +439,77 @@ const MAX_BLOCK: usize = 1 << 24;
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Slots {
     Affine(AffineSlots),
+    Lma(LmaSlots),
     Mix(BlockSlots),
     Balanced(BlockSlots),
+    Semantic(BlockSlots, Keys),
+    SlotTable(BlockSlots),
+}
+
+/// What a hash reads of each row, on the CPU.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum RowValues<'a> {
+    None,
+    Signatures(&'a [i64]),
+    SlotTable { blocks: &'a [u32], row_len: usize },
+}
+
+/// A bound hash with what it reads of each row, in the form of the CPU loops.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Located<'a> {
+    Blocks(BlockRows<'a>),
+    Starts(StartRows<'a>),
 }
 
 impl Slots {
     /// Consecutive columns that share a hash.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub fn block(&self) -> usize {
-        match self {
-            Self::Affine(slots) => slots.block as usize,
-            Self::Mix(slots) | Self::Balanced(slots) => slots.block(),
-        }
+        let block = match self {
+            Self::Affine(slots) => slots.block,
+            Self::Lma(slots) => slots.block,
+            Self::Mix(slots)
+            | Self::Balanced(slots)
+            | Self::Semantic(slots, _)
+            | Self::SlotTable(slots) => slots.block,
+        };
+        block as usize
     }
+
+    /// Adds what the hash reads of each row.
+    pub fn with_rows<'a>(&self, rows: RowValues<'a>) -> Result<Located<'a>> {
+        let blocks = |slots, family| Located::Blocks(BlockRows { slots, family });
+        Ok(match (*self, rows) {
+            (Self::Affine(slots), RowValues::None) => {
+                Located::Starts(StartRows::Affine(slots.into()))
+            }
+            (Self::Lma(slots), RowValues::Signatures(of @ [_, ..])) => {
+                Located::Starts(StartRows::Lma(LmaRows::new(slots, of)))
+            }
+            (Self::Mix(slots), RowValues::None) => blocks(slots, BlockFamily::Mix),
+            (Self::Balanced(slots), RowValues::None) => blocks(slots, BlockFamily::Balanced),
+            (Self::Semantic(slots, keys), RowValues::Signatures(of @ [_, ..])) => {
+                blocks(slots, BlockFamily::Semantic(of, keys))
+            }
+            (
+                Self::SlotTable(slots),
+                RowValues::SlotTable {
+                    blocks: table,
+                    row_len,
+                },
+            ) if (1..=table.len()).contains(&row_len) => {
+                blocks(slots, BlockFamily::SlotTable(table, row_len))
+            }
+            _ => bail!("the hash and its row tensor do not go together"),
+        })
+    }
+}
+
+/// The first slot of one column block of one row, and its signs.
+fn locate_one<H: Locate>(hash: H, row: u64, column_block: u64) -> (usize, u32) {
+    let (mut place, mut signs) = ([H::Place::default()], [0]);
+    let columns = hash.column_block(column_block);
+    hash.locate(&[row], &[columns], &mut place, &mut signs);
+    (hash.slot(place[0], hash.block()), signs[0])
 }
 
 /// The most rows that [`Locate::locate`] takes at once.

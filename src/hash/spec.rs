@@ -1,6 +1,6 @@
 //! The JSON form of a hash, as in a checkpoint.
 
-use super::{Affine, Balanced, Hash, Mix, Overflow};
+use super::{Affine, Balanced, Hash, Lma, Mix, Overflow, Semantic, SlotTable};
 use serde::{Deserialize, Serialize};
 use std::ops::Not;
 
@@ -25,6 +25,21 @@ pub(super) enum HashSpec {
         #[serde(default, skip_serializing_if = "is_wrap")]
         overflow: Overflow,
     },
+    Lma {
+        random_numbers: Vec<i64>,
+        key_bits: usize,
+        keys_to_use: usize,
+        block: usize,
+    },
+    Semantic {
+        seed: u64,
+        key_bits: usize,
+        keys_to_use: usize,
+        block: usize,
+        signed: bool,
+    },
+    #[serde(rename = "slot_table")]
+    SlotTable { block: usize },
 }
 
 fn is_wrap(overflow: &Overflow) -> bool {
@@ -71,6 +86,26 @@ impl TryFrom<HashSpec> for Hash {
                 block,
                 overflow,
             }),
+            HashSpec::Lma {
+                random_numbers,
+                key_bits,
+                keys_to_use,
+                block,
+            } => Self::Lma(Lma::new(&random_numbers, key_bits, keys_to_use, block)?),
+            HashSpec::Semantic {
+                seed,
+                key_bits,
+                keys_to_use,
+                block,
+                signed,
+            } => Self::Semantic(Semantic {
+                seed,
+                key_bits,
+                keys_to_use,
+                block,
+                signed,
+            }),
+            HashSpec::SlotTable { block } => Self::SlotTable(SlotTable { block }),
         };
         hash.check().map(|()| hash)
     }
@@ -114,6 +149,26 @@ impl From<Hash> for HashSpec {
                 block,
                 overflow,
             },
+            Hash::Lma(lma) => Self::Lma {
+                random_numbers: lma.random_numbers().iter().map(|&r| r.into()).collect(),
+                key_bits: lma.key_bits(),
+                keys_to_use: lma.keys_to_use(),
+                block: lma.block(),
+            },
+            Hash::Semantic(Semantic {
+                seed,
+                key_bits,
+                keys_to_use,
+                block,
+                signed,
+            }) => Self::Semantic {
+                seed,
+                key_bits,
+                keys_to_use,
+                block,
+                signed,
+            },
+            Hash::SlotTable(SlotTable { block }) => Self::SlotTable { block },
         }
     }
 }
@@ -146,6 +201,21 @@ mod tests {
                 robe,
                 r#"{"kind":"affine","a":3,"b":5,"c":7,"modulus":11,"block":2,"overflow":"refuse"}"#,
             ),
+            (
+                Hash::lma(
+                    &[11, 7, 5, 3, 0, 0, 0, 0, 0, 0, 0, 13, 17, 19, 23, 29],
+                    16,
+                    2,
+                    8,
+                )
+                .unwrap(),
+                r#"{"kind":"lma","random_numbers":[11,7,5,3,0,0,0,0,0,0,0,13,17,19,23],"key_bits":16,"keys_to_use":2,"block":8}"#,
+            ),
+            (
+                Hash::semantic(16),
+                r#"{"kind":"semantic","seed":0,"key_bits":16,"keys_to_use":2,"block":16,"signed":true}"#,
+            ),
+            (Hash::slot_table(4), r#"{"kind":"slot_table","block":4}"#),
         ] {
             assert_eq!(serde_json::to_string(&hash).unwrap(), json);
             assert_eq!(serde_json::from_str::<Hash>(json).unwrap(), hash);
@@ -176,6 +246,22 @@ mod tests {
                 "invalid value: integer `-1`",
             ),
             (r#"{"kind":"balanced"}"#, "unknown variant `balanced`"),
+            (
+                r#"{"kind":"semantic","seed":0,"key_bits":24,"keys_to_use":2,"block":16,"signed":true}"#,
+                "key_bits of a semantic hash must be 1, 2, 4, 8, 16 or 32, got 24",
+            ),
+            (
+                r#"{"kind":"semantic","seed":0,"key_bits":16,"keys_to_use":5,"block":16,"signed":true}"#,
+                "keys_to_use of a semantic hash must lie in 1..=4 where keys have 16 bits, got 5",
+            ),
+            (
+                r#"{"kind":"lma","random_numbers":[11,7,5,3],"key_bits":4,"keys_to_use":8,"block":1}"#,
+                "LMA with keys_to_use 8 has at least 27 random_numbers, got 4",
+            ),
+            (
+                r#"{"kind":"slot_table","block":0}"#,
+                "block must lie in 1..=16777216, got 0",
+            ),
         ] {
             let got = serde_json::from_str::<Hash>(json).unwrap_err().to_string();
             assert!(got.contains(message), "{json}: {got}");

@@ -1,4 +1,4 @@
-//! State dicts of PyTorch, read without Python: layers trained with HashedEmbeddingBag or ROBE give the same numbers here.
+//! State dicts of PyTorch, read without Python: layers trained with HashedEmbeddingBag, ROBE, LMA or SCMA give the same numbers here.
 //!
 //! | trained as | import with |
 //! |---|---|
@@ -6,6 +6,8 @@
 //! | `HashedEmbedding` of HashedEmbeddingBag | [`StateDict::hashed_embedding`] |
 //! | `HashedEmbeddingBag` and `HashedEmbeddingCPU` of ROBE | [`StateDict::robe`] |
 //! | the DLRM of ROBE's authors: many of these over one parameter | [`StateDict::robe_dlrm`] |
+//! | `HashedEmbeddingBag` of the ROBE package with `hmode="lma_hash"` | [`StateDict::lma`] |
+//! | the DLRM of SCMA's authors | [`StateDict::scma`] |
 //! | the rest of a model | [`StateDict::take`] |
 //!
 //! [`checkpoint::save`](crate::checkpoint::save) then writes a file that needs none of this. An `nn.EmbeddingBag` that was not
@@ -33,7 +35,10 @@
 mod pickle;
 mod pth;
 mod robe;
+mod semantic;
 mod source;
+
+pub use semantic::{scma_table, LmaModule};
 
 use crate::checkpoint::file::{join, TensorInfo};
 use crate::config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig};

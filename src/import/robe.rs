@@ -11,9 +11,9 @@ use safetensors::View;
 use std::collections::BTreeSet;
 
 /// Entries of ROBE's modules, besides `hashed_weight`.
-const WEIGHT: &str = "weight";
-const RANDOM_NUMBERS: &str = "random_numbers";
-const SIGNATURE: &str = "signature";
+pub(super) const WEIGHT: &str = "weight";
+pub(super) const RANDOM_NUMBERS: &str = "random_numbers";
+pub(super) const SIGNATURE: &str = "signature";
 
 /// The value that a helper tensor of ROBE's CPU module holds for a column, given the chunk size and `random_numbers`.
 type Helper = fn(column: i64, chunk: i64, numbers: &[i64]) -> i64;
@@ -43,7 +43,7 @@ impl Module {
     }
 
     /// The keys under which the parameter exists.
-    fn parameters(&self) -> impl Iterator<Item = String> + '_ {
+    pub(super) fn parameters(&self) -> impl Iterator<Item = String> + '_ {
         let names = [HASHED_WEIGHT, WEIGHT].into_iter();
         names
             .filter(|name| self.has(name))
@@ -61,7 +61,8 @@ impl StateDict {
     ///
     /// `uma_chunk_size` is the module's, 1 by default; its `val_offset` is `config.first_row`. The hash is [`Hash::robe`];
     /// leave `config.hash` at `None`. ROBE sums bags or looks up single rows; for the latter, use `HashedEmbedding::from(layer)`.
-    /// Its other hashes, `lma_hash` and `keymode_static_pm`, and its later `RobezEmbedding` are not supported.
+    /// Of its other hashes, `lma_hash` is read by [`lma`](Self::lma); `keymode_static_pm` and the later `RobezEmbedding` are not
+    /// supported.
     ///
     /// # Errors
     /// [What is refused](Self#what-is-refused), and the errors of [`Hash::robe`] and [`HashedEmbeddingBag::new`].
@@ -178,7 +179,7 @@ impl StateDict {
         let numbers = self.integers(&key, 51)?;
         let signature = module.key(SIGNATURE);
         if self.integers(&signature, 2)? != [0, 0] {
-            bail!("import: {signature} must be [0, 0], what it is unless the hash is lma_hash");
+            bail!("import: {signature} must be [0, 0], what it is unless the hash is lma_hash, which StateDict::lma reads");
         }
         Ok(numbers)
     }
@@ -213,7 +214,7 @@ impl StateDict {
     }
 
     /// An i64 entry of shape `(len,)`.
-    fn integers(&self, key: &str, len: usize) -> Result<Vec<i64>> {
+    pub(super) fn integers(&self, key: &str, len: usize) -> Result<Vec<i64>> {
         let tensor = self.load(key, &Device::Cpu)?;
         if tensor.dtype() != DType::I64 || tensor.dims() != [len] {
             bail!(
@@ -226,7 +227,7 @@ impl StateDict {
     }
 
     /// The parameter, of which all `keys` must be names, and the first key. Without any keys, `name` is reported missing.
-    fn parameter(
+    pub(super) fn parameter(
         &self,
         mut keys: impl Iterator<Item = String>,
         name: &str,

@@ -6,6 +6,7 @@ use crate::bounds::BoundsCheck;
 use crate::error::bail;
 use crate::hash::Slots;
 use crate::low_bit::LowBit;
+use crate::row_tensor::RowTensor;
 use crate::tables::Tables;
 use candle_core::{DType, Result, Tensor};
 use std::sync::Arc;
@@ -26,9 +27,16 @@ pub(crate) struct Table {
     pub sparse_gradient: Option<SparseGradient>,
     /// What the values of `hashed_weight` mean, if they are packed bytes.
     pub low_bit: Option<LowBit>,
+    /// What the hash reads of each row, if it does.
+    pub row_tensor: Option<RowTensor>,
 }
 
 impl Table {
+    /// The tensor that the hash reads, if it does.
+    pub(super) fn row_tensor(&self) -> Option<&Tensor> {
+        self.row_tensor.as_ref().map(RowTensor::tensor)
+    }
+
     /// Whether `row` counts in its bag; padding does not.
     pub(super) fn counts(&self, row: i64) -> bool {
         Some(row) != self.padding_idx

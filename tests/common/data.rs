@@ -2,7 +2,8 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 use candle_hashed_embedding_bag::{
-    Balanced, BoundsCheck, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode,
+    Balanced, BoundsCheck, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection,
+    HashedEmbeddingBagConfig, Mix, Mode, Semantic,
 };
 
 pub const DTYPES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::F64];
@@ -116,14 +117,89 @@ pub fn unlike_the_default() -> HashedEmbeddingBagConfig {
     }
 }
 
-/// A layer on this `hashed_weight`; it trains where that is the tensor of a variable.
+/// A layer on this `hashed_weight`, with a [`row_tensor`] if its hash needs one; it trains where `hashed_weight` is the tensor of a
+/// variable.
 pub fn layer(
     hashed_weight: &Tensor,
     num_embeddings: usize,
     embedding_dim: usize,
     config: HashedEmbeddingBagConfig,
 ) -> Result<HashedEmbeddingBag> {
-    HashedEmbeddingBag::new(hashed_weight.clone(), num_embeddings, embedding_dim, config)
+    let (weight, rows) = (hashed_weight.clone(), config.first_row + num_embeddings);
+    match row_tensor(&config, rows, embedding_dim, hashed_weight)? {
+        None => HashedEmbeddingBag::new(weight, num_embeddings, embedding_dim, config),
+        Some(tensor) => HashedEmbeddingBag::with_row_tensor(
+            weight,
+            &tensor,
+            num_embeddings,
+            embedding_dim,
+            config,
+        ),
+    }
+}
+
+/// A collection on this `hashed_weight`, with a [`row_tensor`] if its hash needs one.
+pub fn collection<const N: usize>(
+    hashed_weight: &Tensor,
+    tables: [(&str, usize); N],
+    embedding_dim: usize,
+    config: HashedEmbeddingBagConfig,
+) -> Result<HashedEmbeddingBagCollection> {
+    let (weight, rows) = (
+        hashed_weight.clone(),
+        tables.iter().map(|(_, rows)| rows).sum(),
+    );
+    match row_tensor(&config, rows, embedding_dim, hashed_weight)? {
+        None => HashedEmbeddingBagCollection::new(weight, tables, embedding_dim, config),
+        Some(tensor) => HashedEmbeddingBagCollection::with_row_tensor(
+            weight,
+            &tensor,
+            tables,
+            embedding_dim,
+            config,
+        ),
+    }
+}
+
+/// What a hash that reads a row tensor finds in it for a row: any bits, among which all parts of a word vary.
+pub fn signature(row: i64) -> i64 {
+    let x = (row as u64 + 1).wrapping_mul(0xD6E8_FEB8_6659_FD93);
+    (x ^ (x >> 32)).wrapping_mul(0xA076_1D64_78BD_642F) as i64
+}
+
+/// What a slot table has for a column block of a row.
+pub fn table_entry(row: i64, column_block: usize, num_blocks: usize) -> usize {
+    let x = signature(row) as u64 ^ (column_block as u64).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    ((x ^ (x >> 29)) % num_blocks as u64) as usize
+}
+
+/// The row tensor of so many rows for the hash of a configuration, if it needs one: of [`signature`] or [`table_entry`], on the
+/// device of `hashed_weight`.
+pub fn row_tensor(
+    config: &HashedEmbeddingBagConfig,
+    rows: usize,
+    embedding_dim: usize,
+    hashed_weight: &Tensor,
+) -> Result<Option<Tensor>> {
+    let Some((hash, name)) = config
+        .hash
+        .and_then(|hash| Some((hash, hash.row_tensor()?)))
+    else {
+        return Ok(None);
+    };
+    let (rows, num_blocks) = (0..rows as i64, hashed_weight.elem_count() / hash.block());
+    let tensor = match name {
+        "signatures" => Tensor::from_iter(rows.map(signature), &Device::Cpu)?,
+        _ => {
+            let column_blocks = embedding_dim.div_ceil(hash.block());
+            let shape = (rows.end as usize, column_blocks);
+            let entries = rows.flat_map(|row| {
+                (0..column_blocks).map(move |i| table_entry(row, i, num_blocks.max(1)) as u32)
+            });
+            Tensor::from_iter(entries, &Device::Cpu)?.reshape(shape)?
+        }
+    };
+    tensor.to_device(hashed_weight.device()).map(Some)
 }
 
 pub const SIGNED: bool = true;
@@ -159,6 +235,30 @@ pub fn robe(chunk_size: usize) -> Hash {
     Hash::robe(&ROBE_NUMBERS, chunk_size).expect("a valid hash")
 }
 
+/// The random numbers of the ROBE package with the default seed, as far as LMA with 12 keys uses them.
+pub const LMA_NUMBERS: [i64; 35] = [
+    2038074743, 634329019, 1825252241, 871205356, 80759397, 1857946201, 679088993, 343857360,
+    425474381, 538847776, 1086915907, 369480626, 585176928, 1830667799, 17682904, 42749099,
+    642135753, 666118921, 852289015, 1807511361, 400946194, 961960675, 1717623355, 348735301,
+    1908929968, 1392981797, 1360581189, 1828438555, 1817122323, 2000861453, 1801692958, 1281466102,
+    667742013, 855380150, 891042863,
+];
+
+/// The hash of an LMA module with the default seed.
+pub fn lma(key_bits: usize, keys_to_use: usize, chunk_size: usize) -> Hash {
+    Hash::lma(&LMA_NUMBERS, key_bits, keys_to_use, chunk_size).expect("a valid hash")
+}
+
+pub fn semantic(key_bits: usize, keys_to_use: usize, block: usize, signed: bool) -> Hash {
+    Hash::from(Semantic {
+        seed: 3,
+        key_bits,
+        keys_to_use,
+        block,
+        signed,
+    })
+}
+
 /// A plain table: no two values share a slot.
 pub fn identity(embedding_dim: usize) -> Hash {
     Hash::identity(embedding_dim)
@@ -182,6 +282,14 @@ pub fn every_hash() -> Vec<Hash> {
         balanced(2, 16, SIGNED),
         balanced(3, 32, SIGNED),
         mix(4, 64, UNSIGNED),
+        lma(4, 8, 1),
+        lma(2, 12, 8),
+        semantic(16, 2, 1, SIGNED),
+        semantic(4, 3, 4, UNSIGNED),
+        semantic(8, 8, 16, SIGNED),
+        Hash::slot_table(1),
+        Hash::slot_table(8),
+        Hash::slot_table(16),
     ]
 }
 

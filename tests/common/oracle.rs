@@ -3,13 +3,28 @@
 //! It knows nothing of the crate but its configuration types. It hashes with 128-bit integers and plain remainders, then
 //! gathers, signs and pools with candle's own differentiable operations, in f64 on the CPU.
 
-use super::{assert_equal, config, floats, integers, layer, offsets_of, Draws};
+use super::{
+    assert_equal, config, floats, integers, layer, offsets_of, signature, table_entry, Draws,
+};
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
-    Balanced, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode,
+    Balanced, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode, Semantic,
 };
 
-/// The slot and sign of a virtual element, straight from the formulas.
+/// The slot and sign of a virtual element of a layer with the row tensor of the tests.
+pub fn naive_element(hash: &Hash, row: i64, column: usize, len: usize) -> (usize, f64) {
+    let block = hash.block();
+    match hash.row_tensor() {
+        None => naive_slot(hash, row, column, len),
+        Some("signatures") => naive_slot(hash, signature(row), column, len),
+        Some(_) => {
+            let start = table_entry(row, column / block, len / block) * block;
+            (start + column % block, 1.0)
+        }
+    }
+}
+
+/// The slot and sign of a virtual element, straight from the formulas. For hashes of signatures, `row` is one.
 pub fn naive_slot(hash: &Hash, row: i64, column: usize, len: usize) -> (usize, f64) {
     let (block, mod64) = (hash.block() as u128, 1u128 << 64);
     let (row, column_block) = (u128::from(row as u64), column as u128 / block);
@@ -23,7 +38,22 @@ pub fn naive_slot(hash: &Hash, row: i64, column: usize, len: usize) -> (usize, f
             let start = sum % u128::from(h.modulus) % (len as u128 - block + 1);
             ((start + within) as usize, 1.0)
         }
-        Hash::Mix(Mix { seed, signed, .. }) | Hash::Balanced(Balanced { seed, signed, .. }) => {
+        Hash::Lma(lma) => {
+            let r: Vec<u128> = lma.random_numbers().iter().map(|&r| r.into()).collect();
+            let bits = lma.key_bits();
+            let key = |position: u128| (row >> (position as usize * bits)) % (1 << bits);
+            let selected = (0..lma.keys_to_use()).map(|t| {
+                let sum = (r[11 + 2 * t] * column_block % mod64 + r[12 + 2 * t]) % mod64;
+                key(sum % r[0] % (64 / bits as u128 - 1)) << (t * bits)
+            });
+            let x = selected.fold(0, |x, key| x ^ key);
+            let sum = (x * r[3] + column_block * r[2] % mod64 + r[1]) % mod64;
+            let start = sum % r[0] % (len as u128 - block + 1);
+            ((start + within) as usize, 1.0)
+        }
+        Hash::Mix(Mix { seed, signed, .. })
+        | Hash::Balanced(Balanced { seed, signed, .. })
+        | Hash::Semantic(Semantic { seed, signed, .. }) => {
             let finalize = |h: u128| {
                 let h = (h ^ (h >> 30)) * 0xBF58_476D_1CE4_E5B9 % mod64;
                 let h = (h ^ (h >> 27)) * 0x94D0_49BB_1331_11EB % mod64;
@@ -45,7 +75,18 @@ pub fn naive_slot(hash: &Hash, row: i64, column: usize, len: usize) -> (usize, f
                 let stride = (7..).find(|&stride| !shares_a_divisor(stride)).unwrap();
                 ((y * stride + turn) % mod32, signs ^ (signs >> 16))
             } else {
-                let h = finalize((start + row) % mod64);
+                let hashed = match hash {
+                    Hash::Semantic(h) => {
+                        let keys = 64 / h.key_bits;
+                        let selected =
+                            (0..h.keys_to_use).map(|t| (column_block as usize + t) % keys);
+                        let bits =
+                            |key: usize| (mod64 - 1) >> (64 - h.key_bits) << (key * h.key_bits);
+                        row & selected.fold(0, |all, key| all | bits(key))
+                    }
+                    _ => row,
+                };
+                let h = finalize((start + hashed) % mod64);
                 (h >> 32, h)
             };
             let start = ((fraction * num_blocks) >> 32) * block;
@@ -365,9 +406,13 @@ impl Case {
     /// A row of the virtual table.
     fn row(&self, hashed_weight: &Tensor, row: i64) -> Result<Tensor> {
         // Wraps for rows outside every table, which BoundsCheck::Off lets through.
-        let row = row.wrapping_add(self.table.first_row as i64);
+        let mut row = row.wrapping_add(self.table.first_row as i64);
+        if self.table.hash.row_tensor().is_some() {
+            let end = self.table.first_row + self.table.num_embeddings;
+            row = (row as u64).min(end as u64 - 1) as i64;
+        }
         let (slots, signs): (Vec<u32>, Vec<f64>) = (0..self.table.embedding_dim)
-            .map(|column| naive_slot(&self.table.hash, row, column, self.hashed_weight.len()))
+            .map(|column| naive_element(&self.table.hash, row, column, self.hashed_weight.len()))
             .map(|(slot, sign)| (slot as u32, sign))
             .unzip();
         let slots = Tensor::new(slots, &Device::Cpu)?;

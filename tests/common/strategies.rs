@@ -6,7 +6,9 @@
 use super::{cuda, floats, integers, robe, Case, Draws, Form, Results, Table, DTYPES};
 use super::{INDEX_DTYPES, MODES};
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
-use candle_hashed_embedding_bag::{Bits, Gradient, Hash, HashedEmbeddingBag, Mode, Overflow};
+use candle_hashed_embedding_bag::{
+    Bits, Gradient, Hash, HashedEmbeddingBag, Mode, Overflow, Semantic,
+};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{TestCaseError, TestRunner};
@@ -61,7 +63,7 @@ pub fn numbers() -> impl Strategy<Value = u64> {
 }
 
 /// A hash for rows of `embedding_dim` columns. ROBE's hashes accept tables of up to 2^31 rows.
-pub fn hashes(embedding_dim: usize) -> impl Strategy<Value = Hash> {
+pub fn hashes(embedding_dim: usize) -> BoxedStrategy<Hash> {
     let blocks = || prop_oneof![Just(1), Just(4), Just(8), Just(16), Just(32), 1..=40usize];
     let factors = (numbers(), numbers(), numbers(), numbers());
     prop_oneof![
@@ -86,7 +88,35 @@ pub fn hashes(embedding_dim: usize) -> impl Strategy<Value = Hash> {
             block
         )),
         (vec(1..1i64 << 31, 4), blocks()).prop_map(|(r, block)| Hash::robe(&r, block).unwrap()),
+        hashes_of_rows(),
     ]
+    .boxed()
+}
+
+/// A hash that reads a row tensor.
+fn hashes_of_rows() -> BoxedStrategy<Hash> {
+    let blocks = || prop_oneof![Just(1), Just(4), Just(8), Just(16), Just(32), 1..=40usize];
+    // Below 2^30, so that sums of no column overflow.
+    let numbers_of_lma = || vec(1..1i64 << 30, 51);
+    let keys = (1..=32usize).prop_flat_map(|bits| (Just(bits), 1..=(32 / bits).min(20)));
+    let semantic = (0..6u32, any::<u32>(), numbers(), blocks(), any::<bool>());
+    prop_oneof![
+        (numbers_of_lma(), keys, blocks())
+            .prop_map(|(r, (bits, keys), block)| Hash::lma(&r, bits, keys, block).unwrap()),
+        semantic.prop_map(|(log2_bits, keys, seed, block, signed)| {
+            let key_bits = 1 << log2_bits;
+            Hash::from(Semantic {
+                seed,
+                key_bits,
+                keys_to_use: 1 + keys as usize % (64 / key_bits),
+                block,
+                signed: signed && block <= 32,
+            })
+        }),
+        blocks().prop_map(Hash::slot_table),
+    ]
+    // A debug build would need more stack for all of them than a test has.
+    .boxed()
 }
 
 fn is_robe(hash: &Hash) -> bool {
@@ -96,8 +126,8 @@ fn is_robe(hash: &Hash) -> bool {
 /// A length of `hashed_weight` that suits the hash, and grows with `size`.
 pub fn len_for(hash: &Hash, size: usize) -> usize {
     match hash {
-        Hash::Mix(_) | Hash::Balanced(_) => hash.block() * (1 + size / hash.block()),
-        _ => hash.block() + size,
+        Hash::Affine(_) | Hash::Lma(_) => hash.block() + size,
+        _ => hash.block() * (1 + size / hash.block()),
     }
 }
 
@@ -128,6 +158,9 @@ pub fn tables() -> impl Strategy<Value = Table> {
             let (first_row, mode, padding_idx) = rest;
             let most = if is_robe(&hash) {
                 1 << 31
+            } else if hash.row_tensor().is_some() {
+                // These have memory for each row.
+                1000
             } else {
                 i64::MAX as usize
             };

@@ -2,7 +2,8 @@
 
     python3 tests/golden/hash_vectors.py     # needs nothing but Python; the tests only read the file
 
-Each vector is a hash, described as in a checkpoint, the length of `hashed_weight`, and elements `[row, column, slot, sign]`. The
+Each vector is a hash, described as in a checkpoint, the length of `hashed_weight`, and elements `[row, column, slot, sign]`; for
+hashes of signatures, the signature stands in the place of the row. The
 numbers come from the formulas in docs/format.md in Python's unbounded integers, so they share no code and no arithmetic with the
 crate.
 """
@@ -57,7 +58,27 @@ def mix(spec, row, column, length):
     return slot, -1 if spec["signed"] and signs >> within & 1 else 1
 
 
-FORMULAS = {"affine": affine, "mix": mix}
+def lma(spec, signature, column, length):
+    r, bits, block = spec["random_numbers"], spec["key_bits"], spec["block"]
+    i, x = column // block, 0
+    for t in range(spec["keys_to_use"]):
+        position = (r[11 + 2 * t] * i + r[12 + 2 * t]) % r[0] % (64 // bits - 1)
+        x ^= (signature >> bits * position & 2**bits - 1) << t * bits
+    return (x * r[3] + i * r[2] + r[1]) % r[0] % (length - block + 1) + column % block, 1
+
+
+def semantic(spec, signature, column, length):
+    block, bits = spec["block"], spec["key_bits"]
+    num_blocks, within, i = length // block, column % block, column // block
+    keys = [signature >> bits * k & 2**bits - 1 for k in range(64 // bits)]
+    selected = {(i + t) % len(keys) for t in range(spec["keys_to_use"])}
+    x = sum(key << bits * k for k, key in enumerate(keys) if k in selected)
+    h = finalise(finalise(spec["seed"]) + (i + 1) * GOLDEN + x & WORD)
+    slot = ((h >> 32) * num_blocks >> 32) * block + within
+    return slot, -1 if spec["signed"] and h >> within & 1 else 1
+
+
+FORMULAS = {"affine": affine, "mix": mix, "lma": lma, "semantic": semantic}
 
 
 def vector(spec, length, elements):
@@ -83,6 +104,18 @@ def elements(rows, columns):
 def ends_of_blocks(block, column_blocks):
     """The first and the last column of these blocks of columns."""
     return sorted({b * block + i for b in column_blocks for i in (0, block - 1)})
+
+
+# The `random_numbers` of LMA and ROBE by default: NumPy's RandomState(1024).randint(0, r[0], 50) after r[0].
+LMA_NUMBERS = [
+    2_038_074_743, 634_329_019, 1_825_252_241, 871_205_356, 80_759_397, 1_857_946_201, 679_088_993, 343_857_360,
+    425_474_381, 538_847_776, 1_086_915_907, 369_480_626, 585_176_928, 1_830_667_799, 17_682_904, 42_749_099,
+    642_135_753, 666_118_921, 852_289_015, 1_807_511_361, 400_946_194, 961_960_675, 1_717_623_355, 348_735_301,
+    1_908_929_968, 1_392_981_797, 1_360_581_189, 1_828_438_555, 1_817_122_323, 2_000_861_453, 1_801_692_958,
+    1_281_466_102, 667_742_013, 855_380_150, 891_042_863, 1_350_848_844, 1_649_242_629, 616_218_555, 55_336_518,
+    788_062_612, 278_737_588, 243_163_105, 1_493_390_320, 1_218_376_079, 856_629_825, 1_016_047_144, 1_703_267_098,
+    1_161_549_658, 628_776_731, 801_766_055, 106_811_102,
+]
 
 
 def affine_spec(a, b, c, modulus, block, **more):
@@ -147,6 +180,38 @@ def vectors():
         yield vector(spec, 32 * HALF, elements([123_456_789], range(32 * 7, 32 * 8)))
         spec = mix_spec(42, 5, True, balanced)
         yield vector(spec, 5 * HALF, elements(ROWS, FAR_COLUMNS))
+
+    # LMA with the default seed, and with other shapes of keys. It is defined where its signed arithmetic does not overflow.
+    signatures = [0, 1, 0x123456789ABCDEF0, 2**63 - 1, 0x0F0E0D0C0B0A0908, -1, -(2**63), -0x0123456789ABCDF]
+    columns = [0, 1, 5, 7, 8, 17, 31, 64, 127]
+    for length, block, bits, keys in (
+        (1_000_003, 1, 4, 8),
+        (1_000_003, 8, 4, 8),
+        (65_536, 16, 8, 4),
+        (4096, 4, 2, 12),
+        (1000, 3, 1, 20),
+        (1_000_003, 8, 32, 1),
+        (8, 8, 3, 10),
+        (2**60, 2, 5, 6),
+    ):
+        spec = {"kind": "lma", "random_numbers": LMA_NUMBERS[: 11 + 2 * keys]}
+        spec |= {"key_bits": bits, "keys_to_use": keys, "block": block}
+        yield vector(spec, length, elements(signatures, columns))
+
+    for seed, bits, keys, block, signed in (
+        (0, 16, 2, 1, True),
+        (7, 4, 8, 4, False),
+        (2**64 - 1, 8, 1, 16, True),
+        (1, 32, 2, 3, True),
+        (9, 1, 17, 8, True),
+        (4, 2, 32, 64, False),
+        (3, 16, 3, 32, True),
+    ):
+        spec = {"kind": "semantic", "seed": seed, "key_bits": bits, "keys_to_use": keys}
+        spec |= {"block": block, "signed": signed}
+        columns = ends_of_blocks(block, range(9))
+        for num_blocks in (1, 1024, 30_030):
+            yield vector(spec, num_blocks * block, elements(signatures, columns))
 
 
 def main():

@@ -15,6 +15,11 @@ NAME.expected.safetensors   indices, offsets, grad_output; of each mode its outp
 `embedding_bag` is torch.nn.EmbeddingBag itself, whose options this crate shares. `optimizers` is torch.optim: two parameters after
 each of 20 steps. `sparse_adam` is torch.optim.SparseAdam on the same parameters, with those of their gradients as sparse tensors that
 are not below 0.5.
+
+semantic.safetensors is not written here: it was computed from the formulas of LMA and SCMA in docs/format.md and src/semantic.rs, with
+NumPy and Python integers. `a.*`, `b.*` and `c.*` are layers of LMA, whose `config` is num_embeddings, embedding_dim, uma_chunk_size,
+key_bits, keys_to_use and the length of hashed_weight; their sums were taken in f64 and rounded to f32. `scma.*` is a table of SCMA with
+the records and random numbers that it was made of, as pairs of a row and a record.
 """
 
 from pathlib import Path

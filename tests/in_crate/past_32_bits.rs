@@ -35,6 +35,7 @@ fn table(hash: Hash, len: usize, embedding_dim: usize) -> Result<Table> {
         padding_idx: None,
         sparse_gradient: None,
         low_bit: None,
+        row_tensor: None,
     })
 }
 

@@ -1,7 +1,8 @@
 //! A collection of tables against the layers of its single tables, which the oracle vouches for.
 
 use crate::common::{
-    assert_equal, floats, integers, message, naive_slot, on_each_device, to_vec, Draws,
+    self, assert_equal, floats, integers, lma, message, naive_element, on_each_device, to_vec,
+    Draws,
 };
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
@@ -16,7 +17,7 @@ const BATCH: usize = 5;
 const PADDING: i64 = -7;
 const MODES: [Mode; 3] = [Mode::Sum, Mode::Mean, Mode::Max];
 
-fn hashes() -> [Hash; 3] {
+fn hashes() -> [Hash; 6] {
     [
         Hash::default_for(8),
         Hash::from(Mix {
@@ -25,6 +26,9 @@ fn hashes() -> [Hash; 3] {
             signed: false,
         }),
         Hash::original(),
+        lma(4, 8, 1),
+        Hash::semantic(4),
+        Hash::slot_table(2),
     ]
 }
 
@@ -124,12 +128,7 @@ fn a_table_is_the_rows_after_those_before_it() -> Result<()> {
     on_each_device(|device| {
         for hash in hashes() {
             let weight = weight(device)?;
-            let collection = HashedEmbeddingBagCollection::new(
-                weight.as_tensor().clone(),
-                TABLES,
-                8,
-                config(Mode::Sum, hash),
-            )?;
+            let collection = common::collection(&weight, TABLES, 8, config(Mode::Sum, hash))?;
             let values = to_vec(&weight)?;
             let mut first = 0;
             for (name, num_embeddings) in TABLES {
@@ -138,7 +137,8 @@ fn a_table_is_the_rows_after_those_before_it() -> Result<()> {
                 let row = num_embeddings as i64 - 1;
                 let out = layer.forward(&integers(&[row], DType::I64, device)?.reshape((1, 1))?)?;
                 let want = (0..8).map(|column| {
-                    let (slot, sign) = naive_slot(&hash, first as i64 + row, column, values.len());
+                    let (slot, sign) =
+                        naive_element(&hash, first as i64 + row, column, values.len());
                     sign * values[slot]
                 });
                 assert_eq!(to_vec(&out)?, want.collect::<Vec<_>>(), "{name} {hash:?}");
@@ -160,12 +160,7 @@ fn single_ids_are_rows_of_their_own_tables() -> Result<()> {
         for hash in hashes() {
             for index in [DType::U32, DType::I32, DType::I64] {
                 let weight = weight(device)?;
-                let collection = HashedEmbeddingBagCollection::new(
-                    weight.as_tensor().clone(),
-                    TABLES,
-                    8,
-                    config(Mode::Sum, hash),
-                )?;
+                let collection = common::collection(&weight, TABLES, 8, config(Mode::Sum, hash))?;
                 let ids = integers(&ids, index, device)?.reshape((BATCH, TABLES.len()))?;
                 let out = collection.forward(&ids)?;
                 let want = by_layer(&collection, &bags)?;
@@ -196,8 +191,7 @@ fn padded_and_jagged_bags_agree_with_the_layers() -> Result<()> {
                     include_last_offset,
                     ..config(mode, hash)
                 };
-                let weight = weight.as_tensor().clone();
-                HashedEmbeddingBagCollection::new(weight, TABLES, 8, config)
+                common::collection(&weight, TABLES, 8, config)
             };
             let want = by_layer(&new(false)?, &bags)?;
             let want_grad = grad(&want, &weight)?;

@@ -1,7 +1,7 @@
 //! Features of a collection, several of which may look into one table, against the layers of the tables.
 
 use crate::common::{
-    assert_equal, config, every_hash, floats, integers, message, offsets_of, on_each_device,
+    self, assert_equal, config, every_hash, floats, integers, message, offsets_of, on_each_device,
     to_vec, whole_blocks, Draws, MODES,
 };
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
@@ -27,7 +27,7 @@ fn collection(
     weight: &Tensor,
     config: HashedEmbeddingBagConfig,
 ) -> Result<HashedEmbeddingBagCollection> {
-    HashedEmbeddingBagCollection::new(weight.clone(), TABLES, DIM, config)?.with_features(FEATURES)
+    common::collection(weight, TABLES, DIM, config)?.with_features(FEATURES)
 }
 
 fn weight(len: usize, device: &Device) -> Result<Var> {

@@ -2,6 +2,7 @@
 
 use crate::common::{on_each_device, to_vec};
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_hashed_embedding_bag::semantic::Records;
 use candle_hashed_embedding_bag::{
     checkpoint, Checkpoint, Hash, HashedEmbedding, HashedEmbeddingBag,
     HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout, Mix, Mode, StateDict,
@@ -297,4 +298,77 @@ fn saved_and_opened_again() -> Result<()> {
         to_vec(&collection.forward(&indices)?)?
     );
     Ok(())
+}
+
+/// Sums that the formulas of LMA give, for three shapes of keys and chunks; they were taken in f64 and rounded to f32.
+#[test]
+fn lma() -> Result<()> {
+    let all = candle_core::safetensors::load(path("semantic.safetensors"), &Device::Cpu)?;
+    let numbers: Vec<i64> = all["random_numbers"].to_vec1()?;
+    for name in ["a", "b", "c"] {
+        let tensor = |key| &all[&format!("{name}.{key}")];
+        let numbers_of_case: Vec<i64> = tensor("config").to_vec1()?;
+        let [rows, columns, chunk, key_bits, keys, len] =
+            std::array::from_fn(|i| numbers_of_case[i] as usize);
+        assert_eq!(tensor("hashed_weight").dims(), [len]);
+        let config = HashedEmbeddingBagConfig {
+            hash: Some(Hash::lma(&numbers, key_bits, keys, chunk)?),
+            ..Default::default()
+        };
+        on_each_device(|device| {
+            let layer = HashedEmbeddingBag::with_row_tensor(
+                tensor("hashed_weight")
+                    .to_device(device)?
+                    .to_dtype(DType::F64)?,
+                &tensor("signature").to_device(device)?,
+                rows,
+                columns,
+                config,
+            )?;
+            let indices = tensor("indices").to_device(device)?;
+            let output =
+                layer.forward_with_offsets(&indices, &tensor("offsets").to_device(device)?)?;
+            let output = to_vec(&output.to_dtype(DType::F32)?)?;
+            assert!(output == to_vec(tensor("output"))?, "{name}");
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// The table of SCMA from records, and sums of its rows.
+#[test]
+fn scma() -> Result<()> {
+    let all = candle_core::safetensors::load(path("semantic.safetensors"), &Device::Cpu)?;
+    let tensor = |key: &str| &all[&format!("scma.{key}")];
+    let num_records = tensor("num_records").to_vec1::<i64>()?[0] as usize;
+    let mut records = vec![vec![]; num_records];
+    for pair in tensor("records").to_vec2::<i64>()? {
+        records[pair[1] as usize].push((0, pair[0] as usize));
+    }
+    let (rows, columns) = tensor("table").dims2()?;
+    let records = Records::sample([rows], records, num_records, 0)?;
+    let table = records.scma_table(tensor("a"), tensor("a4"))?;
+    assert_eq!(table.to_vec2::<i64>()?, tensor("table").to_vec2::<i64>()?);
+
+    let len = tensor("hashed_weight").elem_count();
+    let slots = table.flatten_all()?.to_vec1::<i64>()?.into_iter();
+    let slots = slots.map(|raw| raw.rem_euclid(len as i64) as u32);
+    let slots = Tensor::from_iter(slots, &Device::Cpu)?.reshape((rows, columns))?;
+    let config = HashedEmbeddingBagConfig {
+        hash: Some(Hash::slot_table(1)),
+        ..Default::default()
+    };
+    on_each_device(|device| {
+        let layer = HashedEmbeddingBag::with_row_tensor(
+            tensor("hashed_weight").to_device(device)?,
+            &slots.to_device(device)?,
+            rows,
+            columns,
+            config,
+        )?;
+        let output = layer.forward(&tensor("indices").to_device(device)?)?;
+        assert_eq!(to_vec(&output)?, to_vec(tensor("output"))?);
+        Ok(())
+    })
 }

@@ -6,12 +6,13 @@
 
 use crate::common::strategies::{check, embedding_dims, hashes, len_for, numbers};
 use crate::common::{
-    every_hash, floats, integers, message, naive_slot, on_each_device, robe, to_vec, whole_blocks,
+    every_hash, floats, integers, lma, message, naive_slot, on_each_device, robe, to_vec,
+    whole_blocks,
 };
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
     hashed_embedding_bag, Affine, Balanced, BoundsCheck, Hash, HashedEmbedding, HashedEmbeddingBag,
-    HashedEmbeddingBagConfig, HashedEmbeddingConfig, Mix, Overflow,
+    HashedEmbeddingBagConfig, Mix, Overflow, Semantic,
 };
 use candle_nn::VarBuilder;
 use proptest::collection::vec;
@@ -41,24 +42,37 @@ fn vectors() -> Vec<Vector> {
         .collect()
 }
 
-/// Asserts that lookups on `device` find these elements where they are said to be.
+/// Asserts that lookups on `device` find these elements where they are said to be. For hashes of signatures, the rows of elements
+/// are signatures.
 fn assert_lookups(hash: Hash, len: usize, elements: &[Element], device: &Device) -> Result<()> {
     let mut rows: Vec<i64> = elements.iter().map(|(row, ..)| *row).collect();
     rows.sort_unstable();
     rows.dedup();
     let columns = elements.iter().map(|(_, column, ..)| column + 1).max();
     let embedding_dim = columns.expect("at least one element");
-    let config = HashedEmbeddingConfig {
+    let config = HashedEmbeddingBagConfig {
         hash: Some(hash),
         bounds_check: BoundsCheck::Off,
         ..Default::default()
     };
+    let indices: Vec<i64> = match hash.row_tensor() {
+        None => rows.clone(),
+        Some(_) => (0..rows.len() as i64).collect(),
+    };
+    let indices = integers(&indices, DType::I64, device)?;
     // Each value is its slot, counted from 1 so that every value has a sign. Both dtypes hold it exactly.
     let weight: Vec<f64> = (1..=len).map(|slot| slot as f64).collect();
     for dtype in [DType::F64, DType::F32] {
         let weight = floats(&weight, dtype, device)?;
-        let embedding = HashedEmbedding::new(weight, 100, embedding_dim, config)?;
-        let out = to_vec(&embedding.forward(&integers(&rows, DType::I64, device)?)?)?;
+        let layer = match hash.row_tensor() {
+            None => HashedEmbeddingBag::new(weight, 100, embedding_dim, config)?,
+            Some(_) => {
+                let signatures = integers(&rows, DType::I64, device)?;
+                let n = rows.len();
+                HashedEmbeddingBag::with_row_tensor(weight, &signatures, n, embedding_dim, config)?
+            }
+        };
+        let out = to_vec(&HashedEmbedding::from(layer).forward(&indices)?)?;
         for &(row, column, slot, sign) in elements {
             let i = rows.binary_search(&row).expect("a row that is looked up");
             assert_eq!(
@@ -114,6 +128,8 @@ fn constructors_make_the_hashes_of_the_vectors() {
         Hash::mix(16),
         Hash::balanced(16),
         Hash::default_for(32),
+        lma(4, 8, 1),
+        Hash::semantic(1),
     ] {
         assert!(vectors.iter().any(|v| v.hash == hash), "{hash:?}");
     }
@@ -278,6 +294,18 @@ fn numbers_out_of_range_are_refused_wherever_a_hash_is_used() {
             "the modulus of an affine hash must be at least 1, got 0",
         ),
         (Hash::identity(0), "block must lie in 1..=16777216, got 0"),
+        (Hash::slot_table(0), "block must lie in 1..=16777216, got 0"),
+        (
+            Hash::semantic(33),
+            "a signed block must be at most 32, got 33",
+        ),
+        (
+            Hash::from(Semantic {
+                key_bits: 12,
+                ..Semantic::new(8)
+            }),
+            "key_bits of a semantic hash must be 1, 2, 4, 8, 16 or 32, got 12",
+        ),
     ] {
         let said = format!("hashed-embedding-bag: {said}");
         assert_eq!(message(hash.check_len(1 << 26)), said);
@@ -359,7 +387,8 @@ fn identity_is_a_plain_table() {
 #[test]
 fn slots_are_the_same_everywhere() -> Result<()> {
     let rows = [0, 1, 2, -1, 1 << 31, 1 << 40, i64::MAX, i64::MIN];
-    for hash in every_hash() {
+    let has_slots = |hash: &Hash| !matches!(hash, Hash::SlotTable(_));
+    for hash in every_hash().into_iter().filter(has_slots) {
         let len = whole_blocks(&hash, 100_003);
         let mut elements = vec![];
         for row in rows {
@@ -386,12 +415,16 @@ fn slots_are_the_formulas() {
     )
         .prop_flat_map(|(dim, len, places)| (hashes(dim), Just(len), Just(places)));
     let runner = |(hash, size, places): &(Hash, usize, Vec<(i64, u64)>), _: &Device| {
-        // All but affine hashes have at most 2^32 - 1 blocks.
+        // Hashes with aligned blocks have at most 2^32 - 1 of them.
         let most = match hash {
-            Hash::Affine(_) => usize::MAX,
+            Hash::Affine(_) | Hash::Lma(_) => usize::MAX,
             _ => hash.block() * (u32::MAX as usize - 1),
         };
         let len = len_for(hash, (*size).min(most));
+        if matches!(hash, Hash::SlotTable(_)) {
+            assert!(message(hash.slot(0, 0, len)).contains("known to a layer only"));
+            return Ok(());
+        }
         for &(row, column) in places {
             let (slot, sign) = hash.slot(row, column as usize, len)?;
             assert!(slot < len);

@@ -4,7 +4,7 @@
 use crate::common::strategies::{check, lookups};
 use crate::common::{affine, balanced, mix};
 use crate::common::{
-    config, every_hash, floats, integers, layer, message, naive_slot, on_each_device,
+    config, every_hash, floats, integers, layer, message, naive_element, on_each_device,
     same_on_any_number_of_threads, to_vec, whole_blocks, Case, Draws, Dtypes, Form, Table, FORMS,
     INDEX_DTYPES, MODES, POOLINGS, SIGNED, UNSIGNED,
 };
@@ -61,7 +61,7 @@ impl Oracle {
             let values = seen.entry(row).or_insert_with(|| {
                 let row = row.wrapping_add(table.first_row as i64);
                 let values = (0..table.embedding_dim).map(|column| {
-                    let (slot, sign) = naive_slot(&table.hash, row, column, table.len);
+                    let (slot, sign) = naive_element(&table.hash, row, column, table.len);
                     self.slots[slot] * sign as i64
                 });
                 Rc::new(values.collect())

@@ -28,6 +28,8 @@ mod low_bit;
 mod optim;
 mod padding;
 mod pooling;
+mod row_tensor;
+mod semantic;
 mod sparse;
 mod threads;
 mod to_table;

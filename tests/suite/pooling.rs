@@ -2,8 +2,8 @@
 
 use crate::common::strategies::{check, gradients, hashes, len_for, modes};
 use crate::common::{
-    affine, config, integers, layer, naive_slot, offsets_of, on_each_device, Case, Dtypes, Table,
-    FORMS, MODES,
+    affine, config, integers, layer, naive_element, offsets_of, on_each_device, Case, Dtypes,
+    Table, FORMS, MODES,
 };
 use candle_core::{DType, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBagConfig, Mode};
@@ -133,7 +133,7 @@ fn values_that_are_not_finite_stay_so() {
                 for (column, grad) in grads.iter().enumerate() {
                     let slots: Vec<_> = bag
                         .iter()
-                        .map(|&row| naive_slot(hash, row, column, len))
+                        .map(|&row| naive_element(hash, row, column, len))
                         .collect();
                     let value = |&(slot, sign): &(usize, f64)| weight[slot] * sign as f32;
                     if *mode == Mode::Max {

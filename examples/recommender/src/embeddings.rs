@@ -17,7 +17,7 @@ use std::borrow::Cow;
 use anyhow::{ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
 use candle_hashed_embedding_bag::{
-    hashed_embedding_bag_collection, Bits, Checkpoint, Hash, HashedEmbeddingBag,
+    hashed_embedding_bag_collection, Bits, Checkpoint, Gradient, Hash, HashedEmbeddingBag,
     HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout, Mode,
 };
 use candle_nn::{Init, Module, VarBuilder};
@@ -103,11 +103,16 @@ pub struct Table {
 }
 
 impl Embeddings {
-    /// New tables, with variables from `vb`.
+    /// New tables, with variables from `vb`, whose gradients are summed in this way.
     ///
     /// # Errors
     /// A compression that leaves the large tables less than one block of the hash.
-    pub fn new(schema: &Schema, config: EmbeddingConfig, vb: VarBuilder) -> Result<Self> {
+    pub fn new(
+        schema: &Schema,
+        config: EmbeddingConfig,
+        gradient: Gradient,
+        vb: VarBuilder,
+    ) -> Result<Self> {
         let rows: Vec<usize> = schema.tables.iter().map(|&(_, rows)| rows).collect();
         let shares = config.share_out(&rows)?;
         let (small, large): (Vec<usize>, Vec<usize>) =
@@ -134,6 +139,7 @@ impl Embeddings {
                 mode: Mode::Mean,
                 hash: Some(hash),
                 include_last_offset: true,
+                gradient,
                 ..Default::default()
             };
             let named = tables.iter().map(|&table| schema.tables[table]);
@@ -637,7 +643,7 @@ mod tests {
             hash: Hash::default_for(inner_dim.unwrap_or(16)),
         };
         let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-        Embeddings::new(&schema, config, vb)
+        Embeddings::new(&schema, config, Gradient::Fastest, vb)
     }
 
     fn pool(embeddings: &Embeddings, bags: &[Bags]) -> Result<Vec<Vec<Vec<f32>>>> {
@@ -727,7 +733,7 @@ mod tests {
                     };
                     let config = config.within(1.0 / share as f64, bits, &rows)?;
                     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
-                    let mut tables = Embeddings::new(&schema, config, vb)?;
+                    let mut tables = Embeddings::new(&schema, config, Gradient::Fastest, vb)?;
                     if let TableBits::Rounded(bits) = bits {
                         tables = tables.to_bits(bits)?.0;
                     }

@@ -17,7 +17,7 @@
 
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_hashed_embedding_bag::{Bits, Checkpoint};
+use candle_hashed_embedding_bag::{Bits, Checkpoint, Gradient};
 use candle_nn::init::DEFAULT_KAIMING_NORMAL;
 use candle_nn::{Init, VarBuilder};
 
@@ -39,6 +39,8 @@ pub struct ModelConfig {
     pub top: Vec<usize>,
     /// What the top MLP reads besides the dots.
     pub input: TopInput,
+    /// How the gradients of the embedding tables are summed on a GPU.
+    pub gradient: Gradient,
 }
 
 impl From<EmbeddingConfig> for ModelConfig {
@@ -49,6 +51,7 @@ impl From<EmbeddingConfig> for ModelConfig {
             bottom: HIDDEN.to_vec(),
             top: HIDDEN.to_vec(),
             input: TopInput::Vectors,
+            gradient: Gradient::Fastest,
         }
     }
 }
@@ -107,7 +110,7 @@ impl Dlrm {
     /// # Errors
     /// A compression that leaves the large tables less than one block of the hash.
     pub fn new(schema: &Schema, config: &ModelConfig, vb: VarBuilder) -> Result<Self> {
-        let embeddings = Embeddings::new(schema, config.embeddings, vb.clone())?;
+        let embeddings = Embeddings::new(schema, config.embeddings, config.gradient, vb.clone())?;
         let dim = embeddings.embedding_dim();
         let bottom = (schema.numbers > 0)
             .then(|| Mlp::new(schema.numbers, &config.bottom, dim, vb.pp("bottom")))

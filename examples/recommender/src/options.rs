@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{bail, ensure, Context, Result};
 use candle_core::Device;
 use candle_hashed_embedding_bag::distributed::World;
-use candle_hashed_embedding_bag::{Bits, Hash};
+use candle_hashed_embedding_bag::{Bits, Gradient, Hash};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use serde_json::{json, Value};
 
@@ -117,6 +117,10 @@ pub struct Train {
     /// Keep the train part of a click log on the device. Examples are then shuffled all together and not in windows.
     #[arg(long, requires = "format")]
     resident: bool,
+    /// Sum the gradients of the embedding tables on a GPU in one order, which takes longer: the same seed then writes the same checkpoint,
+    /// as it does on the CPU.
+    #[arg(long)]
+    deterministic: bool,
     #[command(flatten)]
     stopping: Stopping,
     #[command(flatten)]
@@ -360,6 +364,10 @@ impl Train {
                 TopInputKind::Vectors => TopInput::Vectors,
                 TopInputKind::Bottom => TopInput::Bottom,
             },
+            gradient: match self.deterministic {
+                true => Gradient::Deterministic,
+                false => Gradient::Fastest,
+            },
         }
     }
 
@@ -394,6 +402,7 @@ impl Train {
             ("data".to_owned(), format!("{:016x}", data.fingerprint())),
             ("--shards".to_owned(), ranks.shards().to_string()),
             ("--resident".to_owned(), self.resident.to_string()),
+            ("--deterministic".to_owned(), self.deterministic.to_string()),
         ];
         for part in [Part::Train, Part::Valid, Part::Test] {
             let examples = data.examples().len(part);

@@ -193,13 +193,14 @@ pub fn comparison(part: &str, lines: &[Line]) {
     }
 }
 
-/// What averaging gradients has taken, if there are several ranks.
+/// What averaging gradients has taken, if there are several ranks, whose replicas were compared.
 pub fn all_reduce(summary: Summary, ranks: &Ranks) -> Summary {
     let Some(times) = ranks.all_reduce_times() else {
         return summary;
     };
     let ms = |time: Duration| format!("{:.3} ms", 1e3 * time.as_secs_f64());
-    summary.fact("ranks", ranks.count().to_string()).fact(
+    let equal = format!("{}, with the same bits in all parameters", ranks.count());
+    summary.fact("ranks", equal).fact(
         "all-reduce",
         format!(
             "{} bytes a step in {}, fastest {}, {:.1} GB/s bus bandwidth",

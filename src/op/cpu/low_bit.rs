@@ -15,10 +15,10 @@
 use super::call::HashedRows;
 use super::forward::pooled_rows;
 use super::lanes::{prefetch, Lanes, Loop, Portable, Wide};
-use super::slice;
 use super::window::{Blocks, Rows, READ_AHEAD};
+use super::{slice, with_rows};
 use crate::error::bail;
-use crate::hash::{AffineRows, Locate, Slots, MAX_ROWS};
+use crate::hash::{Locate, Located, MAX_ROWS};
 use crate::low_bit::{shift_of, Bits, LowBit, GROUP as SHIFT_GROUP};
 use crate::op::{Lookup, Mode, Operands, View};
 use candle_core::{CpuStorage, Result, WithDType};
@@ -54,10 +54,10 @@ fn by_hash<S: Stored>(
     low_bit: &LowBit,
     operands: &Operands<CpuStorage>,
 ) -> Result<CpuStorage> {
-    match lookup.table.slots {
-        Slots::Mix(hash) | Slots::Balanced(hash) => run(stored, lookup, hash, low_bit, operands),
-        Slots::Affine(hash) => run(stored, lookup, AffineRows::from(hash), low_bit, operands),
-    }
+    with_rows(lookup, |hash| match hash {
+        Located::Blocks(hash) => run(stored, lookup, hash, low_bit, operands),
+        Located::Starts(hash) => run(stored, lookup, hash, low_bit, operands),
+    })
 }
 
 fn run<S: Stored, H: Locate>(

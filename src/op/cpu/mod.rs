@@ -30,7 +30,7 @@ use super::{lend, Backend, Lookup, Operands, View};
 use crate::bounds::BadRow;
 use crate::bounds::{check_offsets, BoundsCheck};
 use crate::error::{bail, NAME};
-use crate::hash::{AffineRows, Locate, Slots};
+use crate::hash::{Locate, Located, RowValues};
 use call::{with_slice, Call, Indices};
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, DType, Result, Storage, WithDType};
@@ -155,16 +155,10 @@ fn run<P: Pass>(pass: P, lookup: &Lookup, operands: &Operands<CpuStorage>) -> Re
         lookup: &Lookup,
         operands: &Operands<CpuStorage>,
     ) -> Result<P::Output> {
-        match lookup.table.slots {
-            Slots::Mix(hash) | Slots::Balanced(hash) => {
-                pass.run(&Call::<T, _>::new(lookup, hash, operands)?)
-            }
-            Slots::Affine(hash) => pass.run(&Call::<T, _>::new(
-                lookup,
-                AffineRows::from(hash),
-                operands,
-            )?),
-        }
+        with_rows(lookup, |hash| match hash {
+            Located::Blocks(hash) => pass.run(&Call::<T, _>::new(lookup, hash, operands)?),
+            Located::Starts(hash) => pass.run(&Call::<T, _>::new(lookup, hash, operands)?),
+        })
     }
     match operands.hashed_weight.0.dtype() {
         DType::F16 => by_hash::<f16, P>(pass, lookup, operands),
@@ -172,4 +166,20 @@ fn run<P: Pass>(pass: P, lookup: &Lookup, operands: &Operands<CpuStorage>) -> Re
         DType::F32 => by_hash::<f32, P>(pass, lookup, operands),
         _ => by_hash::<f64, P>(pass, lookup, operands),
     }
+}
+
+/// Calls `f` with the hash of a lookup and what it reads of each row.
+fn with_rows<R>(lookup: &Lookup, f: impl FnOnce(Located) -> Result<R>) -> Result<R> {
+    let table = &lookup.table;
+    lend::<Cpu, _>(table.row_tensor(), |rows| {
+        let rows = match rows {
+            None => RowValues::None,
+            Some(rows) if rows.0.dtype() == DType::U32 => RowValues::SlotTable {
+                blocks: slice(rows)?,
+                row_len: table.embedding_dim.div_ceil(table.slots.block()),
+            },
+            Some(rows) => RowValues::Signatures(slice(rows)?),
+        };
+        f(table.slots.with_rows(rows)?)
+    })
 }

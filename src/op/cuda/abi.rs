@@ -66,6 +66,35 @@ pub const AFFINE_SLOTS: StructLayout = StructLayout {
     ],
 };
 
+pub const LMA_SLOTS: StructLayout = StructLayout {
+    name: "LmaSlots",
+    size: 248,
+    fields: &[
+        ("a", 0),
+        ("b", 8),
+        ("c", 16),
+        ("modulus", 24),
+        ("starts", 40),
+        ("positions", 56),
+        ("selectors", 72),
+        ("key_bits", 232),
+        ("keys_to_use", 236),
+        ("block", 240),
+    ],
+};
+
+pub const ROW_TENSOR: StructLayout = StructLayout {
+    name: "RowTensor",
+    size: 32,
+    fields: &[
+        ("rows", 0),
+        ("last_row", 8),
+        ("keys", 16),
+        ("key_bits", 24),
+        ("row_len", 28),
+    ],
+};
+
 pub const BAG_PARAMS: StructLayout = StructLayout {
     name: "BagParams",
     size: 104,
@@ -93,5 +122,12 @@ pub const STRIDES: StructLayout = StructLayout {
     fields: &[("dims", 0), ("strides", 64), ("rank", 128)],
 };
 
-pub const STRUCTS: [&StructLayout; 5] =
-    [&DIVISOR, &BLOCK_SLOTS, &AFFINE_SLOTS, &BAG_PARAMS, &STRIDES];
+pub const STRUCTS: [&StructLayout; 7] = [
+    &DIVISOR,
+    &BLOCK_SLOTS,
+    &AFFINE_SLOTS,
+    &LMA_SLOTS,
+    &ROW_TENSOR,
+    &BAG_PARAMS,
+    &STRIDES,
+];

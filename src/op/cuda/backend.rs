@@ -3,12 +3,12 @@
 use super::bounds::{check_on_host, Flag};
 use super::fixed_point::{zero_units, FixedPoint};
 use super::instances::{Dtype, Pass};
-use super::launch::{self, Element, Launch};
+use super::launch::{self, Element, Launch, TableTensors};
 use super::sparse::SparseSums;
 use crate::bounds::BoundsCheck;
 use crate::error::bail;
 use crate::low_bit::Bits;
-use crate::op::{lend, Backend, Gradient, Lookup, Mode, Operands, View};
+use crate::op::{lend, Backend, Gradient, Lookup, Mode, Operands, Table, View};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDType, CudaDevice};
 use candle_core::{CudaStorage, DType, Result, Storage};
@@ -17,15 +17,27 @@ use half::{bf16, f16};
 
 pub struct Cuda;
 
+/// Calls `f` with the tensors of a table.
+fn lend_table<R>(table: &Table, f: impl FnOnce(TableTensors) -> Result<R>) -> Result<R> {
+    lend::<Cuda, _>(table.table_rows.as_ref(), |table_rows| {
+        lend::<Cuda, _>(table.row_tensor(), |row_tensor| {
+            f(TableTensors {
+                table_rows,
+                row_tensor,
+            })
+        })
+    })
+}
+
 /// Calls `$run`, generic in the dtype of `hashed_weight`, with the launch of a pass.
 macro_rules! with_launch {
     ($pass:expr, $lookup:ident, $operands:ident, $launch:ident => $run:expr) => {{
         let pass = $pass;
-        lend::<Cuda, _>($lookup.table.table_rows.as_ref(), |table_rows| {
+        lend_table(&$lookup.table, |tensors| {
             macro_rules! run {
                 ($t:ty) => {{
                     let $launch =
-                        Launch::<$t>::new(pass, <$t>::DTYPE, $lookup, $operands, table_rows)?;
+                        Launch::<$t>::new(pass, <$t>::DTYPE, $lookup, $operands, tensors)?;
                     $run
                 }};
             }
@@ -61,11 +73,11 @@ impl Backend for Cuda {
             Bits::Eight => Dtype::Bits8,
             Bits::Four => Dtype::Bits4,
         };
-        lend::<Cuda, _>(lookup.table.table_rows.as_ref(), |table_rows| {
+        lend_table(&lookup.table, |tensors| {
             lend::<Cuda, _>(low_bit.shifts(), |shifts| {
                 let shifts = shifts.map(launch::view::<u8>).transpose()?;
                 let pass = Pass::Forward;
-                let launch = Launch::<f32, u8>::new(pass, dtype, lookup, operands, table_rows)?;
+                let launch = Launch::<f32, u8>::new(pass, dtype, lookup, operands, tensors)?;
                 forward(&launch, operands, |out| {
                     launch.forward(low_bit, &shifts, out)
                 })

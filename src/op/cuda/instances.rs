@@ -17,6 +17,9 @@ pub enum Family {
     Affine,
     Mix,
     Balanced,
+    Lma,
+    /// Aligned blocks that depend on a row tensor: the semantic family and slot tables.
+    RowBlocks,
 }
 
 /// A dtype of `hashed_weight`.
@@ -105,13 +108,21 @@ pub enum Module {
 }
 
 impl Family {
-    pub const ALL: [Self; 3] = [Self::Affine, Self::Mix, Self::Balanced];
+    pub const ALL: [Self; 5] = [
+        Self::Affine,
+        Self::Mix,
+        Self::Balanced,
+        Self::Lma,
+        Self::RowBlocks,
+    ];
 
     fn name(self) -> &'static str {
         match self {
             Self::Affine => "affine",
             Self::Mix => "mix",
             Self::Balanced => "balanced",
+            Self::Lma => "lma",
+            Self::RowBlocks => "row_blocks",
         }
     }
 }
@@ -233,7 +244,7 @@ impl BagKernel {
         for &pooling in pass.poolings() {
             let shapes: &[(usize, usize)] = match (family, pass, pooling) {
                 // Blocks are not aligned.
-                (Family::Affine, ..) => &[(1, 1)],
+                (Family::Affine | Family::Lma, ..) => &[(1, 1)],
                 // Every thread hashes for itself.
                 (_, Pass::BackwardPerSampleWeights, _) => &[(1, 1), (widest, 1)],
                 // Integers are added one by one. Each thread has one column, so that a warp adds to neighbouring slots in one
@@ -245,7 +256,14 @@ impl BagKernel {
                 // In 8 bits the widest access. In 4 bits, twice as many columns per thread take so many registers that fewer loads
                 // are in flight, and 1.02 times as long.
                 _ if dtype.is_low_bit() => &[(1, 1), (16, 1), (16, 2)],
+                // Two threads that share a hash gain little over one or four, and each shape costs every build time.
+                (Family::RowBlocks, ..) => &[(1, 1), (widest, 1), (widest, 4)],
                 _ => &[(1, 1), (widest, 1), (widest, 2), (widest, 4)],
+            };
+            let has_plain = match family {
+                Family::Affine | Family::Lma | Family::Mix => false,
+                Family::Balanced => pooling != Pooling::Weighted,
+                Family::RowBlocks => pooling == Pooling::Sum,
             };
             for &(width, share) in shapes {
                 let kernel = Self {
@@ -258,10 +276,7 @@ impl BagKernel {
                     plain: false,
                 };
                 candidates.push(kernel);
-                if (pass, family) == (Pass::Forward, Family::Balanced)
-                    && pooling != Pooling::Weighted
-                    && width > 1
-                {
+                if pass == Pass::Forward && has_plain && width > 1 {
                     candidates.push(Self {
                         plain: true,
                         ..kernel

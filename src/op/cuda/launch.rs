@@ -1,25 +1,25 @@
 //! The launch of each kernel of a lookup. This is the only file under op/ with `unsafe` launches.
 //!
 //! Every argument is followed by its declaration in kernels/. Whatever the indices and offsets are, the kernels stay within their
-//! arguments: rows are hashed to slots below the length that the hash is bound to, and offsets are clamped.
+//! arguments: rows are hashed to slots below the length that the hash is bound to, and offsets are clamped, as are rows of a row tensor.
 
 use super::abi::IndexType;
 use super::bounds::Flag;
 use super::fixed_point::FixedPoint;
 use super::instances::{Dtype, Kernel, Pass, WARP, WIDEST_ACCESS};
 use super::modules;
-use super::params::{BagParams, Strides};
+use super::params::{BagParams, RowTensor, Strides, WithRows};
 use super::plan::{strided_blocks, Plan};
 use crate::bags::Division;
 use crate::error::{bail, NAME};
-use crate::hash::{AffineSlots, BlockSlots, Divisor, Slots};
+use crate::hash::{AffineSlots, BlockSlots, Divisor, Keys, LmaSlots, Slots};
 use crate::low_bit::LowBit;
-use crate::op::{Lookup, Mode, Operands, View};
+use crate::op::{Lookup, Mode, Operands, Table, View};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::{CudaDType, CudaDevice, WrapErr};
 use candle_core::{CudaStorage, DType, Result};
 use cudarc::driver::{
-    CudaFunction, CudaSlice, CudaStream, CudaView, CudaViewMut, DeviceRepr, LaunchArgs,
+    CudaFunction, CudaSlice, CudaStream, CudaView, CudaViewMut, DevicePtr, DeviceRepr, LaunchArgs,
     LaunchConfig, PushKernelArg, ValidAsZeroBits,
 };
 use half::{bf16, f16};
@@ -39,6 +39,10 @@ unsafe impl DeviceRepr for Strides {}
 unsafe impl DeviceRepr for AffineSlots {}
 // SAFETY: as above; the CUDA struct is BlockSlots.
 unsafe impl DeviceRepr for BlockSlots {}
+// SAFETY: as above, one struct behind the other; the CUDA structs are LmaRows and RowBlocks.
+unsafe impl DeviceRepr for WithRows<LmaSlots> {}
+// SAFETY: as above.
+unsafe impl DeviceRepr for WithRows<BlockSlots> {}
 
 /// A dtype of `hashed_weight`, and the dtype in which its gradient is summed.
 pub trait Element: CudaDType + DeviceRepr + ValidAsZeroBits + 'static {
@@ -127,6 +131,84 @@ fn strided(kernel: Kernel, n: usize) -> LaunchConfig {
     }
 }
 
+/// The hash of a lookup as kernels take it.
+enum HashParams {
+    Affine(AffineSlots),
+    Blocks(BlockSlots),
+    Lma(WithRows<LmaSlots>),
+    RowBlocks(WithRows<BlockSlots>),
+}
+
+impl HashParams {
+    /// `row_tensor` is [`Table::row_tensor`] of the lookup.
+    fn new(
+        table: &Table,
+        row_tensor: Option<View<CudaStorage>>,
+        stream: &CudaStream,
+    ) -> Result<Self> {
+        let rows = |keys: Option<Keys>| {
+            let Some(tensor) = row_tensor else {
+                bail!("the hash needs a row tensor");
+            };
+            let column_blocks = table.embedding_dim.div_ceil(table.slots.block());
+            // The kernels of this stream read it in order, as they read all memory of the device: no event need tell when.
+            let (rows, last_row, row_len) = match tensor.0.dtype() {
+                DType::U32 => {
+                    let table = view::<u32>(tensor)?;
+                    let (pointer, _) = table.device_ptr(stream);
+                    (pointer, table.len() / column_blocks - 1, column_blocks)
+                }
+                _ => {
+                    let signatures = view::<i64>(tensor)?;
+                    let (pointer, _) = signatures.device_ptr(stream);
+                    (pointer, signatures.len() - 1, 0)
+                }
+            };
+            Ok(RowTensor {
+                rows,
+                last_row: last_row as u64,
+                keys: keys.map_or(0, |keys| keys.first),
+                key_bits: keys.map_or(0, |keys| keys.key_bits),
+                row_len: row_len as u32,
+            })
+        };
+        Ok(match table.slots {
+            Slots::Affine(slots) => Self::Affine(slots),
+            Slots::Mix(slots) | Slots::Balanced(slots) => Self::Blocks(slots),
+            Slots::Lma(slots) => Self::Lma(WithRows {
+                slots,
+                rows: rows(None)?,
+            }),
+            Slots::Semantic(slots, keys) => Self::RowBlocks(WithRows {
+                slots,
+                rows: rows(Some(keys))?,
+            }),
+            Slots::SlotTable(slots) => Self::RowBlocks(WithRows {
+                slots,
+                rows: rows(None)?,
+            }),
+        })
+    }
+
+    fn push<'b>(&'b self, args: &mut LaunchArgs<'b>) {
+        match self {
+            Self::Affine(slots) => args.arg(slots),
+            Self::Blocks(slots) => args.arg(slots),
+            Self::Lma(slots) => args.arg(slots),
+            Self::RowBlocks(slots) => args.arg(slots),
+        };
+    }
+}
+
+/// The tensors of the table of a lookup.
+#[derive(Clone, Copy)]
+pub struct TableTensors<'a> {
+    /// [`Table::table_rows`]
+    pub table_rows: Option<View<'a, CudaStorage>>,
+    /// [`Table::row_tensor`]
+    pub row_tensor: Option<View<'a, CudaStorage>>,
+}
+
 /// Everything that the launch of one pass needs, for per-sample weights, sums and outputs of one dtype and a `hashed_weight` of
 /// the same, or of packed bytes.
 pub struct Launch<'a, T: Element, W = T> {
@@ -140,18 +222,19 @@ pub struct Launch<'a, T: Element, W = T> {
     table_rows: Option<CudaView<'a, i64>>,
     plan: Plan,
     params: BagParams,
+    hash: HashParams,
     embedding_dim: u32,
     mean: u32,
 }
 
 impl<'a, T: Element, W: CudaDType> Launch<'a, T, W> {
-    /// `dtype` is that of `hashed_weight`, `table_rows` is [`Table::table_rows`](crate::op::Table::table_rows) of the lookup.
+    /// `dtype` is that of `hashed_weight`.
     pub fn new(
         pass: Pass,
         dtype: Dtype,
         lookup: &'a Lookup,
         operands: &Operands<'a, CudaStorage>,
-        table_rows: Option<View<'a, CudaStorage>>,
+        tensors: TableTensors<'a>,
     ) -> Result<Self> {
         let Lookup { table, bags, .. } = lookup;
         if bags.nnz > MAX_INDICES {
@@ -188,15 +271,17 @@ impl<'a, T: Element, W: CudaDType> Launch<'a, T, W> {
             offset_type: offsets.as_ref().map_or(index_type, IndexView::index_type),
         };
         let device = operands.hashed_weight.0.device();
+        let stream = device.cuda_stream();
         Ok(Self {
             lookup,
             device,
-            stream: device.cuda_stream(),
+            hash: HashParams::new(table, tensors.row_tensor, &stream)?,
+            stream,
             hashed_weight: view(operands.hashed_weight)?,
             per_sample_weights: operands.per_sample_weights.map(view::<T>).transpose()?,
             indices,
             offsets,
-            table_rows: table_rows.map(view::<i64>).transpose()?,
+            table_rows: tensors.table_rows.map(view::<i64>).transpose()?,
             plan,
             params,
             embedding_dim: table.embedding_dim as u32,
@@ -240,10 +325,7 @@ impl<'a, T: Element, W: CudaDType> Launch<'a, T, W> {
 
     fn push_bags<'b>(&'b self, args: &mut LaunchArgs<'b>) {
         args.arg(&self.params); // BagParams bags
-        match &self.lookup.table.slots {
-            Slots::Mix(slots) | Slots::Balanced(slots) => args.arg(slots), // HASH slots
-            Slots::Affine(slots) => args.arg(slots),
-        };
+        self.hash.push(args); // HASH slots
         args.arg(&self.embedding_dim); // uint32_t embedding_dim
     }
 

@@ -2,7 +2,7 @@
 //! in `crate::hash`.
 
 use super::abi::{self, IndexType, StructLayout, MAX_RANK};
-use crate::hash::{AffineSlots, BlockSlots, Divisor};
+use crate::hash::{AffineSlots, BlockSlots, Divisor, LmaSlots};
 
 /// How `nnz` indices are divided into bags, and how threads are divided among the bags; see kernels/bags.cuh.
 #[derive(Debug, Clone, Copy)]
@@ -23,6 +23,28 @@ pub struct BagParams {
     pub bags_per_group: u32,
     pub index_type: IndexType,
     pub offset_type: IndexType,
+}
+
+/// What a hash reads of each row, and how; see kernels/hash.cuh.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct RowTensor {
+    /// The address of the signatures or of the slot table.
+    pub rows: u64,
+    pub last_row: u64,
+    /// Of the semantic family, the bits of the keys that column block 0 selects.
+    pub keys: u64,
+    pub key_bits: u32,
+    /// The column blocks of a row of a slot table; 0 for signatures.
+    pub row_len: u32,
+}
+
+/// A bound hash followed by its row tensor.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct WithRows<S> {
+    pub slots: S,
+    pub rows: RowTensor,
 }
 
 /// The shape and strides of a tensor, in elements; see kernels/contiguous.cuh.
@@ -95,6 +117,29 @@ assert_layout!(
     modulus,
     starts,
     block
+);
+assert_layout!(
+    LmaSlots,
+    abi::LMA_SLOTS,
+    a,
+    b,
+    c,
+    modulus,
+    starts,
+    positions,
+    selectors,
+    key_bits,
+    keys_to_use,
+    block
+);
+assert_layout!(
+    RowTensor,
+    abi::ROW_TENSOR,
+    rows,
+    last_row,
+    keys,
+    key_bits,
+    row_len
 );
 assert_layout!(
     BagParams,

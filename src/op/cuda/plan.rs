@@ -17,6 +17,8 @@ impl Family {
             Slots::Affine(_) => Self::Affine,
             Slots::Mix(_) => Self::Mix,
             Slots::Balanced(_) => Self::Balanced,
+            Slots::Lma(_) => Self::Lma,
+            Slots::Semantic(..) | Slots::SlotTable(_) => Self::RowBlocks,
         }
     }
 }
@@ -115,7 +117,7 @@ mod tests {
     use super::*;
     use crate::bags::{BagShape, JaggedLayout};
     use crate::bounds::BoundsCheck;
-    use crate::hash::{Balanced, Hash, Mix};
+    use crate::hash::{Balanced, Hash, Mix, Semantic};
     use crate::op::Table;
     use crate::tables::Tables;
     use std::collections::{BTreeSet, HashSet};
@@ -137,6 +139,7 @@ mod tests {
                 padding_idx: None,
                 sparse_gradient: None,
                 low_bit: None,
+                row_tensor: None,
             },
             bags,
             bounds_check: BoundsCheck::Error,
@@ -144,7 +147,7 @@ mod tests {
         }
     }
 
-    fn hashes(block: usize) -> [Hash; 3] {
+    fn hashes(block: usize) -> [Hash; 6] {
         let signed = block <= 32;
         [
             Hash::affine(3, 5, 7, 1_000_003, block),
@@ -156,6 +159,12 @@ mod tests {
                 signed,
                 ..Balanced::new(block)
             }),
+            Hash::lma(&[7; 51], 4, 8, block).unwrap(),
+            Hash::from(Semantic {
+                signed,
+                ..Semantic::new(block)
+            }),
+            Hash::slot_table(block),
         ]
     }
 
@@ -231,7 +240,7 @@ mod tests {
             // What the kernels assume, see kernels/forward.cuh and kernels/walk.cuh.
             if kernel.width > 1 {
                 assert!(aligned);
-                assert_ne!(kernel.family, Family::Affine);
+                assert!(!matches!(kernel.family, Family::Affine | Family::Lma));
             }
             assert_eq!(table.slots.block() % (kernel.width * kernel.share), 0);
             if kernel.plain {

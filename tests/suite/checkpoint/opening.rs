@@ -109,7 +109,7 @@ fn opening_refuses_by_layer_and_field() {
         (
             r#""mix""#,
             r#""md5""#,
-            "layers.a.hash.kind: unknown variant `md5`, expected `mix` or `affine`",
+            "layers.a.hash.kind: unknown variant `md5`, expected one of `mix`, `affine`, `lma`, `semantic`, `slot_table`",
         ),
         (
             r#""kind":"mix","#,

@@ -2,7 +2,7 @@
 
 use super::Folder;
 use crate::common::strategies::{check, dtypes, tables};
-use crate::common::{floats, integers, message, on_each_device, to_vec, Draws};
+use crate::common::{floats, integers, layer, message, on_each_device, to_vec, Draws};
 use candle_core::{DType, Device, Module, Result, Tensor};
 use candle_hashed_embedding_bag::{
     checkpoint, hashed_embedding, hashed_embedding_bag, Checkpoint, Hash, HashedEmbeddingBag,
@@ -147,7 +147,7 @@ fn checkpoints_round_trip() {
             };
             let weight = floats(&weight, *dtype, device)?;
             let (rows, columns) = (table.num_embeddings, table.embedding_dim);
-            let layer = HashedEmbeddingBag::new(weight, rows, columns, config)?;
+            let layer = layer(&weight, rows, columns, config)?;
             saved.insert(name.clone(), layer);
         }
         checkpoint::save(&path, [], saved.iter())?;
@@ -158,7 +158,8 @@ fn checkpoints_round_trip() {
             let again = opened.hashed_embedding_bag(name, dtype, device)?;
             let all = |layer: &HashedEmbeddingBag| -> Result<_> {
                 let sizes = (layer.num_embeddings(), layer.embedding_dim());
-                Ok((sizes, layer.config(), to_vec(layer.hashed_weight())?))
+                let rows = layer.row_tensor().map(to_vec).transpose()?;
+                Ok((sizes, layer.config(), to_vec(layer.hashed_weight())?, rows))
             };
             assert_eq!(all(&again)?, all(layer)?);
         }

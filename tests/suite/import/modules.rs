@@ -2,8 +2,9 @@
 
 use super::{config, floats, CPU};
 use crate::common::{message, to_vec};
-use candle_core::{DType, Result, Tensor};
-use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBagConfig, StateDict};
+use candle_core::{DType, Module, Result, Tensor};
+use candle_hashed_embedding_bag::import::{self, LmaModule};
+use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, StateDict};
 use std::collections::BTreeMap;
 
 /// The entries of a state dict, to change and write as safetensors.
@@ -395,4 +396,172 @@ fn robe_dlrm_refuses_by_key() {
         .unwrap();
     let left: Vec<_> = state.keys().collect();
     assert_eq!(left, ["module.bot_l.0.bias", "module.bot_l.0.weight"]);
+}
+
+/// The tensors of tests/golden/semantic.safetensors under other names.
+fn semantic_entries(names: &[(&str, &str)]) -> Entries {
+    let all = candle_core::safetensors::load("tests/golden/semantic.safetensors", &CPU).unwrap();
+    let names = names.iter();
+    names
+        .map(|(to, from)| (to.to_string(), all[*from].clone()))
+        .collect()
+}
+
+#[test]
+fn lma_modules() -> Result<()> {
+    let entries = semantic_entries(&[
+        ("emb.hashed_weight", "a.hashed_weight"),
+        ("emb.weight", "a.hashed_weight"),
+        ("emb.random_numbers", "random_numbers"),
+        ("emb.signature", "a.signature"),
+        ("head", "a.output"),
+    ]);
+    let golden = semantic_entries(&[
+        ("indices", "a.indices"),
+        ("offsets", "a.offsets"),
+        ("output", "a.output"),
+        ("signature", "a.signature"),
+    ]);
+    let take =
+        |state: &mut StateDict, module, config| state.lma("emb", 3000, 16, module, config, &CPU);
+    let check = |layer: HashedEmbeddingBag| -> Result<()> {
+        let layer = layer.with_hashed_weight(layer.hashed_weight().to_dtype(DType::F64)?)?;
+        let output = layer.forward_with_offsets(&golden["indices"], &golden["offsets"])?;
+        // They were taken in f64 and rounded.
+        assert!(to_vec(&output.to_dtype(DType::F32)?)? == to_vec(&golden["output"])?);
+        Ok(())
+    };
+    let mut whole = state(&entries);
+    check(take(&mut whole, Default::default(), Default::default())?)?;
+    assert_eq!(whole.keys().collect::<Vec<_>>(), ["head"]);
+    // The signatures from elsewhere, and a module that starts at a later row.
+    let given = |signature: &Tensor| LmaModule {
+        signature: Some(signature.clone()),
+        ..Default::default()
+    };
+    let mut without = changed(&entries, unset("emb.signature"));
+    check(take(
+        &mut without,
+        given(&golden["signature"]),
+        Default::default(),
+    )?)?;
+    let later = HashedEmbeddingBagConfig {
+        first_row: 500,
+        ..Default::default()
+    };
+    let before = Tensor::cat(
+        &[
+            &golden["signature"].narrow(0, 0, 500)?,
+            &golden["signature"],
+        ],
+        0,
+    )?;
+    check(take(
+        &mut changed(&entries, unset("emb.signature")),
+        given(&before),
+        later,
+    )?)?;
+
+    let refusals: Vec<Refusal> = vec![
+        (
+            Box::new(unset("emb.signature")),
+            "emb.signature is missing",
+        ),
+        (
+            Box::new(unset("emb.random_numbers")),
+            "emb.random_numbers is missing",
+        ),
+        (
+            Box::new(set("emb.signature", ints(&[1; 2999]))),
+            "emb.hashed_weight: hashed-embedding-bag: signatures must have at least 3000 rows, and so shape [3000], got [2999]",
+        ),
+        (
+            Box::new(set("emb.signature", floats(&[3000]))),
+            "emb.hashed_weight: hashed-embedding-bag: signatures must have dtype i64, got f32",
+        ),
+        (
+            Box::new(set("emb.random_numbers", ints(&[-1; 51]))),
+            "emb.random_numbers: hashed-embedding-bag: LMA's random_numbers must lie in 1..2^31, got -1 at position 0",
+        ),
+        (
+            Box::new(set("emb.helper_Eidx", ints(&[1]))),
+            "emb.helper_Eidx is no entry of this module",
+        ),
+    ];
+    let take = |state: &mut StateDict| take(state, Default::default(), Default::default());
+    assert_refused(&entries, take, refusals);
+    Ok(())
+}
+
+#[test]
+fn scma_models() -> Result<()> {
+    let entries = semantic_entries(&[
+        ("model.hashed_weight", "scma.hashed_weight"),
+        ("model.top.weight", "a.output"),
+    ]);
+    let golden = semantic_entries(&[
+        ("table", "scma.table"),
+        ("indices", "scma.indices"),
+        ("output", "scma.output"),
+    ]);
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("table.npz");
+    Tensor::write_npz(&[("big_min_hash_table", &golden["table"])], &path)?;
+    let table = import::scma_table(&path, 60, 8)?;
+    let take = |state: &mut StateDict, table: &Tensor| {
+        let tables = [("a", 45), ("b", 15)];
+        state.scma("model", tables, 8, table, Default::default(), &CPU)
+    };
+    let mut whole = state(&entries);
+    let collection = take(&mut whole, &table)?;
+    assert_eq!(whole.keys().collect::<Vec<_>>(), ["model.top.weight"]);
+    // As one table, since these indices count the rows of both.
+    let config = HashedEmbeddingBagConfig {
+        hash: Some(Hash::slot_table(1)),
+        ..Default::default()
+    };
+    let (weight, slots) = (collection.hashed_weight(), collection.row_tensor().unwrap());
+    assert_eq!(slots.dtype(), DType::U32);
+    let layer = HashedEmbeddingBag::with_row_tensor(weight.clone(), slots, 60, 8, config)?;
+    assert_eq!(
+        to_vec(&layer.forward(&golden["indices"])?)?,
+        to_vec(&golden["output"])?
+    );
+    let row = |row: i64| ints(&[row]).unsqueeze(0);
+    assert_eq!(
+        to_vec(&collection.table("b")?.forward(&row(3)?)?)?,
+        to_vec(&layer.forward(&row(48)?)?)?
+    );
+
+    let mut untaken = state(&entries);
+    for (table, said) in [
+        (
+            table.narrow(0, 0, 59)?,
+            "import: model.hashed_weight: hashed-embedding-bag: slot_table must have 60 rows, and so shape [60, 8], got [59, 8]",
+        ),
+        (
+            table.to_dtype(DType::U32)?,
+            "hashed-embedding-bag: big_min_hash_table must have dtype i64, got u32",
+        ),
+    ] {
+        assert_eq!(message(take(&mut untaken, &table)), said);
+        assert_eq!(untaken.keys().count(), 2);
+    }
+    let said = message(import::scma_table(&path, 61, 8));
+    assert!(
+        said.ends_with(
+            "import: big_min_hash_table must be i64 of shape [61, 8], got i64 of shape [60, 8]"
+        ),
+        "{said}"
+    );
+    Tensor::write_npz(&[("other", &golden["table"])], &path)?;
+    let said = message(import::scma_table(&path, 60, 8));
+    assert!(
+        said.ends_with("import: no big_min_hash_table, only other"),
+        "{said}"
+    );
+    assert!(
+        message(import::scma_table(folder.path().join("none"), 60, 8)).contains("No such file")
+    );
+    Ok(())
 }
