@@ -20,7 +20,7 @@ use candle_nn::VarMap;
 use clap::Parser;
 
 use recommender::about::{About, Reached};
-use recommender::allocator::{keep_memory, Allocator};
+use recommender::allocator::{keep_memory, keep_memory_of, Allocator};
 use recommender::baselines::compare;
 use recommender::data::{write_generated, Data, Part};
 use recommender::model::Dlrm;
@@ -60,6 +60,7 @@ fn main() -> Result<()> {
 fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
     let start = Instant::now();
     let (path, device) = (options.common.checkpoint(), options.device(world)?);
+    keep_memory_of(&device)?;
     let ranks = options.connect(world, &device)?;
     if ranks.is_first() {
         output::ensure_replaceable(&path)?;
