@@ -17,7 +17,7 @@ use crate::error::{bail, error};
 use candle_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use std::io::{self, ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -463,7 +463,7 @@ impl Shared {
             .iter()
             .enumerate()
             .filter(|(_, (_, is_leaving))| !is_leaving);
-        let (rank, (entered, _)) = furthest.min_by_key(|(_, (entered, _))| *entered)?;
+        let (rank, _) = furthest.min_by_key(|(_, (entered, _))| *entered)?;
         if behind[rank].1.elapsed() <= self.limit {
             return None;
         }
@@ -471,10 +471,9 @@ impl Shared {
             0 => "rank 0".to_string(),
             _ => self.peers[rank - 1].to_string(),
         };
+        let limit = self.limit;
         Some(format!(
-            "{name} hangs: for {:?}, others have been waiting for it in collective {}",
-            self.limit,
-            entered + 1
+            "{name} hangs: for {limit:?}, others have been waiting for it"
         ))
     }
 }
@@ -548,9 +547,13 @@ fn listen(world: &World) -> Result<TcpListener> {
     let addresses = resolve(world)?;
     // A host may know itself by an address at which others do not reach it, so all are listened at unless all ranks are local.
     let is_local = addresses.iter().all(|address| address.ip().is_loopback());
+    let any: IpAddr = match addresses.iter().any(SocketAddr::is_ipv4) {
+        true => Ipv4Addr::UNSPECIFIED.into(),
+        false => Ipv6Addr::UNSPECIFIED.into(),
+    };
     let bound = match is_local {
         true => TcpListener::bind(&addresses[..]),
-        false => TcpListener::bind((Ipv4Addr::UNSPECIFIED, *port)),
+        false => TcpListener::bind((any, *port)),
     };
     match bound {
         Ok(listener) => {

@@ -14,15 +14,18 @@
 
 use std::borrow::Cow;
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use candle_core::{DType, Device, Tensor, WithDType};
+use candle_hashed_embedding_bag::semantic::Records;
 use candle_hashed_embedding_bag::{
-    hashed_embedding_bag_collection, Bits, Checkpoint, Gradient, Hash, HashedEmbeddingBag,
-    HashedEmbeddingBagCollection, HashedEmbeddingBagConfig, JaggedLayout, Mode,
+    hashed_embedding_bag_collection, hashed_embedding_bag_collection_with_row_tensor, Bits,
+    Checkpoint, Gradient, Hash, HashedEmbeddingBag, HashedEmbeddingBagCollection,
+    HashedEmbeddingBagConfig, JaggedLayout, Mode,
 };
 use candle_nn::{Init, Module, VarBuilder};
 
-use crate::data::{Bags, Rows, Schema};
+use crate::alike;
+use crate::data::{Bags, Examples, Rows, Schema};
 use crate::ops::project;
 use crate::options::TableBits;
 use crate::rare::RareRows;
@@ -106,10 +109,38 @@ impl Embeddings {
     /// New tables, with variables from `vb`, whose gradients are summed in this way.
     ///
     /// # Errors
-    /// A compression that leaves the large tables less than one block of the hash.
+    /// A compression that leaves the large tables less than one block of the hash; a hash that needs
+    /// [`for_examples`](Self::for_examples).
     pub fn new(
         schema: &Schema,
         config: EmbeddingConfig,
+        gradient: Gradient,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let none =
+            |_: &[usize]| bail!("rows share memory by their examples, of which there are none");
+        Self::with_records(schema, config, none, gradient, vb)
+    }
+
+    /// New tables for examples, by whose train part a hash may decide which rows share memory.
+    ///
+    /// # Errors
+    /// Those of [`new`](Self::new), and what reading says.
+    pub fn for_examples(
+        examples: &dyn Examples,
+        config: EmbeddingConfig,
+        gradient: Gradient,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let records = |tables: &[usize]| alike::records(examples, tables);
+        Self::with_records(&examples.schema(), config, records, gradient, vb)
+    }
+
+    /// `records` gives those of some tables.
+    fn with_records(
+        schema: &Schema,
+        config: EmbeddingConfig,
+        records: impl Fn(&[usize]) -> Result<Records>,
         gradient: Gradient,
         vb: VarBuilder,
     ) -> Result<Self> {
@@ -144,8 +175,23 @@ impl Embeddings {
             };
             let named = tables.iter().map(|&table| schema.tables[table]);
             let vb = vb.pp(name);
-            let collection =
-                hashed_embedding_bag_collection(named, columns, compression, bag, vb.clone())?;
+            let values = tables.iter().map(|&table| rows[table]).sum::<usize>() * columns;
+            let len = ((values as f64 * compression) as usize).max(1);
+            let len = len.next_multiple_of(hash.block());
+            let row_tensor = alike::row_tensor(hash, || records(&tables), columns, len)?;
+            let collection = match row_tensor {
+                None => {
+                    hashed_embedding_bag_collection(named, columns, compression, bag, vb.clone())
+                }
+                Some(tensor) => hashed_embedding_bag_collection_with_row_tensor(
+                    named,
+                    columns,
+                    compression,
+                    &tensor.to_device(vb.device())?,
+                    bag,
+                    vb.clone(),
+                ),
+            }?;
             let inner_dim = config.inner_dim.filter(|_| name != "plain");
             let projection = inner_dim.map(|columns| {
                 // Such that a vector is as long as what was pooled.
@@ -445,7 +491,8 @@ impl Embeddings {
         (stored, rows * self.embedding_dim())
     }
 
-    /// The bytes of all that [`forward`](Self::forward) reads besides the rows: weights, their scales and shifts, matrices.
+    /// The bytes of all that [`forward`](Self::forward) reads besides the rows: weights, their scales and shifts, matrices, and what
+    /// the hash reads of each row.
     pub fn bytes(&self) -> usize {
         let bytes = |tensor: &Tensor| tensor.elem_count() * tensor.dtype().size_in_bytes();
         let of = |kind: &Collection| {
@@ -454,6 +501,7 @@ impl Embeddings {
             });
             bytes(kind.collection.hashed_weight())
                 + rounding
+                + kind.collection.row_tensor().map_or(0, bytes)
                 + kind.projection.as_ref().map_or(0, bytes)
         };
         self.collections.iter().map(of).sum()
@@ -517,7 +565,7 @@ impl EmbeddingConfig {
     }
 
     /// The same tables, as large as fits into `share` of the bytes of plain ones in f32 once they are rounded to `bits`, given their
-    /// numbers of rows. Matrices stay f32; scales and shifts count.
+    /// numbers of rows. Matrices stay f32; scales, shifts and what the hash reads of each row count.
     ///
     /// # Errors
     /// Too few bytes for the matrices.
@@ -534,12 +582,13 @@ impl EmbeddingConfig {
         };
         let projection = self.projection(large.len()) as f64;
         let (budget, rest) = (4.0 * values * share, rest + 4.0 * projection);
+        let hashed = alike::row_tensor_bytes(self.hash, large.iter().sum(), self.inner_dim());
         let whole = count(&small) * dim + count(&large) * inner;
         // Scales alone are no reason to hash what would fit.
         let compression = if whole * bytes_of_value + rest <= 1.001 * budget {
             1.0
         } else {
-            ((budget - rest) / bytes_of_value + projection) / values
+            ((budget - rest - hashed as f64) / bytes_of_value + projection) / values
         };
         ensure!(
             compression > 0.0,

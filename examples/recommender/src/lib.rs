@@ -31,12 +31,14 @@
 //! | [`recommend`] | the best unseen movies |
 //! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
 //! | [`report`] | what is printed |
+//! | [`alike`] | which rows are used alike, for hashes by which those share memory |
 //! | [`allocator`] | the memory of both programs |
 //! | [`output`] | standard output that may be closed, files that may not be writable |
 
 #![warn(missing_docs)]
 
 pub mod about;
+pub mod alike;
 pub mod allocator;
 pub mod baselines;
 pub mod candidates;

@@ -21,7 +21,7 @@ use candle_hashed_embedding_bag::{Bits, Checkpoint, Gradient};
 use candle_nn::init::DEFAULT_KAIMING_NORMAL;
 use candle_nn::{Init, VarBuilder};
 
-use crate::data::{Batch, Schema};
+use crate::data::{Batch, Examples, Schema};
 use crate::embeddings::{EmbeddingConfig, Embeddings, Lookup};
 use crate::ops::{self, Interaction, TopInput};
 
@@ -111,6 +111,29 @@ impl Dlrm {
     /// A compression that leaves the large tables less than one block of the hash.
     pub fn new(schema: &Schema, config: &ModelConfig, vb: VarBuilder) -> Result<Self> {
         let embeddings = Embeddings::new(schema, config.embeddings, config.gradient, vb.clone())?;
+        Self::with_embeddings(embeddings, schema, config, vb)
+    }
+
+    /// A new model for examples; see [`Embeddings::for_examples`].
+    ///
+    /// # Errors
+    /// Those of the [`Embeddings`].
+    pub fn for_examples(
+        examples: &dyn Examples,
+        config: &ModelConfig,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let embeddings =
+            Embeddings::for_examples(examples, config.embeddings, config.gradient, vb.clone())?;
+        Self::with_embeddings(embeddings, &examples.schema(), config, vb)
+    }
+
+    fn with_embeddings(
+        embeddings: Embeddings,
+        schema: &Schema,
+        config: &ModelConfig,
+        vb: VarBuilder,
+    ) -> Result<Self> {
         let dim = embeddings.embedding_dim();
         let bottom = (schema.numbers > 0)
             .then(|| Mlp::new(schema.numbers, &config.bottom, dim, vb.pp("bottom")))

@@ -11,6 +11,8 @@ use candle_core::Device;
 use candle_hashed_embedding_bag::distributed::World;
 use candle_hashed_embedding_bag::{Bits, Gradient, Hash};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 use serde_json::{json, Value};
 
 use crate::data::{Clicks, Data, Part, Source};
@@ -24,6 +26,9 @@ use crate::train::Settings;
 
 const STEPS_PER_EPOCH: usize = 400;
 const LARGEST_BATCH: usize = 4096;
+
+/// The modulus of LMA in its package, which bounds its random numbers.
+const LMA_MODULUS: i64 = 2_038_074_743;
 
 /// Weight decay of plain tables of ratings. It is high, and matters most of all settings: a user with twenty ratings has
 /// sixteen values to remember them by. Hashed tables need less, as they have fewer values to remember with.
@@ -328,7 +333,8 @@ enum DeviceKind {
 }
 
 const HASH_HELP: &str = "`default`, the crate's; `balanced:8`, the same in blocks of 8 columns; `mix:8`, rows at random \
-    places; `original`, that of the PyTorch package HashedEmbeddingBag";
+    places; `original`, that of the PyTorch package HashedEmbeddingBag; and three by which rows that the train part uses alike share \
+    memory: `semantic`, the crate's, `lma` and `scma`";
 
 /// A hash, before the embedding dimension is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -337,6 +343,9 @@ pub enum HashChoice {
     Balanced { block: usize },
     Mix { block: usize },
     Original,
+    Semantic,
+    Lma,
+    Scma,
 }
 
 impl Options {
@@ -586,15 +595,19 @@ impl Fit {
         inner_dim: Option<usize>,
     ) -> EmbeddingConfig {
         let embedding_dim = usize::from(self.embedding_dim.get());
+        let default = Hash::default_for(inner_dim.unwrap_or(embedding_dim));
         EmbeddingConfig {
             embedding_dim,
             inner_dim,
             compression,
             hash: match hash {
-                HashChoice::Default => Hash::default_for(inner_dim.unwrap_or(embedding_dim)),
+                HashChoice::Default => default,
                 HashChoice::Balanced { block } => Hash::balanced(block),
                 HashChoice::Mix { block } => Hash::mix(block),
                 HashChoice::Original => Hash::original(),
+                HashChoice::Semantic => Hash::semantic(default.block()),
+                HashChoice::Lma => lma(default.block()),
+                HashChoice::Scma => Hash::slot_table(default.block()),
             },
         }
     }
@@ -645,13 +658,18 @@ impl FromStr for HashChoice {
         Ok(match text.split_once(':') {
             None if text == "default" => Self::Default,
             None if text == "original" => Self::Original,
+            None if text == "semantic" => Self::Semantic,
+            None if text == "lma" => Self::Lma,
+            None if text == "scma" => Self::Scma,
             Some(("balanced", block)) => Self::Balanced {
                 block: number(block)?,
             },
             Some(("mix", block)) => Self::Mix {
                 block: number(block)?,
             },
-            _ => bail!("it must be default, balanced:BLOCK, mix:BLOCK or original"),
+            _ => bail!(
+                "it must be default, balanced:BLOCK, mix:BLOCK, original, semantic, lma or scma"
+            ),
         })
     }
 }
@@ -663,6 +681,9 @@ impl fmt::Display for HashChoice {
             Self::Balanced { block } => write!(f, "balanced:{block}"),
             Self::Mix { block } => write!(f, "mix:{block}"),
             Self::Original => write!(f, "original"),
+            Self::Semantic => write!(f, "semantic"),
+            Self::Lma => write!(f, "lma"),
+            Self::Scma => write!(f, "scma"),
         }
     }
 }
@@ -670,6 +691,14 @@ impl fmt::Display for HashChoice {
 /// What a value is called on the command line.
 fn name(value: &impl ValueEnum) -> Option<String> {
     Some(value.to_possible_value()?.get_name().to_owned())
+}
+
+/// LMA as its package has it by default: eight keys of four bits.
+fn lma(block: usize) -> Hash {
+    let mut rng = StdRng::seed_from_u64(0);
+    let mut numbers = vec![LMA_MODULUS];
+    numbers.extend((0..26).map(|_| rng.random_range(0..LMA_MODULUS)));
+    Hash::lma(&numbers, 4, 8, block).expect("the numbers are in range")
 }
 
 fn parse_bits(text: &str) -> Result<TableBits> {
@@ -753,7 +782,15 @@ mod tests {
 
     #[test]
     fn hashes() -> Result<()> {
-        for text in ["default", "balanced:4", "mix:8", "original"] {
+        for text in [
+            "default",
+            "balanced:4",
+            "mix:8",
+            "original",
+            "semantic",
+            "lma",
+            "scma",
+        ] {
             assert_eq!(text.parse::<HashChoice>()?.to_string(), text);
         }
         for wrong in [

@@ -467,6 +467,52 @@ mod tests {
         Ok(())
     }
 
+    /// What a hash reads of each row comes back with the tables, in low bits too, and so do matrices.
+    #[test]
+    fn models_whose_rows_are_alike_come_back() -> Result<()> {
+        let data = Data::Ratings(Source::Generated { seed: 3 }.load()?);
+        let Data::Ratings(ratings) = &data else {
+            bail!("no ratings")
+        };
+        let dir = tempfile::tempdir()?;
+        let path = dir.path().join("model.safetensors");
+        let pairs: Vec<_> = (0..100).map(|i| (i, 2 * i)).collect();
+        for hash in ["semantic", "lma", "scma"] {
+            let arguments = [
+                "",
+                "--hash",
+                hash,
+                "--inner-dim",
+                "8",
+                "--compression",
+                "1/4",
+            ];
+            let Command::Train(options) = Options::parse_from(arguments).command() else {
+                bail!("train is the default")
+            };
+            let (vars, config) = (VarMap::new(), options.model_config());
+            let vb = init::seeded(&vars, 1, &Device::Cpu);
+            let model = Dlrm::for_examples(data.examples(), &config, vb)?;
+            for model in [model.clone(), model.to_bits(Bits::Eight)?.0] {
+                save(&path, &model, &vars, &data, &about(&data)?)?;
+                let opened = Recommender::open(&path, &Device::Cpu)?.model;
+                assert_eq!(
+                    logits(&opened, &ratings.catalog, &pairs)?,
+                    logits(&model, &ratings.catalog, &pairs)?,
+                    "{hash}"
+                );
+                let bytes = opened.embeddings().bytes();
+                assert_eq!(bytes, model.embeddings().bytes());
+                // Users, movies and words, eight bytes each, are more than the values of the tables in 8 bits.
+                assert!(bytes > 8 * 3_000, "{hash}: {bytes}");
+            }
+            // The same without examples is refused.
+            let vb = init::seeded(&VarMap::new(), 1, &Device::Cpu);
+            assert!(Dlrm::new(&data.examples().schema(), &config, vb).is_err());
+        }
+        Ok(())
+    }
+
     #[test]
     fn a_model_of_clicks_comes_back_whole() -> Result<()> {
         let dir = tempfile::tempdir()?;

@@ -141,6 +141,12 @@ pub fn train_on(
         ..Position::default()
     };
     if let Some(state) = saving.load(ranks, model.device())? {
+        for (name, _) in &parameters {
+            ensure!(
+                state.model.contains_key(name),
+                "the saved state has no variable {name}"
+            );
+        }
         position = state.position;
         vars.clone().set(state.model.into_iter())?;
         let done = (position.epoch - 1) * steps_per_epoch + position.step;
@@ -157,6 +163,8 @@ pub fn train_on(
             position.step,
             position.epoch
         );
+    } else if saving.resume {
+        say!("  nothing has been saved that this could resume: it starts anew\n");
     }
     let (mut rate, seconds_before) = (position.rate, position.seconds);
 
@@ -235,7 +243,9 @@ pub fn train_on(
             best = Some((Best::of(epoch, valid), snapshot(vars)?));
         }
     }
-    ranks.ensure_replicas_are_equal(&parameters)?;
+    if diverged.is_none() {
+        ranks.ensure_replicas_are_equal(&parameters)?;
+    }
     let Some((best, values)) = best else {
         bail!(diverged.map_or("there is no epoch".to_owned(), divergence));
     };
@@ -343,7 +353,7 @@ fn progress_bar(rows: usize) -> Result<ProgressBar> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::data::{write_generated, Batch, Batches, Clicks, Rows, Schema};
+    use crate::data::{write_generated, Batch, Batches, Clicks, Records, Rows, Schema};
     use crate::embeddings::EmbeddingConfig;
     use crate::evaluate::evaluate;
     use crate::init::seeded;
@@ -379,6 +389,10 @@ mod tests {
                 numbers: 0,
                 tables: vec![("row", 4)],
             }
+        }
+
+        fn records(&self) -> Result<Records<'_>> {
+            Ok(Box::new(std::iter::empty()))
         }
 
         fn len(&self, _: Part) -> usize {

@@ -400,6 +400,7 @@ fn interactions_are_learnt_and_recommended() {
     for tables in [
         "--compression 1",
         "--compression 1/2 --inner-dim 4 --bits 8",
+        "--compression 1/2 --inner-dim 20 --hash scma",
     ] {
         let printed = folder.succeeds(&format!("{train} {tables}"));
         assert!(printed.contains("interactions, pairs"), "{printed}");

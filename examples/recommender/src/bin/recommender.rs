@@ -71,8 +71,8 @@ fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
     let examples = data.examples();
     let counts = TrainCounts::of(examples)?;
     let vars = VarMap::new();
-    let model = Dlrm::new(
-        &examples.schema(),
+    let model = Dlrm::for_examples(
+        examples,
         &options.model_config(),
         init::seeded(&vars, options.seed, &device),
     )?;

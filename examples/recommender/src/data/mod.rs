@@ -61,6 +61,12 @@ pub enum Rows {
     Bags(Vec<Bags>),
 }
 
+/// What is used together, as rows of tables of the schema: pairs of a table and a row.
+pub type Record = Vec<(usize, u32)>;
+
+/// Records one by one.
+pub type Records<'a> = Box<dyn Iterator<Item = Result<Record>> + 'a>;
+
 /// Batches with a label per example.
 pub type Batches<'a> = Box<dyn Iterator<Item = Result<(Batch, Vec<bool>)>> + 'a>;
 
@@ -81,6 +87,9 @@ pub trait Examples {
         batch_size: usize,
         shuffle: Option<&'a mut StdRng>,
     ) -> Result<Batches<'a>>;
+
+    /// Records of the train part, by which rows are [`alike`](crate::alike).
+    fn records(&self) -> Result<Records<'_>>;
 
     /// All of a part: see [`batches_at`](Self::batches_at).
     fn batches<'a>(

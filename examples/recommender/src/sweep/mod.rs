@@ -110,7 +110,7 @@ fn run(data: &Data, training: &Training, device: &Device) -> Result<Vec<Outcome>
     let (examples, vars) = (data.examples(), VarMap::new());
     let settings = training.fit;
     let vb = init::seeded(&vars, settings.seed, device);
-    let model = Dlrm::new(&examples.schema(), &training.config.into(), vb)?;
+    let model = Dlrm::for_examples(examples, &training.config.into(), vb)?;
     let best = train::train(&model, &vars, examples, settings)?;
     best.ensure_converged()?;
     let exact = evaluate(&model, examples, Part::Test)?;

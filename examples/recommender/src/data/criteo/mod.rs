@@ -51,7 +51,7 @@ use twox_hash::XxHash64;
 use self::prepared::Prepared;
 use self::reader::{Click, CATEGORIES, NUMBERS};
 use self::stream::{Format, Position};
-use super::{Batch, Batches, Examples, Part, Rows, Schema};
+use super::{Batch, Batches, Examples, Part, Record, Records, Rows, Schema};
 
 pub use generated::write as write_generated;
 
@@ -280,6 +280,25 @@ impl Source {
 }
 
 impl Examples for Clicks {
+    /// A record for each click.
+    fn records(&self) -> Result<Records<'_>> {
+        let batches = self.batches(Part::Train, WINDOW, None)?;
+        let tables = self.schema().tables.len();
+        Ok(Box::new(batches.flat_map(move |batch| {
+            let records: Vec<Result<Record>> = match batch {
+                Err(error) => vec![Err(error)],
+                Ok((batch, _)) => match batch.rows {
+                    Rows::OnePerTable(rows) => rows
+                        .chunks(tables)
+                        .map(|rows| Ok((0..).zip(rows.iter().copied()).collect()))
+                        .collect(),
+                    Rows::Bags(_) => Vec::new(),
+                },
+            };
+            records
+        })))
+    }
+
     fn schema(&self) -> Schema {
         Self::schema_of(self.rows_per_field)
     }

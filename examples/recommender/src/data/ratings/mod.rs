@@ -27,7 +27,7 @@ use rand::SeedableRng;
 
 use self::interactions::{Popularity, NEGATIVES};
 use self::split::part;
-use super::{Bags, Batch, Batches, Examples, Part, Rows, Schema, Truth};
+use super::{Bags, Batch, Batches, Examples, Part, Record, Records, Rows, Schema, Truth};
 
 /// The features a user or a movie may have besides its id, in the order in which the model reads them.
 pub const USER_FEATURES: [&str; 4] = ["gender", "age", "occupation", "zip"];
@@ -178,6 +178,33 @@ impl Ratings {
 }
 
 impl Examples for Ratings {
+    /// A record for each user, of the movies that they liked, and for each movie, of the users who liked it; with the features of the
+    /// one that it is for.
+    fn records<'a>(&'a self) -> Result<Records<'a>> {
+        let (users, movies) = (&self.catalog.users, &self.catalog.movies);
+        // Tables in the order of the schema: users and their features, movies and theirs.
+        let (of_users, of_movies) = (0, 1 + users.features.len());
+        let mut by_user = vec![Record::new(); users.ids.len()];
+        let mut by_movie = vec![Record::new(); movies.ids.len()];
+        for rating in self.part(Part::Train).iter().filter(|rating| rating.liked) {
+            by_user[rating.user as usize].push((of_movies, rating.movie));
+            by_movie[rating.movie as usize].push((of_users, rating.user));
+        }
+        let with_features = |records: Vec<Record>, entities: &'a Entities, first: usize| {
+            let used = (0..).zip(records).filter(|(_, record)| !record.is_empty());
+            used.map(move |(row, mut record): (usize, Record)| {
+                for (table, feature) in (first + 1..).zip(&entities.features) {
+                    let values = feature.bags.bag(row).iter();
+                    record.extend(values.map(|&value| (table, value)));
+                }
+                Ok(record)
+            })
+        };
+        let by_user = with_features(by_user, users, of_users);
+        let by_movie = with_features(by_movie, movies, of_movies);
+        Ok(Box::new(by_user.chain(by_movie)))
+    }
+
     fn schema(&self) -> Schema {
         self.catalog.schema()
     }
