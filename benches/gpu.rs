@@ -33,9 +33,9 @@ struct Options {
     /// Write the indices here, a safetensors file per distribution.
     #[arg(long)]
     save_indices: Option<PathBuf>,
-    /// Only workloads whose name contains this.
-    #[arg(long, default_value = "")]
-    only: String,
+    /// Only workloads whose name contains one of these.
+    #[arg(long, value_delimiter = ',', default_value = "")]
+    only: Vec<String>,
     /// Timings per workload, of which the median counts.
     #[arg(long, default_value_t = 9)]
     repeats: usize,
@@ -53,6 +53,8 @@ const BAG_LEN: usize = 20;
 enum Rows {
     /// Bags of 20 uniform rows.
     Uniform,
+    /// Bags of 20 uniform rows of a million: the row tensors of some hashes then stay in the L2.
+    Million,
     /// Bags of 20 rows `floor(n^u) - 1`, u uniform: few rows are drawn most of the time.
     Zipf,
     /// Bags of 0 to 40 uniform rows.
@@ -67,6 +69,7 @@ impl Rows {
     fn name(self) -> &'static str {
         match self {
             Self::Uniform => "uniform",
+            Self::Million => "uniform, of a million",
             Self::Zipf => "zipf",
             Self::Ragged => "ragged",
             Self::HeavyTail => "heavy-tail",
@@ -77,6 +80,7 @@ impl Rows {
     fn num_embeddings(self) -> usize {
         match self {
             Self::Original => 20_000,
+            Self::Million => 1_000_000,
             _ => NUM_EMBEDDINGS,
         }
     }
@@ -86,7 +90,7 @@ impl Rows {
         let mut rng = SmallRng::seed_from_u64(17);
         let nnz = NUM_BAGS * BAG_LEN;
         let lengths: Option<Vec<usize>> = match self {
-            Self::Uniform | Self::Zipf => None,
+            Self::Uniform | Self::Million | Self::Zipf => None,
             Self::Ragged => Some(
                 (0..NUM_BAGS)
                     .map(|_| rng.random_range(0..=2 * BAG_LEN))
@@ -162,6 +166,44 @@ fn workloads() -> Result<Vec<Workload>> {
             ..base()?
         })
     };
+    let by_rows = |name, rows, hash| -> Result<Workload> {
+        Ok(Workload {
+            name,
+            rows,
+            hash,
+            ..base()?
+        })
+    };
+    // Those of the ROBE package by default, as far as they matter.
+    let numbers = [
+        2_038_074_743,
+        634_329_019,
+        1_825_252_241,
+        871_205_356,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        369_480_626,
+        585_176_928,
+        1_830_667_799,
+        17_682_904,
+        42_749_099,
+        642_135_753,
+        666_118_921,
+        852_289_015,
+        1_807_511_361,
+        400_946_194,
+        961_960_675,
+        1_717_623_355,
+        348_735_301,
+        1_908_929_968,
+        1_392_981_797,
+        1_360_581_189,
+    ];
     let (eight, four) = (Bits::Eight, Bits::Four);
     let checked = BoundsCheck::Error;
     Ok(vec![
@@ -250,6 +292,13 @@ fn workloads() -> Result<Vec<Workload>> {
             hash: Hash::original(),
             ..base()?
         },
+        by_rows("robe block 8", Rows::Uniform, Hash::robe(&numbers, 8)?)?,
+        by_rows("lma", Rows::Uniform, Hash::lma(&numbers, 4, 8, 1)?)?,
+        by_rows("lma block 8", Rows::Uniform, Hash::lma(&numbers, 4, 8, 8)?)?,
+        by_rows("semantic", Rows::Uniform, Hash::semantic(16))?,
+        by_rows("semantic, million", Rows::Million, Hash::semantic(16))?,
+        by_rows("slot table", Rows::Uniform, Hash::slot_table(16))?,
+        by_rows("slot table, million", Rows::Million, Hash::slot_table(16))?,
         Workload {
             name: "the original's own",
             rows: Rows::Original,
@@ -286,6 +335,36 @@ fn workloads() -> Result<Vec<Workload>> {
             ..base()?
         },
     ])
+}
+
+/// Workloads that differ in the hash alone.
+const PAIRS: [(&str, &str); 6] = [
+    ("lma", "original"),
+    ("lma block 8", "robe block 8"),
+    ("semantic", "default"),
+    ("semantic, million", "default"),
+    ("slot table", "default"),
+    ("slot table, million", "default"),
+];
+
+/// The row tensor of a hash, if it reads one, of random numbers.
+fn row_tensor(w: &Workload, device: &Device) -> Result<Option<Tensor>> {
+    let rows = w.rows.num_embeddings();
+    let mut rng = SmallRng::seed_from_u64(23);
+    let tensor = match w.hash.row_tensor() {
+        None => return Ok(None),
+        Some("signatures") => {
+            let signatures = (0..rows).map(|_| rng.random::<i64>());
+            Tensor::from_iter(signatures, device)?
+        }
+        Some(_) => {
+            let column_blocks = w.embedding_dim.div_ceil(w.hash.block());
+            let num_blocks = (w.len / w.hash.block()) as u32;
+            let entries = (0..rows * column_blocks).map(|_| rng.random_range(0..num_blocks));
+            Tensor::from_iter(entries, device)?.reshape((rows, column_blocks))?
+        }
+    };
+    Ok(Some(tensor))
 }
 
 #[derive(Serialize)]
@@ -373,8 +452,15 @@ fn measure(w: &Workload, device: &Device, repeats: usize, copy: f64) -> Result<M
         ..Default::default()
     };
     let num_embeddings = w.rows.num_embeddings();
+    let row_tensor = row_tensor(w, device)?;
     let layer = |weight: &Tensor| {
-        HashedEmbeddingBag::new(weight.clone(), num_embeddings, w.embedding_dim, config)
+        let (weight, dim) = (weight.clone(), w.embedding_dim);
+        match &row_tensor {
+            None => HashedEmbeddingBag::new(weight, num_embeddings, dim, config),
+            Some(rows) => {
+                HashedEmbeddingBag::with_row_tensor(weight, rows, num_embeddings, dim, config)
+            }
+        }
     };
     let forward = |layer: &HashedEmbeddingBag| match &offsets {
         None => layer.forward(&indices),
@@ -582,7 +668,7 @@ fn main() -> Result<()> {
     ]);
     for w in workloads()?
         .iter()
-        .filter(|w| w.name.contains(&options.only))
+        .filter(|w| options.only.iter().any(|only| w.name.contains(only)))
     {
         let m = measure(w, &device, options.repeats, copy).context(w.name)?;
         let shown = |value: Option<f64>, digits| match value {
@@ -621,5 +707,15 @@ fn main() -> Result<()> {
         column.set_cell_alignment(CellAlignment::Right);
     }
     println!("copy: {copy:.2} TB/s, read and written\n{table}");
+    for (name, other) in PAIRS {
+        let find = |name| report.workloads.iter().find(|m| m.name == name);
+        if let (Some(m), Some(other)) = (find(name), find(other)) {
+            println!(
+                "{name} beside {}: forward {:.2}x its speed",
+                other.name,
+                other.forward_ms / m.forward_ms
+            );
+        }
+    }
     Ok(())
 }

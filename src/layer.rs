@@ -110,7 +110,7 @@ impl Stored {
     ) -> Result<Self> {
         let hash = config.hash_for(embedding_dim);
         let Some(name) = hash.row_tensor() else {
-            bail!("this hash reads no tensor of the rows: {hash:?}");
+            return Err(row_tensor::needless(&hash));
         };
         Ok(Self {
             row_tensor: Some(RowTensor::new(name, row_tensor)?),

@@ -3,11 +3,11 @@
 //! It has the rows of the whole virtual table: row `r` of a table that starts at row `first_row` is its row `first_row + r`. It is
 //! not trained.
 
-use crate::error::bail;
+use crate::error::{bail, error};
 use crate::hash::Hash;
 use crate::op::check_dtype;
 use crate::tables::Tables;
-use candle_core::{DType, Device, Result, Shape, Storage, Tensor};
+use candle_core::{DType, Device, Error, Result, Shape, Storage, Tensor};
 
 /// A row tensor whose dtype and rank are right, and contiguous. Clones share its memory.
 #[derive(Debug, Clone)]
@@ -169,15 +169,20 @@ pub(crate) fn check(
         (None, None) => Ok(()),
         (Some(name), Some(tensor)) => tensor.check(name, hash, len, tables, embedding_dim, device),
         (Some(name), None) => Err(missing(name)),
-        (None, Some(_)) => bail!(
-            "this hash needs no tensor of the rows, neither signatures nor a slot_table: {hash:?}"
-        ),
+        (None, Some(_)) => Err(needless(hash)),
     }
 }
 
+/// The error for a row tensor that `hash` does not read.
+pub(crate) fn needless(hash: &Hash) -> Error {
+    error(format_args!(
+        "this hash reads no tensor of the rows: {hash:?}"
+    ))
+}
+
 /// The error for a hash whose row tensor `name` was not given.
-pub(crate) fn missing(name: &str) -> candle_core::Error {
-    crate::error::error(format_args!(
+pub(crate) fn missing(name: &str) -> Error {
+    error(format_args!(
         "{name} is missing, a tensor with a row for each row of the table, which this hash reads: see with_row_tensor"
     ))
 }

@@ -74,9 +74,76 @@ fn number(u: &mut Unstructured) -> Result<u64> {
     })
 }
 
+/// A hash that reads a tensor of the rows.
+fn hash_of_rows(u: &mut Unstructured) -> Result<Value> {
+    let block = u.int_in_range(1..=8)?;
+    let block = or_odd(u, json!(block))?;
+    Ok(match u.int_in_range(0..=2)? {
+        0 => {
+            let (bits, keys) = (u.int_in_range(1..=8)?, u.int_in_range(1..=5)?);
+            let numbers = [0; 21].map(|_| 1 + u.arbitrary::<u32>().unwrap_or(0) / 2);
+            json!({
+                "kind": "lma",
+                "random_numbers": or_odd(u, json!(numbers))?,
+                "key_bits": or_odd(u, json!(bits))?,
+                "keys_to_use": or_odd(u, json!(keys))?,
+                "block": block,
+            })
+        }
+        1 => json!({
+            "kind": "semantic",
+            "seed": or_odd(u, json!(0))?,
+            "key_bits": or_odd(u, json!(16))?,
+            "keys_to_use": or_odd(u, json!(2))?,
+            "block": block,
+            "signed": u.arbitrary::<bool>()?,
+        }),
+        _ => json!({ "kind": "slot_table", "block": block }),
+    })
+}
+
+/// Describes the tensor that the hash of a layer reads, mostly as it should be, with its data at `start`, and returns its name and
+/// where its data end; `None` for other hashes.
+fn row_tensor(
+    u: &mut Unstructured,
+    layer: &Value,
+    start: u64,
+) -> Result<Option<(&'static str, Value, u64)>> {
+    let integer = |value: &Value| value.as_u64().unwrap_or(0);
+    let (hash, tables) = (&layer["hash"], layer["tables"].as_array());
+    let rows = match tables {
+        Some(tables) => tables
+            .iter()
+            .map(|table| integer(&table["num_embeddings"]))
+            .fold(0, u64::saturating_add),
+        None => integer(&layer["num_embeddings"]).saturating_add(integer(&layer["first_row"])),
+    };
+    let (name, dtype, columns, bytes) = match hash["kind"].as_str() {
+        Some("lma" | "semantic") => ("signatures", "I64", None, 8),
+        Some("slot_table") => {
+            let block = integer(&hash["block"]).max(1);
+            let columns = integer(&layer["embedding_dim"]).div_ceil(block);
+            ("slot_table", "U32", Some(columns), 4)
+        }
+        _ => return Ok(None),
+    };
+    let (rows, columns) = (rows.min(1 << 10), columns.map(|columns| columns.min(16)));
+    let shape = [Some(rows), columns];
+    let shape: Vec<_> = shape.into_iter().flatten().collect();
+    let end = start + shape.iter().product::<u64>() * bytes;
+    let tensor = json!({
+        "dtype": or_odd(u, json!(dtype))?,
+        "shape": or_odd(u, json!(shape))?,
+        "data_offsets": [or_odd(u, json!(start))?, or_odd(u, json!(end))?],
+    });
+    Ok(Some((name, tensor, end)))
+}
+
 /// The description of a layer, or of a collection of tables with features.
 fn layer(u: &mut Unstructured, collection: bool) -> Result<Value> {
-    let hash = if u.arbitrary()? {
+    let hash = if u.ratio(1, 3)? {
+        hash_of_rows(u)?
+    } else if u.arbitrary()? {
         let block = 1 << u.int_in_range(0..=5)?;
         let mut hash = json!({
             "kind": "mix",
@@ -209,13 +276,20 @@ fn file(u: &mut Unstructured) -> Result<Vec<u8>> {
             version = 2;
             description["low_bit"] = low_bit(u, bits)?;
         }
+        let prefix = if name.is_empty() { "" } else { "." };
+        if let Some((tensor, value, next)) = row_tensor(u, &description, end)? {
+            let tensor = format!("{name}{prefix}{tensor}");
+            if !header.contains_key(&tensor) && !u.ratio(1, 24)? {
+                header.insert(tensor, value);
+                end = next;
+            }
+        }
         let all = if is_collection {
             &mut collections
         } else {
             &mut layers
         };
         all.insert(name.to_string(), description);
-        let prefix = if name.is_empty() { "" } else { "." };
         let weight = format!("{name}{prefix}hashed_weight");
         let len = u.int_in_range(1u64..=8)? * 32;
         let (value, next) = match bits {
@@ -251,7 +325,9 @@ fn file(u: &mut Unstructured) -> Result<Vec<u8>> {
     let len = if u.ratio(1, 32)? { number(u)? } else { len };
     let mut file = len.to_le_bytes().to_vec();
     file.extend(header.bytes());
-    file.resize(file.len() + end as usize, 0x3c);
+    // Zeros name the first block, which exists; other numbers of blocks are too large.
+    let byte = *u.choose(&[0, 0x3c])?;
+    file.resize(file.len() + end as usize, byte);
     for _ in 0..u.int_in_range(0..=3)? {
         if u.ratio(1, 4)? {
             let at = u.choose_index(file.len())?;

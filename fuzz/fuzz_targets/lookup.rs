@@ -5,7 +5,7 @@
 use arbitrary::Arbitrary;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
-    Balanced, BoundsCheck, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode,
+    Balanced, BoundsCheck, Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mix, Mode, Semantic,
 };
 use libfuzzer_sys::fuzz_target;
 
@@ -55,6 +55,22 @@ enum HashKind {
         modulus: u64,
         block: u8,
     },
+    Lma {
+        numbers: [u32; 23],
+        key_bits: u8,
+        keys_to_use: u8,
+        block: u8,
+    },
+    Semantic {
+        seed: u64,
+        log2_key_bits: u8,
+        keys_to_use: u8,
+        block: u8,
+        signed: bool,
+    },
+    SlotTable {
+        block: u8,
+    },
 }
 
 #[derive(Arbitrary, Debug)]
@@ -65,6 +81,8 @@ struct Input {
     bag_len: u8,
     weighted: bool,
     hash: HashKind,
+    /// Signatures, or entries of a slot table.
+    row_values: Vec<i64>,
     len: u16,
     num_embeddings: u64,
     embedding_dim: u8,
@@ -105,6 +123,31 @@ fn run(input: &Input) -> Result<()> {
             modulus,
             block,
         } => Some(Hash::affine(a, b, c, modulus, block.into())),
+        HashKind::Lma {
+            numbers,
+            key_bits,
+            keys_to_use,
+            block,
+        } => Some(Hash::lma(
+            &numbers.map(i64::from),
+            key_bits.into(),
+            keys_to_use.into(),
+            block.into(),
+        )?),
+        HashKind::Semantic {
+            seed,
+            log2_key_bits,
+            keys_to_use,
+            block,
+            signed,
+        } => Some(Hash::from(Semantic {
+            seed,
+            key_bits: 1 << (log2_key_bits % 8),
+            keys_to_use: keys_to_use.into(),
+            block: block.into(),
+            signed,
+        })),
+        HashKind::SlotTable { block } => Some(Hash::slot_table(block.into())),
     };
     let dtypes = [DType::F32, DType::F16, DType::BF16, DType::F64];
     let dtype = dtypes[usize::from(input.dtype) % 4];
@@ -118,12 +161,30 @@ fn run(input: &Input) -> Result<()> {
         first_row: input.first_row as usize,
         ..Default::default()
     };
-    let layer = HashedEmbeddingBag::new(
-        weight.as_tensor().clone(),
-        input.num_embeddings as usize,
-        input.embedding_dim.into(),
-        config,
-    )?;
+    let (hashed_weight, dim) = (weight.as_tensor().clone(), usize::from(input.embedding_dim));
+    let row_tensor = match hash.and_then(|hash| Some((hash.row_tensor()?, hash.block()))) {
+        None => None,
+        Some(("signatures", _)) => Some(Tensor::from_slice(
+            &input.row_values,
+            input.row_values.len(),
+            &Device::Cpu,
+        )?),
+        Some((_, block)) => {
+            let entries: Vec<_> = input.row_values.iter().map(|&value| value as u32).collect();
+            let columns = dim.div_ceil(block.max(1)).max(1);
+            let rows = entries.len() / columns;
+            let entries =
+                Tensor::from_slice(&entries[..rows * columns], rows * columns, &Device::Cpu)?;
+            Some(entries.reshape((rows, columns))?)
+        }
+    };
+    let rows = input.num_embeddings as usize;
+    let layer = match &row_tensor {
+        None => HashedEmbeddingBag::new(hashed_weight, rows, dim, config)?,
+        Some(tensor) => {
+            HashedEmbeddingBag::with_row_tensor(hashed_weight, tensor, rows, dim, config)?
+        }
+    };
 
     let mut indices = input.indices.tensor()?;
     let nnz = indices.elem_count();

@@ -315,10 +315,9 @@ impl Hash {
         let slots = self.slots(len)?;
         let block = self.block();
         let (column_block, within) = ((column / block) as u64, column % block);
-        // The signature of row 0.
-        let (signatures, row_0) = ([row], 0);
+        let signature_of_row_0 = [row];
         let (rows, row) = match slots {
-            Slots::Lma(_) | Slots::Semantic(..) => (RowValues::Signatures(&signatures), row_0),
+            Slots::Lma(_) | Slots::Semantic(..) => (RowValues::Signatures(&signature_of_row_0), 0),
             Slots::SlotTable(_) => bail!("the slots of a slot table are known to a layer only"),
             Slots::Affine(slots) => {
                 let start = slots.plain_slot(row as u64, column_block);

@@ -2,7 +2,8 @@
 //! lowers the loss. tests/suite/lookup.rs compares gradients with the oracle's.
 
 use crate::common::{
-    config, floats, integers, layer, mix, on_each_device, to_vec, Draws, POOLINGS, SIGNED,
+    config, floats, integers, layer, lma, mix, on_each_device, semantic, to_vec, Draws, POOLINGS,
+    SIGNED,
 };
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{Hash, HashedEmbeddingBag, HashedEmbeddingBagConfig, Mode};
@@ -62,8 +63,15 @@ impl Setup {
     }
 }
 
-fn hashes() -> [Hash; 3] {
-    [Hash::original(), mix(5, 4, SIGNED), mix(5, 3, SIGNED)]
+fn hashes() -> [Hash; 6] {
+    [
+        Hash::original(),
+        mix(5, 4, SIGNED),
+        mix(5, 3, SIGNED),
+        lma(4, 8, 2),
+        semantic(16, 2, 4, SIGNED),
+        Hash::slot_table(4),
+    ]
 }
 
 /// `<f(w), g> = <w, f*(g)>` for every mode, in f64 and in f32. Max too is linear along the ray through w: the largest values

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use twox_hash::XxHash64;
 
-use crate::data::{Data, Source};
+use crate::data::{Data, Ratings, Rules, Source};
 use crate::evaluate::Metrics;
 use crate::ranking::Ranking;
 use crate::rare::TrainCounts;
@@ -42,6 +42,9 @@ pub struct TrainedOn {
     pub train_examples: u64,
     /// Of those, the share that was liked or clicked.
     pub train_rate: f64,
+    /// How a MovieLens set was read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rules: Option<Rules>,
 }
 
 /// What a training reached.
@@ -73,7 +76,7 @@ impl About {
             Data::Ratings(ratings) => {
                 let kind = match ratings.source {
                     Source::Generated { .. } => "generated ratings",
-                    Source::Files(_) => "ratings",
+                    Source::Files { .. } => "ratings",
                     Source::Interactions(_) => "interactions",
                 };
                 (kind, Some(fingerprint(&ratings.source.titles()?)))
@@ -87,6 +90,13 @@ impl About {
                 fingerprint: hexadecimal(data.fingerprint()),
                 train_examples: counts.examples,
                 train_rate: counts.rate(),
+                rules: match data {
+                    Data::Ratings(Ratings {
+                        source: Source::Files { rules, .. },
+                        ..
+                    }) => Some(*rules),
+                    _ => None,
+                },
             },
             hyper_parameters,
             metrics,

@@ -2,9 +2,10 @@
 
 use anyhow::Result;
 
-use crate::data::{Data, Part};
-use crate::evaluate::{scored, Metrics};
+use crate::data::{Data, Examples, Part, Ratings, Rows};
+use crate::evaluate::{scored, Metrics, CHUNK};
 use crate::model::Dlrm;
+use crate::profiles::Side;
 use crate::ranking::{Lists, Ranking};
 
 /// What can be said of one of the models.
@@ -15,11 +16,12 @@ pub struct Line {
     pub auc: Option<f64>,
     /// `None` if its scores are no probabilities.
     pub logloss: Option<f64>,
-    /// `None` for clicks, and for the train part, of which nothing is left to be ranked.
+    /// `None` for clicks, and where nothing is left to be ranked, as of the train part.
     pub ranking: Option<Ranking>,
 }
 
-/// The model on a part of some examples, then the baselines. `train_rate` is the share of positive examples that it was trained on.
+/// The model on a part of some examples, then the baselines. `train_rate` is the share of positive examples that it was trained on, and
+/// `lists` are those of the part, for ratings.
 ///
 /// # Errors
 /// What reading or the device says, or scores that are not finite.
@@ -28,45 +30,49 @@ pub fn compare(
     data: &Data,
     part: Part,
     train_rate: Option<f64>,
+    lists: Option<&Lists>,
 ) -> Result<Vec<Line>> {
     let (logits, labels) = scored(model, data.examples(), part)?;
     let metrics = Metrics::of(&logits, &labels).ensure_finite()?;
-    let constant = train_rate.map(|rate| Metrics::of_constant(rate, &labels));
-    let line = |name, metrics: Metrics, ranking| Line {
-        name,
+    let mut lines = vec![Line {
+        name: "model",
         auc: metrics.auc,
         logloss: Some(metrics.logloss),
-        ranking,
-    };
-    let Data::Ratings(ratings) = data else {
-        let constant = constant.map(|metrics| line("constant", metrics, None));
-        let lines = [line("model", metrics, None)].into_iter();
-        return Ok(lines.chain(constant).collect());
-    };
-    let lists = (part != Part::Train).then(|| Lists::new(ratings, part));
-    let lists = lists.as_ref();
-    let examples = ratings.examples_per_movie();
-    let likes: Vec<f64> = ratings
-        .examples(part)
-        .iter()
-        .map(|rating| examples[rating.movie as usize][1].into())
-        .collect();
-    let mut lines = vec![
-        line(
-            "model",
-            metrics,
-            lists.map(|l| l.of_model(model, ratings)).transpose()?,
-        ),
-        Line {
+        ranking: None,
+    }];
+    if let (Data::Ratings(ratings), Some(lists)) = (data, lists) {
+        lines[0].ranking = lists.of_model(model, ratings)?;
+        let likes = likes(ratings, part, lists)?;
+        lines.push(Line {
             name: "popularity",
             auc: Metrics::of(&likes, &labels).auc,
             logloss: None,
-            ranking: lists.map(Lists::of_popularity).transpose()?,
-        },
-    ];
-    if let Some(constant) = constant {
-        let ranking = lists.map(Lists::of_constant).transpose()?;
-        lines.push(line("constant", constant, ranking));
+            ranking: lists.of_popularity()?,
+        });
+    }
+    if let Some(rate) = train_rate {
+        let constant = Metrics::of_constant(rate, &labels);
+        lines.push(Line {
+            name: "constant",
+            auc: constant.auc,
+            logloss: Some(constant.logloss),
+            ranking: lists.map_or(Ok(None), Lists::of_constant)?,
+        });
     }
     Ok(lines)
+}
+
+/// For each example, by how many its movie was liked in training.
+fn likes(ratings: &Ratings, part: Part, lists: &Lists) -> Result<Vec<f64>> {
+    let table = Side::Movie.first_table(&ratings.catalog);
+    let mut likes = Vec::new();
+    for batch in ratings.batches(part, CHUNK, None)? {
+        let (batch, _) = batch?;
+        let Rows::Bags(bags) = batch.rows else {
+            continue;
+        };
+        let movies = bags[table].indices().iter();
+        likes.extend(movies.map(|&movie| f64::from(lists.likes(movie))));
+    }
+    Ok(likes)
 }

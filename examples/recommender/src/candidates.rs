@@ -18,6 +18,7 @@ use candle_core::{Device, Tensor};
 use crate::data::Catalog;
 use crate::model::Dlrm;
 use crate::ops;
+use crate::profiles::{batch, Profile};
 use crate::step::{shards, side_by_side};
 
 /// Movies of which vectors are made at once.
@@ -79,7 +80,7 @@ impl Candidates {
         })
     }
 
-    /// The logits of `user` with the movies of these rows, by the model and the catalog that the candidates were made of.
+    /// The logits of a user with the movies of these rows, by the model and the catalog that the candidates were made of.
     ///
     /// # Errors
     /// What the device says.
@@ -87,10 +88,10 @@ impl Candidates {
         &self,
         model: &Dlrm,
         catalog: &Catalog,
-        user: u32,
+        user: &Profile,
         movies: Range<usize>,
     ) -> Result<Vec<f32>> {
-        let inputs = model.inputs(&catalog.batch(&[(user, 0)]))?;
+        let inputs = model.inputs(&batch(catalog, [(user, &Profile::Row(0))]))?;
         let pooled = model.embeddings().forward(&inputs.lookups)?.detach();
         let alone = model
             .first_outputs(&self.users.only(&pooled)?)?
@@ -184,7 +185,7 @@ mod tests {
             for (user, movies) in [(3, 0..catalog.movies.ids.len()), (0, 7..20), (1, 5..5)] {
                 let pairs: Vec<_> = movies.clone().map(|movie| (user, movie as u32)).collect();
                 let expected = logits(&model, &catalog, &pairs)?;
-                let found = candidates.logits(&model, &catalog, user, movies)?;
+                let found = candidates.logits(&model, &catalog, &Profile::Row(user), movies)?;
                 assert_eq!(found.len(), expected.len());
                 let near =
                     |(found, expected): (&f32, &f64)| (f64::from(*found) - expected).abs() < 1e-4;

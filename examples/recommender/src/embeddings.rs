@@ -103,6 +103,8 @@ pub struct Table {
     pub layer: HashedEmbeddingBag,
     /// Its matrix, if it has one: `(inner_dim, embedding_dim)`.
     projection: Option<Tensor>,
+    /// Those that are looked up in one.
+    rare: Option<RareRows>,
 }
 
 impl Embeddings {
@@ -469,6 +471,7 @@ impl Embeddings {
                         Some(projection) => Some(projection.get(i)?),
                         None => None,
                     },
+                    rare: self.rare[kind.tables[i]].clone(),
                 });
             }
         }
@@ -537,7 +540,15 @@ impl Table {
         }
     }
 
-    /// The vectors of bags, `(bags, embedding_dim)`, as [`HashedEmbeddingBag::forward_with_offsets`] takes them.
+    /// The row that is looked up for `row`: another one if it is rare.
+    pub fn shared(&self, row: i64) -> i64 {
+        match (&self.rare, u32::try_from(row)) {
+            (Some(rare), Ok(index)) => rare.map(index).into(),
+            _ => row,
+        }
+    }
+
+    /// The vectors of bags of [`shared`](Self::shared) rows, `(bags, embedding_dim)`, as [`HashedEmbeddingBag::forward_with_offsets`] takes them.
     ///
     /// # Errors
     /// Those of that lookup.

@@ -10,7 +10,7 @@ use crate::model::Dlrm;
 use crate::step;
 
 /// Examples scored at once: large enough to amortise a launch, small enough for any memory.
-const CHUNK: usize = 8192;
+pub const CHUNK: usize = 8192;
 
 /// How good a set of scores is.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]

@@ -27,11 +27,17 @@
 //! | [`baselines`] | the model beside popularity and a constant |
 //! | [`about`] | what a checkpoint says of itself |
 //! | [`saved`] | one checkpoint file with everything that a trained model needs |
+//! | [`profiles`] | users and movies as the model reads them, whether the catalogue has them or not |
+//! | [`popularity`] | what is liked by many |
 //! | [`candidates`] | all movies, ready to be scored for any user |
 //! | [`recommend`] | the best unseen movies |
+//! | [`score`] | a probability for each line of a file |
 //! | [`sweep`] | many trainings: AUC against size, as a table, a .csv and an .svg |
+//! | [`progress`] | how far an epoch is |
 //! | [`report`] | what is printed |
 //! | [`alike`] | which rows are used alike, for hashes by which those share memory |
+//! | [`catalogue`] | how the movies of a model differ from those of another |
+//! | [`threads`] | how many compute |
 //! | [`allocator`] | the memory of both programs |
 //! | [`output`] | standard output that may be closed, files that may not be writable |
 
@@ -42,6 +48,7 @@ pub mod alike;
 pub mod allocator;
 pub mod baselines;
 pub mod candidates;
+pub mod catalogue;
 pub mod data;
 pub mod embeddings;
 pub mod evaluate;
@@ -54,6 +61,9 @@ pub mod optimizers;
 pub mod options;
 pub mod order;
 pub mod output;
+pub mod popularity;
+pub mod profiles;
+pub mod progress;
 pub mod ranking;
 pub mod ranks;
 pub mod rare;
@@ -62,6 +72,8 @@ pub mod report;
 pub mod resident;
 pub mod resume;
 pub mod saved;
+pub mod score;
 pub mod step;
 pub mod sweep;
+pub mod threads;
 pub mod train;

@@ -17,8 +17,8 @@ use crate::resume::Tensors;
 use crate::step::{variables, TABLE};
 use crate::train::Settings;
 
-/// Weight decay of the MLPs.
-const MLP_DECAY: f64 = 0.01;
+/// Weight decay of the MLPs, if nothing else is said.
+pub const MLP_DECAY: f64 = 0.01;
 
 /// What updates the embedding tables.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -111,7 +111,7 @@ impl Optimizers {
     pub fn new(vars: &VarMap, settings: Settings, steps: usize) -> Result<Self> {
         Ok(Self {
             tables: Tables::new(variables(vars, true)?, settings)?,
-            mlps: adamw(variables(vars, false)?, MLP_DECAY)?,
+            mlps: adamw(variables(vars, false)?, settings.mlp_decay)?,
             lr: settings.lr,
             table_lr: settings.table_lr,
             step: 0,

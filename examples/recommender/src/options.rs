@@ -15,17 +15,22 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::{json, Value};
 
-use crate::data::{Clicks, Data, Part, Source};
+use crate::data::{Clicks, Data, Part, Rules, Source, Split};
 use crate::embeddings::EmbeddingConfig;
 use crate::model::{ModelConfig, Precision, HIDDEN};
 use crate::ops::TopInput;
-use crate::optimizers::TableOptimizer;
+use crate::optimizers::{TableOptimizer, MLP_DECAY};
 use crate::ranks::Ranks;
 use crate::resume::Saving;
 use crate::train::Settings;
 
 const STEPS_PER_EPOCH: usize = 400;
 const LARGEST_BATCH: usize = 4096;
+/// Smaller ones take as long as this, and learn from noise.
+const SMALLEST_BATCH: usize = 32;
+/// Steps that a training needs at least, for which a short log is read several times.
+const FEWEST_STEPS: usize = 150;
+const MOST_AGAIN: usize = 4;
 
 /// The modulus of LMA in its package, which bounds its random numbers.
 const LMA_MODULUS: i64 = 2_038_074_743;
@@ -44,8 +49,11 @@ const PROJECTED_DECAY: f64 = 0.5;
 ///
 /// Without a subcommand it trains; without --data it makes its own ratings.
 #[derive(Parser)]
-#[command(name = "recommender", args_conflicts_with_subcommands = true)]
+#[command(name = "recommender", version, args_conflicts_with_subcommands = true)]
 pub struct Options {
+    /// Threads that compute [default: the cores that affinity and the quota of a container allow].
+    #[arg(long, global = true, value_name = "COUNT", env = "RECOMMENDER_THREADS")]
+    pub threads: Option<NonZeroUsize>,
     #[command(subcommand)]
     command: Option<Command>,
     #[command(flatten)]
@@ -56,8 +64,10 @@ pub struct Options {
 pub enum Command {
     /// Train a model, evaluate it on the test part and write a checkpoint.
     Train(Train),
-    /// Evaluate a checkpoint on the test part.
+    /// Evaluate a checkpoint on the test part, or on other data.
     Evaluate(Evaluate),
+    /// Write a probability per line of a file: a click log, or pairs of a user and a movie.
+    Score(Score),
     /// Print the movies a user has not seen and will like best.
     Recommend(Recommend),
     /// Train at several compressions, with several hashes and seeds: quality against size as a table, a .csv and an .svg.
@@ -72,12 +82,12 @@ pub enum Command {
 #[derive(Args, Clone)]
 pub struct Common {
     /// A MovieLens folder, in the .csv or the .dat layout, or a file in another --format [default: generated ratings].
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", env = "RECOMMENDER_DATA")]
     pub data: Option<PathBuf>,
     /// File of the trained model [default: recommender.safetensors in the folder of temporary files].
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", env = "RECOMMENDER_CHECKPOINT")]
     checkpoint: Option<PathBuf>,
-    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu)]
+    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu, env = "RECOMMENDER_DEVICE")]
     device: DeviceKind,
 }
 
@@ -90,20 +100,21 @@ pub struct Train {
     #[command(flatten)]
     fit: Fit,
     /// Parameters kept per value of the embedding tables, such as 1/16 or 0.0625; 1 is plain tables, not hashed.
-    #[arg(long, default_value = "1/16", value_parser = parse_compression)]
-    compression: f64,
+    /// [default: 1/2 of MovieLens, else 1/16].
+    #[arg(long, allow_negative_numbers = true, value_parser = parse_compression)]
+    compression: Option<f64>,
     #[arg(long, default_value = "default", help = HASH_HELP)]
     hash: HashChoice,
     /// Columns of the large embedding tables, if a learned matrix per table is to make --embedding-dim of them.
     #[arg(long, value_name = "COLUMNS")]
     inner_dim: Option<NonZeroU16>,
     /// Bits per value of the embedding tables in the checkpoint: 8 or 4, to which they are rounded after the training, or 32. The test
-    /// part is scored with both.
-    #[arg(long, value_name = "32|8|4", default_value = "32", value_parser = parse_bits)]
-    pub bits: TableBits,
-    /// Rows of an embedding table with fewer training examples share one row of it; 0 gives each its own.
-    #[arg(long, value_name = "EXAMPLES", default_value_t = 0)]
-    pub min_count: u32,
+    /// part is scored with both [default: 4 of MovieLens, 8 of clicks, 32 of interactions].
+    #[arg(long, value_name = "32|8|4", value_parser = parse_bits)]
+    bits: Option<TableBits>,
+    /// Rows of an embedding table with fewer training examples share one row of it; 0 gives each its own [default: 10, of interactions 0].
+    #[arg(long, value_name = "EXAMPLES")]
+    min_count: Option<u32>,
     /// Decides the initial values, the order of the examples and the generated ratings.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
@@ -112,8 +123,12 @@ pub struct Train {
     pub table_optimizer: TableOptimizer,
     /// Learning rate of the embedding tables in the first step [default: 3 times --lr for AdamW, 10 for Adagrad, 1 for sparse Adam, 500
     /// for SGD].
-    #[arg(long, value_parser = parse_lr)]
+    #[arg(long, allow_negative_numbers = true, value_parser = parse_lr)]
     table_lr: Option<f64>,
+    #[command(flatten)]
+    labels: Labels,
+    #[command(flatten)]
+    knobs: Knobs,
     #[command(flatten)]
     layers: Layers,
     /// Precision of matrix products on a GPU.
@@ -138,6 +153,46 @@ pub struct Evaluate {
     pub common: Common,
     #[command(flatten)]
     pub reading: Reading,
+    /// The part of the data [default: test of what the model was trained on, all of other data].
+    #[arg(long, value_enum)]
+    pub part: Option<PartKind>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum PartKind {
+    Train,
+    Valid,
+    Test,
+    All,
+}
+
+impl From<PartKind> for Part {
+    fn from(part: PartKind) -> Self {
+        match part {
+            PartKind::Train => Self::Train,
+            PartKind::Valid => Self::Valid,
+            PartKind::Test => Self::Test,
+            PartKind::All => Self::All,
+        }
+    }
+}
+
+#[derive(Args)]
+pub struct Score {
+    /// A click log, in which labels may be missing, as text or Parquet, or text with the ids of a user and a movie in each line;
+    /// - reads the standard input.
+    pub file: PathBuf,
+    /// File of the trained model [default: recommender.safetensors in the folder of temporary files].
+    #[arg(long, value_name = "FILE", env = "RECOMMENDER_CHECKPOINT")]
+    checkpoint: Option<PathBuf>,
+    #[arg(long, value_enum, default_value_t = DeviceKind::Cpu, env = "RECOMMENDER_DEVICE")]
+    device: DeviceKind,
+    /// Write the probabilities there [default: the standard output].
+    #[arg(long, value_name = "FILE")]
+    pub out: Option<PathBuf>,
+    /// Write an empty line for a line that does not fit the format, instead of stopping at the first.
+    #[arg(long)]
+    pub skip_malformed: bool,
 }
 
 #[derive(Args)]
@@ -147,6 +202,9 @@ pub struct Recommend {
     /// Id of the user, as in the ratings.
     #[arg(long, value_name = "ID", allow_negative_numbers = true)]
     pub user: i64,
+    /// How many movies.
+    #[arg(short = 'k', long, default_value = "10")]
+    pub count: NonZeroUsize,
 }
 
 #[derive(Args)]
@@ -228,14 +286,14 @@ struct Fit {
     /// Of a click log, the rows of each category's table; categories are hashed into them [default: 100000, or as prepared].
     #[arg(long, value_name = "ROWS", requires = "format")]
     rows_per_field: Option<NonZeroU32>,
-    /// Passes over the train part [default: 8 of ratings, 1 of clicks].
+    /// Passes over the train part [default: 8 of ratings, 1 of clicks, and up to 4 of a short log].
     #[arg(long)]
     epochs: Option<NonZeroUsize>,
-    /// Examples per step, of all ranks together [default: such that an epoch has about 400 steps, at most about 4096].
+    /// Examples per step, of all ranks together [default: such that an epoch has about 400 steps, at least 32 and at most about 4096].
     #[arg(long)]
     batch_size: Option<NonZeroUsize>,
     /// Learning rate of the first step; it falls linearly to zero.
-    #[arg(long, default_value = "0.002", value_parser = parse_lr)]
+    #[arg(long, default_value = "0.002", allow_negative_numbers = true, value_parser = parse_lr)]
     lr: f64,
 }
 
@@ -263,6 +321,48 @@ struct RankOptions {
     rank_timeout: NonZeroU32,
 }
 
+/// What is learnt of a MovieLens set.
+#[derive(Args)]
+struct Labels {
+    /// The fewest stars that count as liked.
+    #[arg(long, value_name = "STARS", default_value = "4", allow_negative_numbers = true, value_parser = parse_stars)]
+    like_from: f32,
+    /// How ratings are divided into the train, valid and test parts, 8 : 1 : 1.
+    #[arg(long, value_enum, default_value_t = SplitKind::Hash)]
+    split: SplitKind,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum SplitKind {
+    /// By a hash of the row number.
+    Hash,
+    /// By the time of the rating: the first eight tenths are the train part.
+    Time,
+}
+
+/// How the training goes, beside the rate of learning.
+#[derive(Args)]
+struct Knobs {
+    /// End the training after so many epochs without a better one. The learning rate falls as if it did not end.
+    #[arg(long, value_name = "EPOCHS")]
+    patience: Option<NonZeroUsize>,
+    /// Weight decay of the MLPs.
+    #[arg(long, default_value = "0.01", allow_negative_numbers = true, value_parser = parse_decay)]
+    weight_decay: f64,
+    /// Weight decay of the embedding tables [default: 3 times the root of --compression for ratings, 0 for clicks].
+    #[arg(long, allow_negative_numbers = true, value_parser = parse_decay)]
+    table_decay: Option<f64>,
+    /// How often an example that is liked or clicked counts. Probabilities grow with it.
+    #[arg(long, default_value = "1", value_name = "WEIGHT", allow_negative_numbers = true, value_parser = parse_lr)]
+    positive_weight: f64,
+    /// Begin with the values of this checkpoint and not with random ones. It must have the same tables, in f32 (--bits 32).
+    #[arg(long, value_name = "FILE")]
+    warm_start: Option<PathBuf>,
+    /// Seconds between lines of progress, if the standard error is no terminal.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    progress_seconds: u32,
+}
+
 /// The layers that follow the embedding tables.
 #[derive(Args)]
 struct Layers {
@@ -275,6 +375,36 @@ struct Layers {
     /// What the latter reads besides the dots of all pairs of vectors.
     #[arg(long, value_enum, default_value_t = TopInputKind::Vectors)]
     top_input: TopInputKind,
+}
+
+/// What the embedding tables are like, if nothing else is said. README.md has the figures by which it was chosen.
+struct Tables {
+    compression: f64,
+    bits: TableBits,
+    min_count: u32,
+}
+
+impl Format {
+    fn tables(self) -> Tables {
+        match self {
+            Self::Movielens => Tables {
+                compression: 1.0 / 2.0,
+                bits: TableBits::Rounded(Bits::Four),
+                min_count: 10,
+            },
+            // Few items have ten interactions.
+            Self::Interactions => Tables {
+                compression: 1.0 / 16.0,
+                bits: TableBits::Exact,
+                min_count: 0,
+            },
+            Self::Criteo => Tables {
+                compression: 1.0 / 16.0,
+                bits: TableBits::Rounded(Bits::Eight),
+                min_count: 10,
+            },
+        }
+    }
 }
 
 /// How a checkpoint holds the embedding tables.
@@ -355,15 +485,30 @@ impl Options {
 }
 
 impl Train {
+    fn compression(&self) -> f64 {
+        self.compression
+            .unwrap_or(self.reading.format.tables().compression)
+    }
+
+    pub fn bits(&self) -> TableBits {
+        self.bits.unwrap_or(self.reading.format.tables().bits)
+    }
+
+    pub fn min_count(&self) -> u32 {
+        self.min_count
+            .unwrap_or(self.reading.format.tables().min_count)
+    }
+
     pub fn load(&self) -> Result<Data> {
         let data = self.common.data.as_deref();
-        self.reading.load(data, self.fit.rows_per_field, self.seed)
+        self.reading
+            .load(data, self.fit.rows_per_field, self.seed, self.rules())
     }
 
     pub fn model_config(&self) -> ModelConfig {
         ModelConfig {
             embeddings: self.fit.embedding_config(
-                self.compression,
+                self.compression(),
                 self.hash,
                 self.inner_dim.map(|columns| columns.get().into()),
             ),
@@ -431,14 +576,29 @@ impl Train {
         }
     }
 
+    fn rules(&self) -> Rules {
+        Rules {
+            like_from: self.labels.like_from,
+            split: match self.labels.split {
+                SplitKind::Hash => Split::Hash,
+                SplitKind::Time => Split::Time,
+            },
+        }
+    }
+
+    /// The checkpoint to begin with.
+    pub fn warm_start(&self) -> Option<&Path> {
+        self.knobs.warm_start.as_deref()
+    }
+
     /// What decides the model besides the data, by the names of the command line.
     pub fn hyper_parameters(&self, settings: &Settings) -> Value {
         json!({
-            "compression": self.compression,
+            "compression": self.compression(),
             "hash": self.hash.to_string(),
             "inner-dim": self.inner_dim,
-            "bits": self.bits.number(),
-            "min-count": self.min_count,
+            "bits": self.bits().number(),
+            "min-count": self.min_count(),
             "embedding-dim": self.fit.embedding_dim,
             "bottom-mlp": self.layers.bottom_mlp,
             "top-mlp": self.layers.top_mlp,
@@ -449,6 +609,12 @@ impl Train {
             "table-optimizer": name(&settings.table_optimizer),
             "table-lr": settings.table_lr,
             "table-decay": settings.table_decay,
+            "weight-decay": settings.mlp_decay,
+            "positive-weight": settings.positive_weight,
+            "patience": settings.patience,
+            "warm-start": self.knobs.warm_start.is_some(),
+            "like-from": self.labels.like_from,
+            "split": name(&self.labels.split),
             "precision": name(&self.precision),
             "seed": self.seed,
         })
@@ -472,15 +638,23 @@ impl Train {
     }
 
     pub fn settings(&self, data: &Data) -> Settings {
+        let projected = self.inner_dim.is_some();
+        let of_fit = self
+            .fit
+            .settings(data, self.compression(), projected, self.seed);
+        let knobs = &self.knobs;
         Settings {
             table_optimizer: self.table_optimizer,
             table_lr: self
                 .table_lr
                 .unwrap_or(self.table_optimizer.default_lr(self.fit.lr)),
+            table_decay: knobs.table_decay.unwrap_or(of_fit.table_decay),
+            mlp_decay: knobs.weight_decay,
+            positive_weight: knobs.positive_weight,
+            patience: knobs.patience,
+            progress: Duration::from_secs(knobs.progress_seconds.into()),
             resident: self.resident,
-            ..self
-                .fit
-                .settings(data, self.compression, self.inner_dim.is_some(), self.seed)
+            ..of_fit
         }
     }
 }
@@ -489,7 +663,8 @@ impl Sweep {
     /// The examples, which no seed of the sweep changes.
     pub fn load(&self) -> Result<Data> {
         let data = self.data.as_deref();
-        self.reading.load(data, self.fit.rows_per_field, 1)
+        self.reading
+            .load(data, self.fit.rows_per_field, 1, Rules::default())
     }
 
     pub fn device(&self) -> Result<Device> {
@@ -534,12 +709,31 @@ impl Prepare {
 }
 
 impl Reading {
-    fn load(&self, path: Option<&Path>, rows: Option<NonZeroU32>, seed: u64) -> Result<Data> {
+    fn load(
+        &self,
+        path: Option<&Path>,
+        rows: Option<NonZeroU32>,
+        seed: u64,
+        rules: Rules,
+    ) -> Result<Data> {
+        ensure!(
+            self.format == Format::Movielens || rules == Rules::default(),
+            "--like-from and --split are for ratings with stars and times: leave out --format"
+        );
         Ok(match self.format {
             Format::Movielens => {
                 let source = match path {
-                    Some(dir) => Source::Files(dir.to_owned()),
-                    None => Source::Generated { seed },
+                    Some(dir) => Source::Files {
+                        dir: dir.to_owned(),
+                        rules,
+                    },
+                    None => {
+                        ensure!(
+                            rules == Rules::default(),
+                            "--like-from and --split need --data: generated ratings have neither stars nor times"
+                        );
+                        Source::Generated { seed }
+                    }
                 };
                 Data::Ratings(source.load()?)
             }
@@ -556,11 +750,25 @@ impl Reading {
     }
 }
 
+fn checkpoint(given: &Option<PathBuf>) -> PathBuf {
+    given
+        .clone()
+        .unwrap_or_else(|| std::env::temp_dir().join("recommender.safetensors"))
+}
+
+impl Score {
+    pub fn checkpoint(&self) -> PathBuf {
+        checkpoint(&self.checkpoint)
+    }
+
+    pub fn device(&self) -> Result<Device> {
+        self.device.open()
+    }
+}
+
 impl Common {
     pub fn checkpoint(&self) -> PathBuf {
-        self.checkpoint
-            .clone()
-            .unwrap_or_else(|| std::env::temp_dir().join("recommender.safetensors"))
+        checkpoint(&self.checkpoint)
     }
 
     pub fn device(&self) -> Result<Device> {
@@ -618,7 +826,7 @@ impl Fit {
             Data::Ratings(ratings) => {
                 let decay = match ratings.source {
                     Source::Interactions(_) => INTERACTIONS_DECAY,
-                    Source::Generated { .. } | Source::Files(_) => TABLE_DECAY,
+                    Source::Generated { .. } | Source::Files { .. } => TABLE_DECAY,
                 };
                 let decay = match projected {
                     true => PROJECTED_DECAY * decay,
@@ -630,15 +838,27 @@ impl Fit {
         };
         // Weight decay acts once per step, so it is the number of steps that must not depend on the size of the data for
         // one setting to suit all of it.
-        let batch_size = data.examples().len(Part::Train).div_ceil(STEPS_PER_EPOCH);
-        let batch_size = batch_size.clamp(1, LARGEST_BATCH);
+        let examples = data.examples().len(Part::Train);
+        let batch_size = examples.div_ceil(STEPS_PER_EPOCH);
+        let batch_size = batch_size.clamp(SMALLEST_BATCH, LARGEST_BATCH);
+        let batch_size = self.batch_size.map_or(batch_size, NonZeroUsize::get);
+        // A short log is read again, as its one epoch would have too few steps.
+        let again = match data {
+            Data::Clicks(_) => FEWEST_STEPS.div_ceil(examples.div_ceil(batch_size).max(1)),
+            Data::Ratings(_) => 1,
+        };
+        let epochs = epochs * again.clamp(1, MOST_AGAIN);
         Settings {
             epochs: self.epochs.map_or(epochs, NonZeroUsize::get),
-            batch_size: self.batch_size.map_or(batch_size, NonZeroUsize::get),
+            batch_size,
             lr: self.lr,
             table_optimizer: TableOptimizer::Adamw,
             table_lr: TableOptimizer::Adamw.default_lr(self.lr),
             table_decay,
+            mlp_decay: MLP_DECAY,
+            positive_weight: 1.0,
+            patience: None,
+            progress: Duration::from_secs(30),
             seed,
             resident: false,
         }
@@ -718,17 +938,15 @@ fn parse_inner_dim(text: &str) -> Result<InnerDim> {
 }
 
 fn parse_compression(text: &str) -> Result<f64> {
+    let number = |text: &str| text.trim().parse::<f64>().ok();
     let value = match text.split_once('/') {
-        Some((numerator, denominator)) => {
-            numerator.trim().parse::<f64>()? / denominator.trim().parse::<f64>()?
-        }
-        None => text.parse()?,
+        Some((numerator, denominator)) => number(numerator)
+            .zip(number(denominator))
+            .map(|(numerator, denominator)| numerator / denominator),
+        None => number(text),
     };
-    ensure!(
-        value > 0.0 && value <= 1.0,
-        "it must be above 0 and at most 1"
-    );
-    Ok(value)
+    let value = value.filter(|&value| value > 0.0 && value <= 1.0);
+    value.context("it must be above 0 and at most 1, such as 1/16 or 0.0625")
 }
 
 fn parse_width(text: &str) -> Result<usize> {
@@ -738,12 +956,27 @@ fn parse_width(text: &str) -> Result<usize> {
 }
 
 fn parse_lr(text: &str) -> Result<f64> {
-    let value: f64 = text.parse()?;
-    ensure!(
-        value > 0.0 && value.is_finite(),
-        "it must be a positive number"
-    );
-    Ok(value)
+    let value = text
+        .parse()
+        .ok()
+        .filter(|&v: &f64| v > 0.0 && v.is_finite());
+    value.context("it must be a number above 0")
+}
+
+fn parse_decay(text: &str) -> Result<f64> {
+    let value = text
+        .parse()
+        .ok()
+        .filter(|&v: &f64| v >= 0.0 && v.is_finite());
+    value.context("it must be a number of at least 0")
+}
+
+fn parse_stars(text: &str) -> Result<f32> {
+    let value = text
+        .parse()
+        .ok()
+        .filter(|&v: &f32| (0.5..=5.0).contains(&v));
+    value.context("it must lie in 0.5..=5")
 }
 
 #[cfg(test)]
@@ -777,6 +1010,30 @@ mod tests {
         assert_eq!(parse_compression("1").ok(), Some(1.0));
         for wrong in ["", "0", "2", "-1", "1/0", "1/", "NaN", "a/b"] {
             assert!(parse_compression(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn refusals_say_what_is_allowed() {
+        for (arguments, said) in [
+            ("--lr -1", "it must be a number above 0"),
+            ("--lr abc", "it must be a number above 0"),
+            ("--table-lr 0", "it must be a number above 0"),
+            (
+                "--compression abc",
+                "it must be above 0 and at most 1, such as 1/16 or 0.0625",
+            ),
+            ("--compression -1", "it must be above 0 and at most 1"),
+            ("--weight-decay -0.5", "it must be a number of at least 0"),
+            ("--like-from 6", "it must lie in 0.5..=5"),
+            ("--bits 5", "it must be 32, 8 or 4"),
+        ] {
+            let arguments = ["recommender"].into_iter().chain(arguments.split(' '));
+            let refused = Options::try_parse_from(arguments)
+                .err()
+                .unwrap()
+                .to_string();
+            assert!(refused.contains(said), "{refused}");
         }
     }
 

@@ -60,6 +60,12 @@ pub fn finish() -> Result<()> {
     }
 }
 
+/// Whether an error says that the reader of an output has left, having seen enough.
+pub fn is_closed(error: &anyhow::Error) -> bool {
+    let cause = error.root_cause().downcast_ref::<io::Error>();
+    cause.is_some_and(|error| error.kind() == ErrorKind::BrokenPipe)
+}
+
 fn remember(printed: io::Result<()>) {
     if let Err(error) = printed {
         let mut failure = FAILURE.lock().unwrap_or_else(PoisonError::into_inner);

@@ -16,7 +16,9 @@ use twox_hash::XxHash64;
 use crate::candidates::Candidates;
 use crate::data::{Part, Ratings};
 use crate::model::Dlrm;
-use crate::recommend::top;
+use crate::profiles::Profile;
+use crate::recommend::{all_but, top};
+use crate::saved::Recommender;
 
 /// The places of a list.
 pub const PLACES: usize = 10;
@@ -46,7 +48,7 @@ pub struct Ranking {
 
 /// What is ranked for whom, and what counts as right.
 pub struct Lists {
-    /// For each user, the items of the train part.
+    /// For each user, the items that are not ranked: those of the train part.
     trained: Vec<Vec<u32>>,
     /// For each user, the liked items of the part, each once, but for those of the train part.
     liked: Vec<Vec<u32>>,
@@ -55,13 +57,33 @@ pub struct Lists {
 }
 
 impl Lists {
-    /// The lists of a part, which is not that of training: nothing of it is left to be ranked.
+    /// The lists of a part of the ratings that a model was trained on.
     pub fn new(ratings: &Ratings, part: Part) -> Self {
-        let users = ratings.catalog.users.ids.len();
-        let (mut trained, mut liked) = (vec![Vec::new(); users], vec![Vec::new(); users]);
+        let mut trained = vec![Vec::new(); ratings.catalog.users.ids.len()];
         for rating in ratings.part(Part::Train) {
             trained[rating.user as usize].push(rating.movie);
         }
+        Self::over(ratings, part, trained, ratings.examples_per_movie())
+    }
+
+    /// The lists of a part of other ratings, by the rows of the model's catalogue: movies that a user had rated before are not ranked.
+    ///
+    /// # Errors
+    /// A checkpoint that does not know what is popular.
+    pub fn of_others(ratings: &Ratings, part: Part, recommender: &Recommender) -> Result<Self> {
+        let seen = &recommender.catalog.seen;
+        let trained = (0..seen.len()).map(|user| seen.bag(user).to_vec());
+        let examples = recommender.popularity()?.all_examples();
+        Ok(Self::over(ratings, part, trained.collect(), examples))
+    }
+
+    fn over(
+        ratings: &Ratings,
+        part: Part,
+        trained: Vec<Vec<u32>>,
+        examples: Vec<[u32; 2]>,
+    ) -> Self {
+        let mut liked = vec![Vec::new(); trained.len()];
         for rating in ratings.part(part).iter().filter(|rating| rating.liked) {
             liked[rating.user as usize].push(rating.movie);
         }
@@ -81,25 +103,30 @@ impl Lists {
         Self {
             trained,
             liked,
-            examples: ratings.examples_per_movie(),
+            examples,
         }
     }
 
-    /// The lists that a model makes.
+    /// By how many of the train part a movie was liked.
+    pub fn likes(&self, movie: u32) -> u32 {
+        self.examples[movie as usize][1]
+    }
+
+    /// The lists that a model makes; `None` if no user liked what is left to be ranked.
     ///
     /// # Errors
     /// What the device says, or a model that scores an item as NaN.
-    pub fn of_model(&self, model: &Dlrm, ratings: &Ratings) -> Result<Ranking> {
+    pub fn of_model(&self, model: &Dlrm, ratings: &Ratings) -> Result<Option<Ranking>> {
         let (catalog, items) = (&ratings.catalog, self.examples.len());
         let candidates = Candidates::new(model, catalog)?;
-        self.rank(|user| candidates.logits(model, catalog, user, 0..items))
+        self.rank(|user| candidates.logits(model, catalog, &Profile::Row(user), 0..items))
     }
 
     /// Of a model that recommends to everybody what most training examples liked.
     ///
     /// # Errors
     /// None.
-    pub fn of_popularity(&self) -> Result<Ranking> {
+    pub fn of_popularity(&self) -> Result<Option<Ranking>> {
         let likes: Vec<f32> = self
             .examples
             .iter()
@@ -112,7 +139,7 @@ impl Lists {
     ///
     /// # Errors
     /// None.
-    pub fn of_constant(&self) -> Result<Ranking> {
+    pub fn of_constant(&self) -> Result<Option<Ranking>> {
         let items = self.examples.len() as u32;
         let draw = |user: u32, item: u32| {
             let pair = u64::from(user) << 32 | u64::from(item);
@@ -121,7 +148,7 @@ impl Lists {
         self.rank(|user| Ok((0..items).map(|item| draw(user, item)).collect()))
     }
 
-    fn rank(&self, mut scores: impl FnMut(u32) -> Result<Vec<f32>>) -> Result<Ranking> {
+    fn rank(&self, mut scores: impl FnMut(u32) -> Result<Vec<f32>>) -> Result<Option<Ranking>> {
         let (mut ndcg, mut recall, mut users) = (0.0, 0.0, 0);
         let (mut places, mut rare) = (0usize, 0usize);
         let mut is_listed = vec![false; self.examples.len()];
@@ -129,7 +156,8 @@ impl Lists {
             if liked.is_empty() {
                 continue;
             }
-            let list = top(&scores(user)?, &self.trained[user as usize], PLACES)?;
+            let open = all_but(&self.trained[user as usize], self.examples.len());
+            let list = top(&scores(user)?, &open, PLACES)?;
             let hits: Vec<bool> = list
                 .iter()
                 .map(|(item, _)| liked.binary_search(item).is_ok())
@@ -144,15 +172,15 @@ impl Lists {
                 rare += usize::from(self.examples[item as usize][0] < RARE);
             }
         }
-        let mean = |sum: f64, n: usize| if n > 0 { sum / n as f64 } else { 0.0 };
-        Ok(Ranking {
+        let of_users = users as f64;
+        Ok((users > 0).then(|| Ranking {
             users,
-            ndcg: mean(ndcg, users),
-            recall: mean(recall, users),
+            ndcg: ndcg / of_users,
+            recall: recall / of_users,
             coverage: is_listed.iter().filter(|listed| **listed).count(),
             items: is_listed.len(),
-            rare: mean(rare as f64, places),
-        })
+            rare: rare as f64 / places as f64,
+        }))
     }
 }
 
@@ -187,7 +215,9 @@ mod tests {
     fn known_values() -> Result<()> {
         // User 0 gets 0, 2, 1 and user 1 gets 3, 2, 1, 0.
         let scores = [vec![3.0, 1.0, 2.0, 9.0], vec![1.0, 2.0, 3.0, 4.0]];
-        let ranking = lists().rank(|user| Ok(scores[user as usize].clone()))?;
+        let ranking = lists()
+            .rank(|user| Ok(scores[user as usize].clone()))?
+            .unwrap();
         let third = 1.0 / 3f64.log2();
         let first = (third + 0.5) / (1.0 + third);
         let second = 1.0 / 5f64.log2();
@@ -203,7 +233,7 @@ mod tests {
     #[test]
     fn popularity_is_one_list_for_all() -> Result<()> {
         // 2, 0, 1 and 2, 0, 3, 1.
-        let ranking = lists().of_popularity()?;
+        let ranking = lists().of_popularity()?.unwrap();
         let third = 1.0 / 3f64.log2();
         let first = (1.0 + 0.5) / (1.0 + third);
         assert!((ranking.ndcg - (first + third) / 2.0).abs() < 1e-12);
@@ -223,7 +253,7 @@ mod tests {
                 .collect();
             lists.rank(|_| Ok(scores.clone()))
         };
-        let (best, worst) = (at(2.0)?, at(0.0)?);
+        let (best, worst) = (at(2.0)?.unwrap(), at(0.0)?.unwrap());
         assert_eq!((best.ndcg, best.recall, best.coverage), (1.0, 0.5, 10));
         assert_eq!((worst.ndcg, worst.recall, worst.coverage), (0.0, 0.0, 10));
         Ok(())
@@ -236,7 +266,7 @@ mod tests {
             liked: vec![vec![0]; 200],
             examples: vec![[RARE, 0]; 40],
         };
-        let ranking = lists.of_constant()?;
+        let ranking = lists.of_constant()?.unwrap();
         assert_eq!(ranking.coverage, 40);
         // A quarter of the users find the item among their ten of forty.
         assert!((ranking.recall - 0.25).abs() < 0.1, "{ranking:?}");

@@ -7,9 +7,7 @@
 use anyhow::Result;
 
 use crate::data::{Examples, Part, Rows, Schema};
-
-/// Examples that are counted at once.
-const CHUNK: usize = 8192;
+use crate::evaluate::CHUNK;
 
 /// The rare rows of a table, of which there is at least one.
 #[derive(Clone, Debug, PartialEq)]

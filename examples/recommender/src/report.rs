@@ -31,7 +31,7 @@ fn ratings_introduction(ratings: &Ratings) {
         Source::Generated { seed } => {
             format!("generated from seed {seed}; --data DIR reads a MovieLens set instead")
         }
-        Source::Files(dir) => format!("MovieLens, {}", dir.display()),
+        Source::Files { dir, .. } => format!("MovieLens, {}", dir.display()),
         Source::Interactions(file) => format!("interactions, {}", file.display()),
     };
     let catalog = &ratings.catalog;
@@ -212,23 +212,25 @@ pub fn all_reduce(summary: Summary, ranks: &Ranks) -> Summary {
     )
 }
 
-/// A user, and the movies recommended to them.
+/// A user, if the catalogue has them, and the movies recommended to them.
 pub fn recommendations(
     catalog: &Catalog,
-    user: u32,
+    user: Option<u32>,
     titles: &BTreeMap<i64, String>,
     movies: &[Recommendation],
 ) {
-    let features = catalog.users.features.iter();
-    let traits: Vec<_> = features
-        .map(|f| format!("{} {}", f.name, catalog.users.describe(f.name, user)))
-        .collect();
-    let id = catalog.users.ids[user as usize];
-    say!(
-        "User {id} has rated {} movies. {}",
-        catalog.seen.bag(user as usize).len(),
-        traits.join(", ")
-    );
+    if let Some(user) = user {
+        let features = catalog.users.features.iter();
+        let traits: Vec<_> = features
+            .map(|f| format!("{} {}", f.name, catalog.users.describe(f.name, user)))
+            .collect();
+        let id = catalog.users.ids[user as usize];
+        say!(
+            "User {id} has rated {} movies. {}",
+            catalog.seen.bag(user as usize).len(),
+            traits.join(", ")
+        );
+    }
     let mut table = table();
     table.set_header(["", "title", "genres", "will like it"]);
     for (rank, movie) in (1..).zip(movies) {

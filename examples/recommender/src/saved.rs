@@ -16,7 +16,7 @@
 //! | `<feature>.vocabulary` | u8 | the values, joined by newlines; a newline in a value is `\n`, a backslash `\\` |
 //! | `<feature>.indices`, `<feature>.offsets` | u32 | the bag of values of each user or movie |
 //! | `seen.indices`, `seen.offsets` | u32 | the movies that each user has rated |
-//! | `movie.examples` | u32 | of each movie, the ratings of the train part, and how many of those are likes |
+//! | `movie.examples` | u32 | of each movie, the training examples, and how many of those are liked |
 //! | `generator_seed` | i64 | only if trained on generated data: its seed |
 //! | `interactions` | i64 | only if trained on interactions: how many |
 //!
@@ -32,15 +32,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
 use candle_core::{Device, Tensor};
+use candle_hashed_embedding_bag::optim::named_variables;
 use candle_hashed_embedding_bag::{checkpoint, checkpoint::TableSpec, Checkpoint};
 use candle_nn::VarMap;
 
-use crate::about::About;
+use crate::about::{fingerprint, About};
 use crate::data::{
-    Bags, Catalog, Clicks, Data, Entities, Feature, Ratings, Source, MOVIE_FEATURES, USER_FEATURES,
+    Bags, Catalog, Clicks, Data, Entities, Feature, Ratings, Rules, Source, MOVIE_FEATURES,
+    USER_FEATURES,
 };
 use crate::embeddings::rare_rows_name;
 use crate::model::Dlrm;
+use crate::popularity::Popularity;
 
 /// A trained model of ratings.
 pub struct Recommender {
@@ -48,8 +51,7 @@ pub struct Recommender {
     pub catalog: Catalog,
     /// Scores pairs of them.
     pub model: Dlrm,
-    /// The training examples of each movie, and how many of those were liked; files of version 0.1.0 may lack them.
-    pub examples: Option<Vec<[u32; 2]>>,
+    popularity: Option<Popularity>,
     /// What the checkpoint says of itself, if it does.
     pub about: Option<About>,
     kind: Kind,
@@ -63,13 +65,41 @@ enum Kind {
     Interactions,
 }
 
+/// A trained model of either kind.
+pub enum Saved {
+    /// Of ratings.
+    Ratings(Box<Recommender>),
+    /// Of clicks.
+    Clicks(Box<ClickModel>),
+}
+
+impl Saved {
+    /// Opens what [`save`] wrote.
+    ///
+    /// # Errors
+    /// A file that is missing, damaged or of another kind, by its path.
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
+        open(path, |checkpoint| {
+            if checkpoint.tensor_info(CLICK_COUNTS).is_ok() {
+                Ok(Self::Clicks(Box::new(ClickModel::read(
+                    checkpoint, device,
+                )?)))
+            } else {
+                let recommender = Recommender::read(checkpoint, device)?;
+                Ok(Self::Ratings(Box::new(recommender)))
+            }
+        })
+    }
+}
+
 /// A trained model of clicks.
 pub struct ClickModel {
     /// Scores clicks.
     pub model: Dlrm,
     /// What the checkpoint says of itself, if it does.
     pub about: Option<About>,
-    rows_per_field: u32,
+    /// The rows of each category's table.
+    pub rows_per_field: u32,
     /// The numbers of examples and of clicked examples in the log it was trained on.
     counts: [i64; 2],
 }
@@ -101,7 +131,7 @@ pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data, about: &About
                 rows,
                 ..
             } = ratings;
-            let examples = ratings.examples_per_movie();
+            let examples = ratings.all_examples_per_movie();
             let shape = (examples.len(), 2);
             let examples = Tensor::from_slice(examples.as_flattened(), shape, &Device::Cpu)?;
             tensors.push((EXAMPLES.to_owned(), examples));
@@ -112,7 +142,7 @@ pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data, about: &About
                 Source::Generated { seed } => {
                     put(&mut tensors, "generator_seed", &[*seed as i64])?;
                 }
-                Source::Files(_) => {}
+                Source::Files { .. } => {}
                 Source::Interactions(_) => {
                     put(&mut tensors, "interactions", &[rows.len() as i64])?;
                 }
@@ -122,6 +152,38 @@ pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data, about: &About
     }
     checkpoint::save(path, tensors, model.embeddings().collections())
         .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Gives a new model, whose variables are `vars`, the values of the model in a checkpoint.
+///
+/// # Errors
+/// A checkpoint of other tables or layers, or one whose tables were rounded.
+pub fn warm_start(path: &Path, model: &Dlrm, vars: &VarMap) -> Result<()> {
+    open(path, |checkpoint| {
+        for (name, collection) in model.embeddings().collections() {
+            let spec = checkpoint
+                .collection(name)
+                .context("its tables are other ones")?;
+            ensure!(
+                spec.low_bit.is_none(),
+                "its tables were rounded: only those of --bits 32 can be trained further"
+            );
+            spec.check(collection)
+                .context("its tables are other ones")?;
+        }
+        for (name, var) in named_variables(vars)? {
+            let value = checkpoint.tensor(&name, var.device())?;
+            ensure!(
+                value.shape() == var.shape(),
+                "its tensor {name} has the shape {:?}, not {:?}",
+                value.shape(),
+                var.shape()
+            );
+            vars.clone().set_one(name, value)?;
+        }
+        Ok(())
+    })
+    .context("--warm-start")
 }
 
 impl Recommender {
@@ -151,7 +213,7 @@ impl Recommender {
             (None, None) => Kind::MovieLens,
         };
         Ok(Self {
-            examples: examples(checkpoint, catalog.movies.ids.len())?,
+            popularity: popularity(checkpoint, catalog.movies.ids.len())?,
             about: about(checkpoint)?,
             catalog,
             model,
@@ -159,11 +221,25 @@ impl Recommender {
         })
     }
 
+    /// What is liked by many.
+    ///
+    /// # Errors
+    /// A checkpoint that does not tell.
+    pub fn popularity(&self) -> Result<&Popularity> {
+        let popularity = self.popularity.as_ref();
+        popularity.with_context(|| {
+            format!("an older version wrote the checkpoint, without {EXAMPLES}: it does not know what is popular")
+        })
+    }
+
     /// The source of its ratings: the folder or file `path`, or the generator, if they were generated.
     pub fn source(&self, path: Option<PathBuf>) -> Result<Source> {
         match (self.kind, path) {
             (Kind::Generated { seed }, None) => Ok(Source::Generated { seed }),
-            (Kind::MovieLens, Some(dir)) => Ok(Source::Files(dir)),
+            (Kind::MovieLens, Some(dir)) => Ok(Source::Files {
+                dir,
+                rules: self.rules(),
+            }),
             (Kind::Interactions, Some(file)) => Ok(Source::Interactions(file)),
             (Kind::Generated { .. }, Some(_)) => {
                 bail!("the checkpoint was trained on generated ratings: leave out --data")
@@ -177,24 +253,72 @@ impl Recommender {
         }
     }
 
-    /// The titles of all movies by published id, without reading a rating. Items of interactions have none.
-    pub fn titles(&self, path: Option<PathBuf>) -> Result<BTreeMap<i64, String>> {
-        match self.kind {
-            Kind::Interactions => Ok(BTreeMap::new()),
-            Kind::Generated { .. } | Kind::MovieLens => self.source(path)?.titles(),
-        }
+    /// How its ratings were read; as by default, if the checkpoint does not tell.
+    fn rules(&self) -> Rules {
+        let rules = self.about.as_ref().and_then(|about| about.data.rules);
+        rules.unwrap_or_default()
     }
 
-    /// The ratings it was trained on.
-    pub fn ratings(&self, dir: Option<PathBuf>) -> Result<Ratings> {
-        let ratings = self.source(dir)?.load()?;
-        // The split goes by position: with other ratings, the test part would contain training examples.
+    /// The titles of all movies by published id, without reading a rating. Items of interactions have none.
+    ///
+    /// # Errors
+    /// Those of [`source`](Self::source), what reading says, and titles of other movies than the model was trained on.
+    pub fn titles(&self, path: Option<PathBuf>) -> Result<BTreeMap<i64, String>> {
+        if let Kind::Interactions = self.kind {
+            return Ok(BTreeMap::new());
+        }
+        let titles = self.source(path)?.titles()?;
+        let known = self.about.as_ref().and_then(|a| a.catalogue.as_ref());
+        let are_its_own = match known {
+            Some(known) => *known == fingerprint(&titles),
+            // An older checkpoint knows at least the ids.
+            None => titles.keys().eq(&self.catalog.movies.ids),
+        };
         ensure!(
-            ratings.catalog == self.catalog,
-            "these are not the ratings that the checkpoint was trained on"
+            are_its_own,
+            "--data has the titles of another catalogue than that of the checkpoint"
         );
-        Ok(ratings)
+        Ok(titles)
     }
+
+    /// The ratings it was trained on, or others by the rows of its catalogue.
+    ///
+    /// # Errors
+    /// Those of [`source`](Self::source), what reading says, and ratings of which it knows none.
+    pub fn ratings(&self, dir: Option<PathBuf>) -> Result<TriedOn<Ratings>> {
+        let ratings = self.source(dir)?.load()?;
+        if ratings.catalog == self.catalog {
+            return Ok(TriedOn {
+                data: ratings,
+                is_trained_on: true,
+                left_out: 0,
+            });
+        }
+        ensure!(
+            !matches!(self.kind, Kind::Interactions),
+            "these are not the interactions that the checkpoint was trained on, of which the negative examples are drawn"
+        );
+        let (data, left_out) = ratings.in_catalog(&self.catalog);
+        ensure!(
+            !data.rows.is_empty(),
+            "the checkpoint knows no user or no movie of these ratings"
+        );
+        Ok(TriedOn {
+            data,
+            is_trained_on: false,
+            left_out,
+        })
+    }
+}
+
+/// Data to evaluate a model on.
+pub struct TriedOn<T> {
+    /// Examples that the model can score.
+    pub data: T,
+    /// Whether the model was trained on them, so that their parts mean what they did then.
+    pub is_trained_on: bool,
+    /// Examples that the model cannot score.
+    pub left_out: usize,
 }
 
 impl ClickModel {
@@ -222,14 +346,17 @@ impl ClickModel {
         })
     }
 
-    /// The clicks it was trained on, in the log at `path`.
-    pub fn clicks(&self, path: &Path, skip_malformed: bool) -> Result<Clicks> {
+    /// The clicks in the log at `path`, on which it was trained or not.
+    ///
+    /// # Errors
+    /// Those of [`Clicks::open`].
+    pub fn clicks(&self, path: &Path, skip_malformed: bool) -> Result<TriedOn<Clicks>> {
         let clicks = Clicks::open(path, Some(self.rows_per_field), skip_malformed)?;
-        ensure!(
-            counts(&clicks) == self.counts,
-            "these are not the clicks that the checkpoint was trained on"
-        );
-        Ok(clicks)
+        Ok(TriedOn {
+            is_trained_on: counts(&clicks) == self.counts,
+            data: clicks,
+            left_out: 0,
+        })
     }
 }
 
@@ -247,7 +374,7 @@ fn about(checkpoint: &Checkpoint) -> Result<Option<About>> {
     Ok(Some(about.with_context(|| format!("tensor {ABOUT}"))?))
 }
 
-fn examples(checkpoint: &Checkpoint, movies: usize) -> Result<Option<Vec<[u32; 2]>>> {
+fn popularity(checkpoint: &Checkpoint, movies: usize) -> Result<Option<Popularity>> {
     if checkpoint.tensor_info(EXAMPLES).is_err() {
         return Ok(None);
     }
@@ -258,7 +385,10 @@ fn examples(checkpoint: &Checkpoint, movies: usize) -> Result<Option<Vec<[u32; 2
         counts.dims()
     );
     let counts: Vec<u32> = counts.flatten_all()?.to_vec1()?;
-    Ok(Some(counts.as_chunks().0.to_vec()))
+    let popularity = Popularity::new(counts.as_chunks().0.to_vec());
+    Ok(Some(
+        popularity.with_context(|| format!("tensor {EXAMPLES}"))?,
+    ))
 }
 
 fn counts(clicks: &Clicks) -> [i64; 2] {
@@ -424,9 +554,14 @@ mod tests {
         let opened = Recommender::open(&path, &Device::Cpu)?;
         assert_eq!(opened.model.embeddings().rare(), rare);
         assert_eq!(opened.about, Some(about(&data)?));
-        assert_eq!(opened.examples, Some(ratings.examples_per_movie()));
+        assert_eq!(
+            opened.popularity()?,
+            &Popularity::new(ratings.examples_per_movie())?
+        );
         assert_eq!(opened.catalog, ratings.catalog);
-        assert_eq!(opened.ratings(None)?.rows, ratings.rows);
+        let again = opened.ratings(None)?;
+        assert!(again.is_trained_on);
+        assert_eq!(again.data.rows, ratings.rows);
         assert!(opened.source(Some(dir.path().to_owned())).is_err());
 
         let pairs: Vec<_> = (0..100).map(|i| (i, 2 * i)).collect();
@@ -526,11 +661,12 @@ mod tests {
         save(&path, &model, &vars, &data, &about(&data)?)?;
         let opened = ClickModel::open(&path, &Device::Cpu)?;
         let clicks = opened.clicks(&log, false)?;
+        assert!(clicks.is_trained_on && opened.about.is_some());
         assert_eq!(
-            evaluate(&opened.model, &clicks, Part::Test)?,
+            evaluate(&opened.model, &clicks.data, Part::Test)?,
             evaluate(&model, data.examples(), Part::Test)?
         );
-        assert!(opened.clicks(&other, false).is_err());
+        assert!(!opened.clicks(&other, false)?.is_trained_on);
         assert!(Recommender::open(&path, &Device::Cpu).is_err());
         Ok(())
     }

@@ -35,6 +35,8 @@ pub struct Stepper<'a> {
     model: &'a Dlrm,
     /// The variables of the MLPs, by name.
     mlps: Vec<Var>,
+    /// How often a positive example counts.
+    positive_weight: f64,
 }
 
 /// The ending of the names of embedding tables.
@@ -58,7 +60,16 @@ impl<'a> Stepper<'a> {
         Ok(Self {
             model,
             mlps: mlps.collect(),
+            positive_weight: 1.0,
         })
+    }
+
+    /// The same, to which a positive example counts as if it came so often.
+    pub fn weighing_positives(self, positive_weight: f64) -> Self {
+        Self {
+            positive_weight,
+            ..self
+        }
     }
 
     /// The sum of the losses of the examples, `()`, and the gradients of their mean with respect to all variables. `labels` are 0
@@ -71,7 +82,7 @@ impl<'a> Stepper<'a> {
         let vectors = self.model.embeddings().forward(&inputs.lookups)?;
         if !self.model.device().is_cpu() {
             let logits = self.model.logits(inputs.numbers.as_ref(), &vectors)?;
-            let (loss, gradient) = cross_entropy(&logits, labels, batch)?;
+            let (loss, gradient) = cross_entropy(&logits, labels, batch, self.positive_weight)?;
             return Ok((loss, backward(&logits, gradient)?));
         }
         let shards = shards(self.model, batch);
@@ -117,7 +128,12 @@ impl<'a> Stepper<'a> {
         let vectors = Var::from_tensor(&part(vectors)?.detach())?;
         let numbers = inputs.numbers.as_ref().map(part).transpose()?;
         let logits = self.model.logits(numbers.as_ref(), &vectors)?;
-        let (loss, gradient) = cross_entropy(&logits, &part(labels)?, labels.dim(0)?)?;
+        let (loss, gradient) = cross_entropy(
+            &logits,
+            &part(labels)?,
+            labels.dim(0)?,
+            self.positive_weight,
+        )?;
         let mut gradients = backward(&logits, gradient)?;
         let of_vectors = gradients.remove(&vectors);
         Ok(Shard {
@@ -204,12 +220,21 @@ impl Shard {
 ///
 /// It is written so that no logit overflows. `candle_nn`'s loss takes the logarithm of a sigmoid, which is infinite for a logit that
 /// is confidently wrong.
-fn cross_entropy(logits: &Tensor, labels: &Tensor, batch: usize) -> Result<(Tensor, Tensor)> {
+fn cross_entropy(
+    logits: &Tensor,
+    labels: &Tensor,
+    batch: usize,
+    positive_weight: f64,
+) -> Result<(Tensor, Tensor)> {
     let logits = logits.detach();
     let softplus = (logits.relu()? + (logits.abs()?.neg()?.exp()? + 1.0)?.log()?)?;
-    let loss = (softplus - (&logits * labels)?)?.sum_all()?;
-    let gradient = (candle_nn::ops::sigmoid(&logits)? - labels)?;
-    Ok((loss, (gradient / batch as f64)?))
+    let mut loss = (softplus - (&logits * labels)?)?;
+    let mut gradient = (candle_nn::ops::sigmoid(&logits)? - labels)?;
+    if positive_weight != 1.0 {
+        let weights = labels.affine(positive_weight - 1.0, 1.0)?;
+        (loss, gradient) = ((loss * &weights)?, (gradient * weights)?);
+    }
+    Ok((loss.sum_all()?, (gradient / batch as f64)?))
 }
 
 #[cfg(test)]
@@ -221,9 +246,13 @@ mod tests {
     fn cross_entropy_of_extreme_logits_is_finite() -> Result<()> {
         let logits = Tensor::new(&[0f32, 1000.0, -1000.0, 1000.0], &Device::Cpu)?;
         let labels = Tensor::new(&[1f32, 1.0, 1.0, 0.0], &Device::Cpu)?;
-        let (loss, gradient) = cross_entropy(&logits, &labels, 4)?;
+        let (loss, gradient) = cross_entropy(&logits, &labels, 4, 1.0)?;
         assert!((loss.to_scalar::<f32>()? - (2f32.ln() + 2000.0)).abs() < 1e-2);
         assert_eq!(gradient.to_vec1::<f32>()?, [-0.125, 0.0, -0.25, 0.25]);
+        // The positive examples count three times.
+        let (loss, gradient) = cross_entropy(&logits, &labels, 4, 3.0)?;
+        assert!((loss.to_scalar::<f32>()? - (3.0 * 2f32.ln() + 4000.0)).abs() < 1e-2);
+        assert_eq!(gradient.to_vec1::<f32>()?, [-0.375, 0.0, -0.75, 0.25]);
         Ok(())
     }
 }

@@ -1,20 +1,19 @@
 //! Training on the binary cross-entropy, keeping the epoch that scores the validation part best.
 
-use std::fmt::Write;
-use std::time::Instant;
+use std::num::NonZeroUsize;
+use std::time::{Duration, Instant};
 
 use anyhow::{anyhow, bail, ensure, Result};
 use candle_core::Tensor;
 use candle_hashed_embedding_bag::optim::named_variables;
 use candle_nn::VarMap;
-use indicatif::{HumanCount, ProgressBar, ProgressState, ProgressStyle};
 
 use crate::data::{Examples, Part};
 use crate::evaluate::Metrics;
 use crate::model::{Dlrm, Inputs};
 use crate::optimizers::{Optimizers, TableOptimizer};
 use crate::order::Order;
-use crate::output;
+use crate::progress::Progress;
 use crate::ranks::Ranks;
 use crate::resident::Resident;
 use crate::resume::{BestEpoch, Position, Saving, State, Tensors};
@@ -39,6 +38,14 @@ pub struct Settings {
     pub table_lr: f64,
     /// Weight decay of the embedding tables, for an optimiser that has any.
     pub table_decay: f64,
+    /// Weight decay of the MLPs.
+    pub mlp_decay: f64,
+    /// How often a positive example counts.
+    pub positive_weight: f64,
+    /// Epochs without a better one that end the training.
+    pub patience: Option<NonZeroUsize>,
+    /// Between two lines of progress, where no bar is drawn.
+    pub progress: Duration,
     /// Decides the order of the examples.
     pub seed: u64,
     /// Whether to keep the train part on the device of the model.
@@ -127,7 +134,7 @@ pub fn train_on(
     let steps_per_epoch = order.steps_per_epoch();
     let steps = settings.epochs.saturating_mul(steps_per_epoch);
     let mut optimizer = Optimizers::new(vars, settings, steps)?;
-    let stepper = Stepper::new(model, vars)?;
+    let stepper = Stepper::new(model, vars)?.weighing_positives(settings.positive_weight);
     let parameters = named_variables(vars)?;
     ranks.broadcast(&parameters)?;
     let start = Instant::now();
@@ -169,7 +176,7 @@ pub fn train_on(
     let (mut rate, seconds_before) = (position.rate, position.seconds);
 
     'epochs: for epoch in position.epoch..=settings.epochs {
-        let progress = progress_bar(order.examples())?;
+        let mut progress = Progress::new(epoch, order.examples(), settings.progress)?;
         let (done, mut losses) = match epoch == position.epoch {
             true => (position.step, Losses::restored(position.losses)),
             false => (0, Losses::default()),
@@ -186,12 +193,11 @@ pub fn train_on(
             if step % STEPS_PER_READING == 0 || step == steps_per_epoch || is_saved {
                 let loss = losses.read(ranks)?;
                 if !loss.is_finite() {
-                    progress.finish_and_clear();
+                    progress.end();
                     diverged = Some(epoch);
                     break 'epochs;
                 }
-                progress.set_position(losses.examples as u64);
-                progress.set_message(format!("{loss:.4}"));
+                progress.show(losses.examples, loss);
             }
             if is_saved && ranks.is_first() {
                 let position = Position {
@@ -217,7 +223,7 @@ pub fn train_on(
         let train_loss = losses.read(ranks)?;
         let trained = losses.examples - examples_before;
         rate = rate.max(trained as f64 / epoch_start.elapsed().as_secs_f64());
-        progress.finish_and_clear();
+        progress.end();
 
         let valid = ranks.evaluate(model, examples, Part::Valid)?;
         if valid.ensure_finite().is_err() {
@@ -241,6 +247,15 @@ pub fn train_on(
             .is_none_or(|(best, _)| valid.is_better(&best.valid))
         {
             best = Some((Best::of(epoch, valid), snapshot(vars)?));
+        }
+        let kept = best.as_ref().map_or(0, |(best, _)| best.epoch);
+        if settings
+            .patience
+            .is_some_and(|most| epoch - kept >= most.get())
+            && epoch < settings.epochs
+        {
+            say!("  no better epoch for {}: the training ends", epoch - kept);
+            break;
         }
     }
     if diverged.is_none() {
@@ -334,22 +349,6 @@ fn snapshot(vars: &VarMap) -> Result<Tensors> {
         .collect()
 }
 
-/// Drawn only if the standard error is a terminal.
-fn progress_bar(rows: usize) -> Result<ProgressBar> {
-    let template = "  {bar:32} {human_pos} of {human_len} rows   {rate} rows/s   loss {msg}";
-    let style = ProgressStyle::with_template(template)?.with_key(
-        "rate",
-        |state: &ProgressState, out: &mut dyn Write| {
-            let _ = write!(out, "{}", HumanCount(state.per_sec() as u64));
-        },
-    );
-    let progress = match output::is_silent() {
-        true => ProgressBar::hidden(),
-        false => ProgressBar::new(rows as u64),
-    };
-    Ok(progress.with_style(style))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -358,6 +357,7 @@ mod tests {
     use crate::evaluate::evaluate;
     use crate::init::seeded;
     use crate::model::ModelConfig;
+    use crate::optimizers::MLP_DECAY;
     use candle_core::Device;
     use candle_hashed_embedding_bag::Hash;
     use clap::ValueEnum;
@@ -433,6 +433,10 @@ mod tests {
             lr: 0.01,
             table_lr: 0.03,
             table_decay: 0.0,
+            mlp_decay: MLP_DECAY,
+            positive_weight: 1.0,
+            patience: None,
+            progress: Duration::MAX,
             seed: 1,
             resident: false,
         };
@@ -472,6 +476,10 @@ mod tests {
             lr: 0.002,
             table_lr: 0.006,
             table_decay: 0.0,
+            mlp_decay: MLP_DECAY,
+            positive_weight: 1.0,
+            patience: None,
+            progress: Duration::MAX,
             seed: 1,
             resident: false,
         };

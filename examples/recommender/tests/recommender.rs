@@ -1,6 +1,7 @@
 //! The program `recommender` as a process: what it makes of odd data, of outputs that cannot be written, and of mistakes.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
@@ -124,7 +125,7 @@ fn a_standard_output_that_fails_is_reported_at_the_end() {
 fn tables_are_rounded_in_the_checkpoint() {
     let folder = Folder::new();
     folder.plain_movielens();
-    folder.succeeds(TRAIN);
+    folder.succeeds(&format!("{TRAIN} --bits 32"));
     let exact = fs::metadata(folder.path("m")).unwrap().len();
     for bits in [8, 4] {
         let said = folder.succeeds(&format!("{TRAIN} --bits {bits}"));
@@ -156,13 +157,11 @@ fn a_model_is_evaluated_beside_baselines() {
     folder.plain_movielens();
     folder.succeeds(TRAIN);
     let printed = folder.succeeds("evaluate --data ml --checkpoint m");
-    let header = row(&printed, "test");
-    assert_eq!(header[3..5], ["NDCG@10", "recall@10"], "{printed}");
-    for name in ["model", "popularity", "constant"] {
-        assert_eq!(row(&printed, name).len(), header.len(), "{printed}");
-    }
     // Whatever they liked they had rated before: nothing is left to be ranked.
-    assert!(printed.contains("top tens of 0 users"), "{printed}");
+    assert_eq!(row(&printed, "test"), ["test", "AUC", "logloss"]);
+    for name in ["model", "popularity", "constant"] {
+        assert_eq!(row(&printed, name).len(), 3, "{printed}");
+    }
 }
 
 #[test]
@@ -178,16 +177,223 @@ fn rare_movies_share_a_row() {
 }
 
 #[test]
+fn every_line_of_a_log_is_scored() {
+    let folder = Folder::new();
+    folder.click_log(false);
+    folder.succeeds("--data log --format criteo --rows-per-field 100 --checkpoint m");
+    let scored = folder.succeeds("score log --checkpoint m");
+    let probabilities: Vec<&str> = scored.lines().collect();
+    assert_eq!(probabilities.len(), 500);
+    let is_probability = |p: &&&str| (0.0..1.0).contains(&p.parse::<f64>().unwrap());
+    assert_eq!(probabilities.iter().filter(is_probability).count(), 500);
+
+    // Labels do not matter, nor whether it is a file.
+    let log = fs::read_to_string(folder.path("log")).unwrap();
+    let unlabelled = log.lines().map(|line| line[2..].to_owned() + "\n");
+    let unlabelled = unlabelled.collect::<String>();
+    fs::write(folder.path("unlabelled"), &unlabelled).unwrap();
+    assert_eq!(folder.succeeds("score unlabelled --checkpoint m"), scored);
+    assert_eq!(folder.succeeds("score log --checkpoint m --out p"), "");
+    assert_eq!(fs::read_to_string(folder.path("p")).unwrap(), scored);
+    if Path::new("/dev/stdin").exists() {
+        let mut process = folder
+            .command("score - --checkpoint m")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut stdin = process.stdin.take().unwrap();
+        stdin.write_all(unlabelled.as_bytes()).unwrap();
+        drop(stdin);
+        let output = process.wait_with_output().unwrap();
+        assert_eq!(String::from_utf8(output.stdout).unwrap(), scored);
+    }
+
+    // A line that is malformed keeps its place.
+    let mut lines: Vec<_> = log.lines().collect();
+    lines.insert(3, "not a click");
+    lines.insert(400, "1\t2");
+    fs::write(folder.path("bad"), lines.join("\n")).unwrap();
+    let (_, said) = folder.fails("score bad --checkpoint m");
+    assert!(said.contains("bad:4: expected 40 fields, got 1"), "{said}");
+    let skipped = folder.succeeds("score bad --skip-malformed --checkpoint m");
+    let mut expected = probabilities;
+    expected.insert(3, "");
+    expected.insert(400, "");
+    assert_eq!(skipped.lines().collect::<Vec<_>>(), expected);
+}
+
+#[test]
+fn pairs_are_scored() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    folder.succeeds(TRAIN);
+    // The ratings are pairs, too.
+    let scored = folder.succeeds("score ml/ratings.csv --checkpoint m");
+    let scored: Vec<&str> = scored.lines().collect();
+    assert_eq!(scored.len(), 18);
+    // Of three users and two movies.
+    assert_eq!(scored[..6], scored[6..12]);
+    fs::write(folder.path("pairs"), "2 2\n9 2\nx 2\n").unwrap();
+    let pairs = folder.succeeds("score pairs --checkpoint m");
+    let pairs: Vec<&str> = pairs.lines().collect();
+    assert_eq!(pairs[0], scored[0]);
+    assert_eq!(pairs[1], pairs[2], "users of whom nothing is known");
+
+    let printed = folder.succeeds("recommend --user 9 -k 1 --data ml --checkpoint m");
+    assert!(
+        printed.contains("no user 9: the model knows 3 users"),
+        "{printed}"
+    );
+    assert_eq!(row(&printed, "1").len(), 4);
+    assert!(!printed.contains("\n│ 2"), "{printed}");
+}
+
+#[test]
+fn a_model_is_evaluated_on_any_part_of_any_data() {
+    let folder = Folder::new();
+    folder.click_log(false);
+    folder.succeeds("generate tomorrow --lines 300 --seed 2");
+    let criteo = "--format criteo --rows-per-field 100";
+    folder.succeeds(&format!("--data log {criteo} --checkpoint m"));
+    let evaluate = |arguments: &str| {
+        let printed = folder.succeeds(&format!("evaluate --checkpoint m {arguments}"));
+        let header = printed.lines().find(|line| line.contains("AUC")).unwrap();
+        let part = header.split(['│', '┆']).nth(1).unwrap().trim().to_owned();
+        (part, row(&printed, "model").join(" "))
+    };
+    let criteo = "--format criteo --data";
+    let (part, test) = evaluate(&format!("{criteo} log"));
+    assert_eq!(part, "test");
+    assert_eq!(evaluate(&format!("{criteo} log --part test")).1, test);
+    assert_ne!(evaluate(&format!("{criteo} log --part train")).1, test);
+    assert_eq!(evaluate(&format!("{criteo} tomorrow")).0, "all");
+    assert_eq!(
+        evaluate(&format!("{criteo} tomorrow --part valid")).0,
+        "valid"
+    );
+
+    folder.plain_movielens();
+    folder.succeeds(TRAIN);
+    // One more user and movie, which the model does not know.
+    let movies = "1,Alien (1979),Horror\n2,Brazil (1985),Comedy\n3,Cube,\n";
+    folder.movielens("other", movies);
+    let ratings = folder.path("other").join("ratings.csv");
+    let more = fs::read_to_string(&ratings).unwrap() + "1,3,4.0,1\n9,1,4.0,1\n";
+    fs::write(ratings, more).unwrap();
+    let printed = folder.succeeds("evaluate --data other --checkpoint m");
+    assert!(printed.contains("2 ratings are left out"), "{printed}");
+    assert_eq!(row(&printed, "all")[1], "AUC");
+}
+
+/// How many epochs were trained.
+fn epochs(printed: &str) -> usize {
+    let lines = printed.lines().filter(|line| line.contains("train loss"));
+    lines.count()
+}
+
+#[test]
+fn a_training_ends_when_it_gets_no_better() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    let train = "--data ml --compression 1 --epochs 200 --lr 0.05 --checkpoint m";
+    let printed = folder.succeeds(&format!("{train} --patience 2"));
+    assert!(
+        printed.contains("no better epoch for 2: the training ends"),
+        "{printed}"
+    );
+    let trained = epochs(&printed);
+    assert!(trained < 200, "{printed}");
+    let best: usize = row(&printed, "best epoch")[1].parse().unwrap();
+    assert_eq!(best, trained - 2);
+}
+
+#[test]
+fn a_training_begins_where_another_ended() {
+    let folder = Folder::new();
+    folder.click_log(false);
+    let criteo = "--data log --format criteo --rows-per-field 100";
+    let train = |more: &str| folder.succeeds(&format!("{criteo} {more}"));
+    let first = train("--epochs 4 --bits 32 --checkpoint first");
+    let next = train("--epochs 1 --warm-start first --checkpoint next");
+    let losses = |printed: &str| -> Vec<f64> {
+        let rest = printed
+            .lines()
+            .filter_map(|line| line.split_once("train loss "));
+        rest.map(|(_, rest)| rest.split_whitespace().next().unwrap().parse().unwrap())
+            .collect()
+    };
+    // Far below where the first began.
+    assert!(losses(&next)[0] < losses(&first)[1], "{first}{next}");
+
+    for (more, said) in [
+        (
+            "--warm-start next",
+            "only those of --bits 32 can be trained further",
+        ),
+        (
+            "--warm-start first --compression 1/4",
+            "its tensor hashed.hashed_weight has the shape",
+        ),
+        (
+            "--warm-start first --rows-per-field 99",
+            "its tables are other ones",
+        ),
+        ("--warm-start first --top-mlp 8", "its tensor top."),
+        ("--warm-start none", "cannot open the checkpoint none"),
+    ] {
+        let log = "--data log --format criteo";
+        let rows = if more.contains("rows") {
+            ""
+        } else {
+            "--rows-per-field 100"
+        };
+        let (_, error) = folder.fails(&format!("{log} {rows} {more} --checkpoint other"));
+        assert!(error.contains(said), "{more}: {error}");
+    }
+}
+
+#[test]
+fn ratings_may_be_divided_by_time() {
+    let folder = Folder::new();
+    folder.plain_movielens();
+    folder.succeeds(&format!("{TRAIN} --split time --like-from 3"));
+    let printed = folder.succeeds("evaluate --data ml --checkpoint m");
+    assert_eq!(row(&printed, "test")[0], "test");
+    let (_, said) = folder.fails("--split time --checkpoint m");
+    assert!(
+        said.contains("--like-from and --split need --data"),
+        "{said}"
+    );
+}
+
+#[test]
+fn a_log_shows_progress() {
+    let folder = Folder::new();
+    folder.click_log(false);
+    let train = "--data log --format criteo --rows-per-field 100 --epochs 1 --checkpoint m";
+    let output = folder
+        .command(&format!("{train} --progress-seconds 0"))
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("epoch 1: 100 % in 0 s, loss "), "{said}");
+    let quiet = folder.command(train).output().unwrap();
+    assert!(quiet.stderr.is_empty(), "{quiet:?}");
+}
+
+#[test]
 fn a_divergence_is_an_error_that_replaces_no_model() {
     let folder = Folder::new();
     folder.plain_movielens();
     folder.succeeds(TRAIN);
     let good = fs::read(folder.path("m")).unwrap();
-    let (_, said) = folder.fails(&format!("{TRAIN} --lr 1e30"));
+    let (_, said) = folder.fails(&format!("{TRAIN} --batch-size 1 --lr 1e30"));
     assert!(said.contains("training diverged in epoch 1"), "{said}");
     assert_eq!(fs::read(folder.path("m")).unwrap(), good);
 
-    let sweep = "sweep --data ml --sizes 1 --seeds 1 --epochs 1 --lr 1e30";
+    let sweep = "sweep --data ml --sizes 1 --seeds 1 --epochs 1 --batch-size 1 --lr 1e30";
     let (_, said) = folder.fails(sweep);
     assert!(
         said.contains("plain, no matrices, compression 1, seed 1") && said.contains("diverged"),
@@ -428,7 +634,7 @@ fn interactions_are_learnt_and_recommended() {
     }
     fs::write(folder.path("pairs"), interactions() + "9999 500\n").unwrap();
     let (_, said) = folder.fails("evaluate --data pairs --format interactions --checkpoint m");
-    assert!(said.contains("not the ratings"), "{said}");
+    assert!(said.contains("not the interactions"), "{said}");
     let (_, said) = folder.fails("--format interactions");
     assert!(said.contains("--data"), "{said}");
     let (_, said) = folder.fails(&format!("{train} --inner-dim 0"));

@@ -135,7 +135,8 @@ fn strided(kernel: Kernel, n: usize) -> LaunchConfig {
 enum HashParams {
     Affine(AffineSlots),
     Blocks(BlockSlots),
-    Lma(WithRows<LmaSlots>),
+    // Much larger than the others.
+    Lma(Box<WithRows<LmaSlots>>),
     RowBlocks(WithRows<BlockSlots>),
 }
 
@@ -175,10 +176,10 @@ impl HashParams {
         Ok(match table.slots {
             Slots::Affine(slots) => Self::Affine(slots),
             Slots::Mix(slots) | Slots::Balanced(slots) => Self::Blocks(slots),
-            Slots::Lma(slots) => Self::Lma(WithRows {
+            Slots::Lma(slots) => Self::Lma(Box::new(WithRows {
                 slots,
                 rows: rows(None)?,
-            }),
+            })),
             Slots::Semantic(slots, keys) => Self::RowBlocks(WithRows {
                 slots,
                 rows: rows(Some(keys))?,
@@ -194,7 +195,7 @@ impl HashParams {
         match self {
             Self::Affine(slots) => args.arg(slots),
             Self::Blocks(slots) => args.arg(slots),
-            Self::Lma(slots) => args.arg(slots),
+            Self::Lma(slots) => args.arg(&**slots),
             Self::RowBlocks(slots) => args.arg(slots),
         };
     }

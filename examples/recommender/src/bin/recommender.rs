@@ -11,6 +11,9 @@
 //! torchrun --no-python --nproc-per-node 2 recommender train --data train.txt --format criteo --device cuda     on two GPUs
 //! ```
 
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::Path;
 use std::time::Instant;
 
 use anyhow::{ensure, Context, Result};
@@ -28,18 +31,21 @@ use recommender::options::{self, Command, Format, Options, TableBits};
 use recommender::output;
 use recommender::ranking::Lists;
 use recommender::rare::TrainCounts;
-use recommender::recommend::{recommend, user_row};
+use recommender::recommend::recommend;
 use recommender::report::{self, Summary};
 use recommender::saved::{self, ClickModel, Recommender};
+use recommender::score::{score, Scored};
 use recommender::sweep::sweep;
-use recommender::{init, train};
+use recommender::{init, say, threads, train};
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator {};
 
 fn main() -> Result<()> {
     keep_memory();
-    let command = Options::parse().command();
+    let options = Options::parse();
+    threads::limit(options.threads);
+    let command = options.command();
     let world = World::from_env()?.unwrap_or_else(World::single);
     ensure!(
         world.size <= 1 || matches!(command, Command::Train(_)),
@@ -49,6 +55,7 @@ fn main() -> Result<()> {
     match command {
         Command::Train(options) => train_and_save(&options, &world),
         Command::Evaluate(options) => evaluate_saved(&options),
+        Command::Score(options) => score_file(&options),
         Command::Recommend(options) => print_recommendations(&options),
         Command::Sweep(options) => sweep(&options),
         Command::Generate(options) => generate(&options),
@@ -76,8 +83,11 @@ fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
         &options.model_config(),
         init::seeded(&vars, options.seed, &device),
     )?;
+    if let Some(path) = options.warm_start() {
+        saved::warm_start(path, &model, &vars)?;
+    }
     let model = model
-        .sharing_rare_rows(&counts.rows, options.min_count)
+        .sharing_rare_rows(&counts.rows, options.min_count())
         .with_precision(options.precision())?;
     // Ranks average tensors.
     let model = match options.table_optimizer.is_sparse() && ranks.count() == 1 {
@@ -99,7 +109,7 @@ fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
         .metrics("valid", best.valid)
         .metrics("test", test);
     let (mut kept, mut kept_test) = (model.clone(), test);
-    if let TableBits::Rounded(bits) = options.bits {
+    if let TableBits::Rounded(bits) = options.bits() {
         let (rounded, errors) = model.to_bits(bits)?;
         kept_test = ranks.evaluate(&rounded, examples, Part::Test)?;
         kept = rounded;
@@ -114,7 +124,7 @@ fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
     let ranking = match &data {
         Data::Ratings(ratings) => {
             let lists = Lists::new(ratings, Part::Test);
-            Some(lists.of_model(&kept, ratings)?)
+            lists.of_model(&kept, ratings)?
         }
         Data::Clicks(_) => None,
     };
@@ -152,32 +162,105 @@ fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
 fn evaluate_saved(options: &options::Evaluate) -> Result<()> {
     let (common, reading) = (&options.common, &options.reading);
     let (path, device) = (common.checkpoint(), common.device()?);
-    let (model, about, data) = match reading.format {
+    let chosen = options.part.map(Part::from);
+    // Of other data, there is no part that the model has seen.
+    let part = |is_trained_on| match (chosen, is_trained_on) {
+        (Some(part), _) => part,
+        (None, true) => Part::Test,
+        (None, false) => Part::All,
+    };
+    let (model, about, data, part, lists) = match reading.format {
         Format::Movielens | Format::Interactions => {
             let recommender = Recommender::open(&path, &device)?;
-            let ratings = recommender.ratings(common.data.clone())?;
-            (recommender.model, recommender.about, Data::Ratings(ratings))
+            let tried = recommender.ratings(common.data.clone())?;
+            let part = part(tried.is_trained_on);
+            if tried.left_out > 0 {
+                let left_out = tried.left_out;
+                say!("{left_out} ratings are left out: the model does not know their users or movies");
+            }
+            let lists = if tried.is_trained_on {
+                Lists::new(&tried.data, part)
+            } else {
+                Lists::of_others(&tried.data, part, &recommender)?
+            };
+            let data = Data::Ratings(tried.data);
+            (
+                recommender.model,
+                recommender.about,
+                data,
+                part,
+                Some(lists),
+            )
         }
         Format::Criteo => {
             let clicks = ClickModel::open(&path, &device)?;
             let log = common.data.as_deref().context("--format needs --data")?;
-            let log = clicks.clicks(log, reading.skip_malformed)?;
-            (clicks.model, clicks.about, Data::Clicks(log))
+            let tried = clicks.clicks(log, reading.skip_malformed)?;
+            let part = part(tried.is_trained_on);
+            (
+                clicks.model,
+                clicks.about,
+                Data::Clicks(tried.data),
+                part,
+                None,
+            )
         }
     };
     let train_rate = about.map(|about| about.data.train_rate);
-    report::comparison("test", &compare(&model, &data, Part::Test, train_rate)?);
+    let lines = compare(&model, &data, part, train_rate, lists.as_ref())?;
+    report::comparison(part.name(), &lines);
     Summary::default()
-        .best_reachable(data.truth())
+        .best_reachable(data.truth().filter(|_| part == Part::Test))
         .parameters(&model)
         .print();
     Ok(())
 }
 
+fn score_file(options: &options::Score) -> Result<()> {
+    let start = Instant::now();
+    let path = match options.file.to_str() {
+        Some("-") => Path::new("/dev/stdin"),
+        _ => &options.file,
+    };
+    let (checkpoint, device) = (options.checkpoint(), options.device()?);
+    let write = |out: &mut dyn Write| -> Result<Scored> {
+        let mut out = BufWriter::with_capacity(1 << 16, out);
+        let scored = score(&checkpoint, &device, path, options.skip_malformed, &mut out)?;
+        out.flush().context("cannot write the probabilities")?;
+        Ok(scored)
+    };
+    let scored = match &options.out {
+        Some(out) => {
+            let file = File::create(out);
+            write(&mut file.with_context(|| format!("cannot write {}", out.display()))?)
+        }
+        None => write(&mut io::stdout().lock()),
+    };
+    let scored = match scored {
+        Err(error) if output::is_closed(&error) => return Ok(()),
+        scored => scored?,
+    };
+    // Not where the probabilities go.
+    let rate = scored.lines as f64 / start.elapsed().as_secs_f64();
+    eprintln!(
+        "{} lines, {}; {} malformed, {} by popularity alone",
+        scored.lines,
+        report::rate(rate),
+        scored.malformed,
+        scored.unknown
+    );
+    Ok(())
+}
+
 fn print_recommendations(options: &options::Recommend) -> Result<()> {
     let recommender = Recommender::open(&options.common.checkpoint(), &options.common.device()?)?;
-    let user = user_row(&recommender, options.user)?;
-    let movies = recommend(&recommender, user, 10)?;
+    let users = &recommender.catalog.users;
+    let user = users.row(options.user);
+    if user.is_none() {
+        let unknown = users.unknown("user", options.user);
+        say!("{unknown}; this is what most people like.");
+    }
+    let movies = recommend(&recommender, user, options.count.get())?;
     let titles = recommender.titles(options.common.data.clone())?;
     report::recommendations(&recommender.catalog, user, &titles, &movies);
     Ok(())

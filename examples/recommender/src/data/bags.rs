@@ -64,6 +64,14 @@ impl Bags {
         self.offsets.push(self.indices.len() as u32);
     }
 
+    /// Appends other bags.
+    pub fn append(&mut self, other: &Self) {
+        let start = self.indices.len() as u32;
+        self.indices.extend(&other.indices);
+        let ends = other.offsets[1..].iter();
+        self.offsets.extend(ends.map(|end| start + end));
+    }
+
     /// Replaces every index.
     pub fn map(&mut self, replace: impl Fn(u32) -> u32) {
         self.indices.iter_mut().for_each(|i| *i = replace(*i));
@@ -83,12 +91,7 @@ impl Bags {
 impl<'a> FromIterator<&'a Bags> for Bags {
     fn from_iter<I: IntoIterator<Item = &'a Bags>>(lists: I) -> Self {
         let mut all = Self::default();
-        for bags in lists {
-            let start = all.indices.len() as u32;
-            all.indices.extend(&bags.indices);
-            let ends = bags.offsets[1..].iter();
-            all.offsets.extend(ends.map(|end| start + end));
-        }
+        lists.into_iter().for_each(|bags| all.append(bags));
         all
     }
 }

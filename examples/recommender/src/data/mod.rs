@@ -20,8 +20,13 @@ use rand::rngs::StdRng;
 use twox_hash::XxHash64;
 
 pub use bags::Bags;
-pub use criteo::{write_generated, Clicks};
-pub use ratings::{Catalog, Entities, Feature, Ratings, Source, MOVIE_FEATURES, USER_FEATURES};
+pub use criteo::{
+    batch_of_fields, unlabelled, write_generated, Clicks, Unlabelled, Value, WrongField,
+};
+pub use ratings::{
+    feature_values, pairs, Catalog, Entities, Feature, Ratings, Rules, Source, Split,
+    MOVIE_FEATURES, USER_FEATURES,
+};
 
 /// Training fits the first part, chooses the epoch by the second, and never sees the third.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,6 +37,20 @@ pub enum Part {
     Valid,
     /// Scored once, at the end.
     Test,
+    /// All of them.
+    All,
+}
+
+impl Part {
+    /// What it is called on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Valid => "valid",
+            Self::Test => "test",
+            Self::All => "all",
+        }
+    }
 }
 
 /// What a model reads of each example.
@@ -50,6 +69,22 @@ pub struct Batch {
     pub numbers: Vec<f32>,
     /// What each example looks up in the tables of the schema.
     pub rows: Rows,
+}
+
+impl Batch {
+    /// Adds the examples of another batch of the same schema.
+    pub fn append(&mut self, other: Self) {
+        self.numbers.extend(other.numbers);
+        match (&mut self.rows, other.rows) {
+            (Rows::OnePerTable(rows), Rows::OnePerTable(more)) => rows.extend(more),
+            (Rows::Bags(bags), Rows::Bags(more)) => {
+                for (bags, more) in bags.iter_mut().zip(&more) {
+                    bags.append(more);
+                }
+            }
+            _ => unreachable!("the rows of a schema are of one kind"),
+        }
+    }
 }
 
 /// The rows of a batch.

@@ -15,6 +15,8 @@ use tokio::time::{timeout_at, Instant};
 
 use crate::metrics::{Batches, Metrics};
 use crate::serving::Model;
+use recommender::data::Batch;
+use recommender::profiles::Profile;
 
 #[derive(Clone, Copy)]
 pub struct Limits {
@@ -30,10 +32,10 @@ pub struct Limits {
 
 /// What a request asks of a model. All of its rows must be valid for that model.
 pub enum Work {
-    /// (user row, movie row) pairs, to be scored.
-    Pairs(Vec<(u32, u32)>),
+    /// So many examples, to be scored.
+    Examples { batch: Batch, count: usize },
     /// The movies of some rows, to be scored for one user.
-    Candidates { user: u32, movies: Range<usize> },
+    Candidates { user: Profile, movies: Range<usize> },
     /// Bags of rows of a table, to be pooled; `offsets` are their starts.
     Bags {
         table: String,
@@ -130,7 +132,7 @@ impl Batcher {
 impl Work {
     fn rows(&self) -> usize {
         match self {
-            Self::Pairs(pairs) => pairs.len(),
+            Self::Examples { count, .. } => *count,
             Self::Candidates { movies, .. } => movies.len(),
             Self::Bags {
                 indices, offsets, ..
@@ -138,10 +140,10 @@ impl Work {
         }
     }
 
-    /// How many answers there are: one per pair, movie or bag, all of the same number of values.
+    /// How many answers there are: one per example, movie or bag, all of the same number of values.
     fn answers(&self) -> usize {
         match self {
-            Self::Pairs(pairs) => pairs.len(),
+            Self::Examples { count, .. } => *count,
             Self::Candidates { movies, .. } => movies.len(),
             Self::Bags { offsets, .. } => offsets.len(),
         }
@@ -150,8 +152,15 @@ impl Work {
     /// Appends the rows of `other`, or returns it if one computation cannot answer both.
     fn join(&mut self, other: Self) -> Option<Self> {
         match (self, other) {
-            (Self::Pairs(pairs), Self::Pairs(more)) => {
-                pairs.extend(more);
+            (
+                Self::Examples { batch, count },
+                Self::Examples {
+                    batch: more,
+                    count: others,
+                },
+            ) => {
+                batch.append(more);
+                *count += others;
                 None
             }
             (

@@ -35,6 +35,12 @@ impl ApiError {
         }
     }
 
+    /// A question that the model in service, one of `kind`, does not answer; `instead` does.
+    pub fn other_kind(kind: &str, instead: &str) -> Self {
+        let error = format!("the model is one of {kind}: ask {instead}");
+        Self::new(StatusCode::NOT_FOUND, error)
+    }
+
     /// A value that is well-formed but out of range.
     pub fn field(field: impl Into<String>, error: impl Into<String>) -> Self {
         let mut refusal = Self::new(StatusCode::UNPROCESSABLE_ENTITY, error);

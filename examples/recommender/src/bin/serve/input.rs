@@ -15,6 +15,7 @@ use serde::{Deserialize, Deserializer};
 use tokio::time::timeout;
 
 use crate::api::App;
+use crate::draining::InFlight;
 use crate::error::ApiError;
 
 /// The byte order mark that some editors and languages put before UTF-8. A JSON parser may ignore it (RFC 8259, section 8.1).
@@ -27,8 +28,8 @@ pub struct BodyLimits {
     pub timeout: Duration,
 }
 
-/// The body of a request.
-pub struct Input<T>(pub T);
+/// The body of a request, and what counts it as in flight.
+pub struct Input<T>(pub T, pub InFlight);
 
 impl<T: DeserializeOwned> FromRequest<Arc<App>> for Input<T> {
     type Rejection = ApiError;
@@ -50,13 +51,14 @@ impl<T: DeserializeOwned> FromRequest<Arc<App>> for Input<T> {
                 return Err(ApiError::new(StatusCode::REQUEST_TIMEOUT, error));
             }
         };
+        let in_flight = app.draining.enter();
         let bytes = match bytes.strip_prefix(BYTE_ORDER_MARK) {
             Some(rest) => bytes.slice_ref(rest),
             None => bytes,
         };
         let request = Request::from_parts(parts, Body::from(bytes));
         let Json(Object(input)) = Json::from_request(request, app).await?;
-        Ok(Self(input))
+        Ok(Self(input, in_flight))
     }
 }
 

@@ -22,15 +22,19 @@
 //! | [`batcher`] | concurrent requests gathered into batches, behind a bounded queue |
 //! | [`serving`] | the model in service, and its replacement while requests run |
 //! | [`metrics`] | counters for Prometheus |
+//! | [`process`] | what the process uses, for the same |
+//! | [`draining`] | the end of the server |
 //! | [`signals`] | SIGTERM and SIGHUP |
 
 mod api;
 mod batcher;
 mod connections;
+mod draining;
 mod error;
 mod input;
 mod metrics;
 mod options;
+mod process;
 mod serving;
 mod signals;
 
@@ -44,21 +48,22 @@ use clap::Parser;
 use recommender::allocator::Allocator;
 use recommender::{output, say};
 use tokio::net::TcpListener;
-use tokio::time::timeout;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::prelude::*;
 
-use crate::api::App;
+use crate::api::{App, Health};
 use crate::batcher::Batcher;
+use crate::draining::Draining;
 use crate::metrics::Metrics;
-use crate::options::Options;
-use crate::serving::Serving;
+use crate::options::{LogFormat, Options};
+use crate::serving::{Model, Serving};
 use crate::signals::HangUps;
 
 #[global_allocator]
 static ALLOCATOR: Allocator = Allocator {};
 
 fn main() -> Result<()> {
+    let options = Options::parse();
     // Requests keep the cores busy, each batch one of them. Dividing a batch among threads would only make them wait for each
     // other. candle reads this once, when it first computes; there are no other threads yet.
     for variable in ["CANDLE_NUM_THREADS", "RAYON_NUM_THREADS"] {
@@ -66,22 +71,31 @@ fn main() -> Result<()> {
             env::set_var(variable, "1");
         }
     }
-    serve(Options::parse())
+    if options.inspect {
+        let model = Model::open(&options.model, &options.model.device()?)?;
+        say!("{}", serde_json::to_string_pretty(&Health::from(&model))?);
+        return output::finish();
+    }
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(options.threads())
+        .enable_all()
+        .build()?
+        .block_on(serve(options))
 }
 
-#[tokio::main]
 async fn serve(options: Options) -> Result<()> {
     let start = Instant::now();
-    start_log()?;
+    start_log(options.log_format)?;
     // Before anything else, because the default action of these signals ends the process.
     let (terminated, hang_ups) = (signals::terminated()?, HangUps::new()?);
 
     let metrics = Arc::new(Metrics::default());
     let app = Arc::new(App {
         batcher: Batcher::start(options.limits()?, &metrics),
-        serving: Serving::open(options.model.clone())?,
+        serving: Serving::open(options.model.clone(), options.keep_catalogue)?,
         metrics,
         body_limits: options.body_limits(),
+        draining: Draining::default(),
     });
     let listener = TcpListener::bind(&options.listen)
         .await
@@ -92,24 +106,27 @@ async fn serve(options: Options) -> Result<()> {
     say!("listening on http://{address}");
     tracing::info!(%address, seconds = start.elapsed().as_secs_f64(), "listening");
 
-    let in_flight = connections::serve(
+    let stop = async {
+        terminated.await;
+        app.draining.begin();
+        tokio::time::sleep(options.drain_delay()).await;
+    };
+    let connections = connections::serve(
         listener,
-        api::router(app),
+        api::router(app.clone()),
         options.max_connections.get() as usize,
         options.read_timeout(),
-        terminated,
+        stop,
     )
     .await;
     tracing::info!("finishing what is in flight");
-    timeout(options.drain(), in_flight)
-        .await
-        .context("requests were still in flight at the end of --drain-seconds")?;
+    app.draining.wait(connections, options.drain()).await?;
     tracing::info!("stopped");
     output::finish()
 }
 
 /// Starts the log on standard error, as RUST_LOG specifies.
-fn start_log() -> Result<()> {
+fn start_log(format: LogFormat) -> Result<()> {
     let wanted = match env::var("RUST_LOG") {
         Ok(wanted) => wanted.parse().context("RUST_LOG")?,
         Err(_) => Targets::new().with_default(tracing::Level::INFO),
@@ -119,6 +136,10 @@ fn start_log() -> Result<()> {
         // It would panic if standard error is closed.
         .log_internal_errors(false)
         .with_ansi(io::stderr().is_terminal());
+    let log = match format {
+        LogFormat::Text => log.boxed(),
+        LogFormat::Json => log.json().flatten_event(true).boxed(),
+    };
     tracing_subscriber::registry().with(log).with(wanted).init();
     Ok(())
 }

@@ -14,6 +14,8 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{exponential_buckets, Histogram};
 use prometheus_client::registry::Registry;
 
+use crate::process::Process;
+
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
 pub struct Metrics {
@@ -49,6 +51,9 @@ struct Route {
 struct Outcome {
     outcome: &'static str,
 }
+
+/// Of a reload, without and with success.
+const OUTCOMES: [&str; 2] = ["refused", "replaced"];
 
 /// From 0.1 ms to 3.3 s.
 fn durations() -> Histogram {
@@ -114,12 +119,27 @@ impl Metrics {
             "Number of the model in service: 1 for the first",
             self.generation.clone(),
         );
+        to.register_collector(Box::new(Process));
+        for outcome in OUTCOMES {
+            drop(self.reloads.get_or_create(&Outcome { outcome }));
+        }
         self
+    }
+
+    /// Makes the counters of a route, so that its first request shows as an increase from zero.
+    pub fn know(&self, route: &str) {
+        let route = route.to_owned();
+        let answered = Answered {
+            route: route.clone(),
+            status: 200,
+        };
+        drop(self.requests.get_or_create(&answered));
+        drop(self.seconds.get_or_create(&Route { route }));
     }
 
     /// Records the outcome of a reload.
     pub fn reloaded(&self, ok: bool) {
-        let outcome = if ok { "replaced" } else { "refused" };
+        let outcome = OUTCOMES[usize::from(ok)];
         self.reloads.get_or_create(&Outcome { outcome }).inc();
     }
 

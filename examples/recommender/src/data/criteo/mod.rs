@@ -18,6 +18,7 @@
 //! prepared file, mapped ───────────────────────┴──> windows, shuffled ──> queue of batches ──> training
 //! ```
 
+mod fields;
 mod generated;
 #[cfg(feature = "parquet")]
 mod parquet;
@@ -51,8 +52,10 @@ use twox_hash::XxHash64;
 use self::prepared::Prepared;
 use self::reader::{Click, CATEGORIES, NUMBERS};
 use self::stream::{Format, Position};
+use super::ratings::tenths;
 use super::{Batch, Batches, Examples, Part, Record, Records, Rows, Schema};
 
+pub use fields::{batch_of_fields, Value, WrongField};
 pub use generated::write as write_generated;
 
 /// The rows of each category's table, if nothing else is said.
@@ -138,6 +141,7 @@ impl Clicks {
             is_parquet: stream::is_parquet(path).with_context(name)?,
             rows_per_field: rows_per_field.unwrap_or(ROWS_PER_FIELD),
             skip_malformed,
+            is_labelled: true,
         };
         let (mut counts, mut hasher) = (Counts::default(), XxHash64::with_seed(0));
         let mut blocks = Vec::new();
@@ -145,7 +149,7 @@ impl Clicks {
             let block = block?;
             blocks.push((counts.examples, block.position));
             counts.examples += block.clicks.len() as u64;
-            counts.malformed += block.malformed;
+            counts.malformed += block.malformed.len() as u64;
             for click in &block.clicks {
                 counts.clicked += u64::from(click.clicked);
                 click.hash(&mut hasher);
@@ -344,14 +348,54 @@ impl Examples for Clicks {
     }
 }
 
-/// The positions of a part, 8 : 1 : 1 in file order: a log is in order of time, and a model is to predict the future.
+/// Some consecutive lines of a log, without labels.
+pub struct Unlabelled {
+    /// As a model sees them.
+    pub batch: Batch,
+    /// How many there are in the batch.
+    pub count: usize,
+    /// For each malformed line that was skipped, how many of those in the batch come before it.
+    pub malformed: Vec<usize>,
+}
+
+/// Reads a log once, in which labels may be missing; it may be a pipe, if it is text.
+///
+/// # Errors
+/// What the file system or gzip says, and a malformed line unless they are skipped.
+pub fn unlabelled(
+    path: &Path,
+    rows_per_field: u32,
+    skip_malformed: bool,
+) -> Result<impl Iterator<Item = Result<Unlabelled>>> {
+    let name = || path.display().to_string();
+    // What cannot be read twice cannot be looked into.
+    let is_file = fs::metadata(path).with_context(name)?.is_file();
+    let format = Format {
+        path: path.to_owned(),
+        is_parquet: is_file && stream::is_parquet(path).with_context(name)?,
+        rows_per_field,
+        skip_malformed,
+        is_labelled: false,
+    };
+    ensure!(
+        !is_file || Prepared::open(path).with_context(name)?.is_none(),
+        "{}: a prepared log has no lines",
+        path.display()
+    );
+    let blocks = format.stream(Position::START);
+    Ok(blocks.map(|block| {
+        let block = block?;
+        Ok(Unlabelled {
+            count: block.clicks.len(),
+            batch: batch(&block.clicks).0,
+            malformed: block.malformed,
+        })
+    }))
+}
+
+/// The positions of a part, in file order: a log is in order of time, and a model is to predict the future.
 fn range(examples: u64, part: Part) -> Range<u64> {
-    let tenths = |n| (u128::from(examples) * n / 10) as u64;
-    match part {
-        Part::Train => 0..tenths(8),
-        Part::Valid => tenths(8)..tenths(9),
-        Part::Test => tenths(9)..examples,
-    }
+    tenths(examples, part)
 }
 
 fn batch(clicks: &[Click]) -> (Batch, Vec<bool>) {

@@ -24,7 +24,7 @@ const BLOCK: usize = 1 << 13;
 /// Hands the rows from a row group and a row of the file on to `send`, in blocks, until it returns false.
 pub fn read(format: &Format, from: Position, mut send: impl FnMut(Parsed) -> bool) -> Result<()> {
     let file = SerializedFileReader::new(File::open(&format.path)?)?;
-    let columns = columns(&file)?;
+    let columns = columns(&file, format.is_labelled)?;
     let mut row = 0;
     for group in 0..file.num_row_groups() {
         let group_reader = file.get_row_group(group)?;
@@ -58,8 +58,8 @@ pub fn read(format: &Format, from: Position, mut send: impl FnMut(Parsed) -> boo
     Ok(())
 }
 
-/// Where the fields of a line are among the columns.
-fn columns(file: &SerializedFileReader<File>) -> Result<Vec<usize>> {
+/// Where the fields of a line are among the columns; without labels, where those after the label are.
+fn columns(file: &SerializedFileReader<File>, is_labelled: bool) -> Result<Vec<usize>> {
     let schema = file.metadata().file_metadata().schema_descr();
     let place = |field: usize| {
         let name = Malformed::name(field);
@@ -75,7 +75,12 @@ fn columns(file: &SerializedFileReader<File>) -> Result<Vec<usize>> {
         );
         Ok(found)
     };
-    (0..FIELDS).map(place).collect()
+    (first_field(is_labelled)..FIELDS).map(place).collect()
+}
+
+/// The field of a line in the first column that is read.
+fn first_field(is_labelled: bool) -> usize {
+    usize::from(!is_labelled)
 }
 
 fn block(
@@ -84,15 +89,16 @@ fn block(
     count: usize,
     readers: &mut [Column],
 ) -> Result<Parsed> {
-    for (field, reader) in readers.iter_mut().enumerate() {
+    let first = first_field(format.is_labelled);
+    for (field, reader) in (first..).zip(readers.iter_mut()) {
         let name = || format!("column {}", Malformed::name(field));
         reader.read(count).with_context(name)?;
     }
-    let (mut clicks, mut malformed) = (Vec::with_capacity(count), 0);
+    let (mut clicks, mut malformed) = (Vec::with_capacity(count), Vec::new());
     for row in 0..count {
-        match click(readers, row, format.rows_per_field) {
+        match click(readers, first, row, format.rows_per_field) {
             Ok(click) => clicks.push(click),
-            Err(_) if format.skip_malformed => malformed += 1,
+            Err(_) if format.skip_malformed => malformed.push(clicks.len()),
             Err(problem) => {
                 let row = position.line + row as u64 + 1;
                 let Malformed::Field(field, complaint) = problem else {
@@ -109,24 +115,31 @@ fn block(
     })
 }
 
-fn click(columns: &[Column], row: usize, rows_per_field: u32) -> Result<Click, Malformed> {
-    let label = columns[0].integer(row).flatten();
+/// `first` is the field of the first column: 1 without labels.
+fn click(
+    columns: &[Column],
+    first: usize,
+    row: usize,
+    rows_per_field: u32,
+) -> Result<Click, Malformed> {
+    let column = |field: usize| &columns[field - first];
     let mut click = Click {
-        clicked: match label {
-            Some(0) => false,
-            Some(1) => true,
-            _ => return Err(Malformed::Field(0, "is neither 0 nor 1")),
-        },
+        clicked: first == 0
+            && match column(0).integer(row).flatten() {
+                Some(0) => false,
+                Some(1) => true,
+                _ => return Err(Malformed::Field(0, "is neither 0 nor 1")),
+            },
         numbers: [0.0; NUMBERS],
         rows: [0; CATEGORIES.len()],
     };
     for (field, number) in (1..).zip(&mut click.numbers) {
-        let integer = columns[field].integer(row);
+        let integer = column(field).integer(row);
         let integer = integer.ok_or(Malformed::Field(field, "is not a 64-bit integer"))?;
         *number = super::reader::log(integer.unwrap_or(0));
     }
     for (field, category) in (1 + NUMBERS..).zip(&mut click.rows) {
-        *category = columns[field]
+        *category = column(field)
             .with_text(row, |text| super::reader::category(text, rows_per_field))
             .flatten()
             .ok_or(Malformed::Field(field, "is not hexadecimal"))?;

@@ -20,6 +20,8 @@ pub const CATEGORIES: [&str; 26] = [
 /// The number of fields.
 pub const FIELDS: usize = 1 + NUMBERS + CATEGORIES.len();
 
+const FIELDS_WITHOUT_LABEL: usize = FIELDS - 1;
+
 /// How much of a wrong value an error shows.
 const SHOWN: usize = 40;
 
@@ -40,7 +42,11 @@ pub struct Reader<R> {
     lines_before: u64,
     rows_per_field: u32,
     skip_malformed: bool,
-    skipped: u64,
+    is_labelled: bool,
+    /// How many clicks have been read.
+    read: usize,
+    /// For each line that was skipped, how many clicks were read before it.
+    skipped: Vec<usize>,
     ended: bool,
 }
 
@@ -75,13 +81,23 @@ impl<R: Read> Reader<R> {
             lines_before,
             rows_per_field,
             skip_malformed,
-            skipped: 0,
+            is_labelled: true,
+            read: 0,
+            skipped: Vec::new(),
             ended: false,
         }
     }
 
-    /// How many malformed lines have been skipped so far.
-    pub fn skipped(&self) -> u64 {
+    /// Reads lines whose label may be empty, or left out with its tab. Labels are not told.
+    pub fn without_labels(self) -> Self {
+        Self {
+            is_labelled: false,
+            ..self
+        }
+    }
+
+    /// For each malformed line that was skipped, how many clicks come before it.
+    pub fn into_skipped(self) -> Vec<usize> {
         self.skipped
     }
 
@@ -91,9 +107,12 @@ impl<R: Read> Reader<R> {
             if !read.with_context(|| self.name.clone())? {
                 return Ok(None);
             }
-            match Click::parse(&self.record, self.rows_per_field) {
-                Ok(click) => return Ok(Some(click)),
-                Err(_) if self.skip_malformed => self.skipped += 1,
+            match Click::parse(&self.record, self.rows_per_field, self.is_labelled) {
+                Ok(click) => {
+                    self.read += 1;
+                    return Ok(Some(click));
+                }
+                Err(_) if self.skip_malformed => self.skipped.push(self.read),
                 Err(malformed) => {
                     let line = self.record.position().map_or(0, csv::Position::line);
                     let line = self.lines_before + line;
@@ -124,25 +143,34 @@ impl Hash for Click {
 }
 
 impl Click {
-    fn parse(record: &ByteRecord, rows_per_field: u32) -> Result<Self, Malformed> {
-        if record.len() != FIELDS {
-            return Err(Malformed::FieldCount);
-        }
+    fn parse(
+        record: &ByteRecord,
+        rows_per_field: u32,
+        is_labelled: bool,
+    ) -> Result<Self, Malformed> {
+        // Without a label, what follows it comes one place earlier.
+        let (label, shift) = match record.len() {
+            FIELDS => (&record[0], 0),
+            FIELDS_WITHOUT_LABEL if !is_labelled => (&b""[..], 1),
+            _ => return Err(Malformed::FieldCount),
+        };
+        let field_at = |field: usize| &record[field - shift];
         let mut click = Self {
-            clicked: match &record[0] {
+            clicked: match label {
                 b"0" => false,
                 b"1" => true,
+                b"" if !is_labelled => false,
                 _ => return Err(Malformed::Field(0, "is neither 0 nor 1")),
             },
             numbers: [0.0; NUMBERS],
             rows: [0; CATEGORIES.len()],
         };
         for (field, number) in (1..).zip(&mut click.numbers) {
-            *number =
-                log_of(&record[field]).ok_or(Malformed::Field(field, "is not a 64-bit integer"))?;
+            *number = log_of(field_at(field))
+                .ok_or(Malformed::Field(field, "is not a 64-bit integer"))?;
         }
         for (field, row) in (1 + NUMBERS..).zip(&mut click.rows) {
-            *row = category(&record[field], rows_per_field)
+            *row = category(field_at(field), rows_per_field)
                 .ok_or(Malformed::Field(field, "is not hexadecimal"))?;
         }
         Ok(click)
@@ -198,7 +226,8 @@ impl Malformed {
                 )
             }
             Self::Field(field, complaint) => {
-                let value = &record[field];
+                // From the end, as the label may be missing.
+                let value = &record[record.len() + field - FIELDS];
                 let shown = value[..value.len().min(SHOWN)].escape_ascii();
                 let more = if value.len() > SHOWN { "…" } else { "" };
                 let field = Self::name(field);
@@ -299,7 +328,31 @@ mod tests {
         .concat();
         let mut reader = Reader::new(text.as_bytes(), "log".to_owned(), 0, 1000, true);
         let clicks = reader.by_ref().collect::<Result<Vec<_>>>()?;
-        assert_eq!((clicks.len(), reader.skipped()), (2, 2));
+        assert_eq!((clicks.len(), reader.into_skipped()), (2, vec![1, 1]));
+        Ok(())
+    }
+
+    #[test]
+    fn labels_may_be_missing() -> Result<()> {
+        let lines = ["1", "0", ""].map(|label| label.to_owned() + &line(14, "abc")[1..]);
+        let without = lines[0][2..].to_owned();
+        let text = lines.concat() + &without;
+        let reader = Reader::new(text.as_bytes(), "log".to_owned(), 0, 1000, false);
+        let clicks = reader.without_labels().collect::<Result<Vec<_>>>()?;
+        assert_eq!(clicks.len(), 4);
+        assert!(clicks.iter().all(|click| click.rows == clicks[0].rows));
+        assert!(error(text.as_bytes()).starts_with("log:3: field label"));
+        for (bad, said) in [
+            ("x".to_owned() + &line(14, "abc")[1..], "field label: `x`"),
+            (line(14, "xyz")[2..].to_owned(), "field C1: `xyz`"),
+            (line(39, "xyz")[2..].to_owned(), "field C26: `xyz`"),
+            ("1\t2\n".to_owned(), "expected 40 fields, got 2"),
+        ] {
+            let reader = Reader::new(bad.as_bytes(), "log".to_owned(), 0, 1000, false);
+            let read = reader.without_labels().collect::<Result<Vec<_>>>();
+            let message = format!("{:#}", read.expect_err("malformed"));
+            assert!(message.starts_with(&format!("log:1: {said}")), "{message}");
+        }
         Ok(())
     }
 
@@ -356,7 +409,7 @@ mod tests {
             assert!(errors <= 1);
             let mut reader = Reader::new(&bytes[..], "log".to_owned(), 0, u32::MAX, true);
             assert!(reader.by_ref().all(|click| click.is_ok()));
-            assert_eq!(reader.skipped() > 0, errors > 0);
+            assert_eq!(!reader.into_skipped().is_empty(), errors > 0);
         }
     }
 }

@@ -10,7 +10,6 @@
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{sync_channel, Receiver, SyncSender};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,6 +20,7 @@ use anyhow::{Context, Result};
 use super::parquet;
 use super::reader::{Click, Reader};
 use crate::data::gzip::{is_gzip, Members};
+use crate::threads;
 
 /// The bytes of a block, to the end of the line.
 const BLOCK: usize = 1 << 20;
@@ -32,6 +32,8 @@ pub struct Format {
     pub is_parquet: bool,
     pub rows_per_field: u32,
     pub skip_malformed: bool,
+    /// Whether each line must have a label.
+    pub is_labelled: bool,
 }
 
 /// Where a block is, in the file as it is after decompression.
@@ -47,8 +49,8 @@ pub struct Position {
 pub struct Parsed {
     pub position: Position,
     pub clicks: Vec<Click>,
-    /// Lines that were skipped.
-    pub malformed: u64,
+    /// For each line that was skipped, how many clicks of the block come before it.
+    pub malformed: Vec<usize>,
 }
 
 /// Blocks in the order of the file. It ends after an error.
@@ -71,7 +73,7 @@ impl Format {
         if self.is_parquet {
             return self.parquet(from);
         }
-        let workers = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let workers = threads::count();
         let (blocks, ordered) = sync_channel(2 * workers);
         let (jobs, queue) = sync_channel(workers);
         let queue = Arc::new(Mutex::new(queue));
@@ -164,11 +166,14 @@ impl Format {
             self.rows_per_field,
             self.skip_malformed,
         );
+        if !self.is_labelled {
+            reader = reader.without_labels();
+        }
         let clicks = reader.by_ref().collect::<Result<_>>()?;
         Ok(Parsed {
             position,
             clicks,
-            malformed: reader.skipped(),
+            malformed: reader.into_skipped(),
         })
     }
 }
@@ -215,7 +220,10 @@ impl Lines {
             io::copy(&mut text.by_ref().take(from.offset), &mut io::sink())?;
             Box::new(text)
         } else {
-            file.seek(SeekFrom::Start(from.offset))?;
+            // A pipe cannot seek, and need not.
+            if from.offset > 0 {
+                file.seek(SeekFrom::Start(from.offset))?;
+            }
             Box::new(file)
         };
         Ok(Self {

@@ -20,7 +20,7 @@ use rand::{RngExt, SeedableRng};
 use rand_distr::{Bernoulli, Distribution, StandardNormal, Zipf};
 
 use super::{
-    seen, title_words, Catalog, Entities, Feature, Rating, Ratings, Source, MIN_WORD_COUNT,
+    seen, title_words, Catalog, Entities, Feature, Rating, Ratings, Source, Split, MIN_WORD_COUNT,
 };
 
 const USERS: usize = 2_000;
@@ -192,6 +192,7 @@ pub fn generate(seed: u64) -> Result<Ratings> {
             seen,
         },
         rows: ratings,
+        split: Split::Hash,
         probabilities: Some(probabilities),
         popularity: None,
         left_out: Vec::new(),

@@ -18,7 +18,7 @@ use anyhow::{anyhow, ensure, Context, Result};
 use rand::{Rng, RngExt};
 
 use super::split::part;
-use super::{seen, Catalog, Entities, Rating, Ratings, Source};
+use super::{seen, Catalog, Entities, Rating, Ratings, Source, Split};
 use crate::data::gzip::{is_gzip, Members};
 use crate::data::{Bags, Part};
 
@@ -89,6 +89,7 @@ pub fn read(path: &Path) -> Result<Ratings> {
             seen,
         },
         rows,
+        split: Split::Hash,
         probabilities: None,
         popularity: Some(popularity),
         left_out: Vec::new(),

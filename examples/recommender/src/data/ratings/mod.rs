@@ -13,6 +13,7 @@
 mod generated;
 mod interactions;
 mod movielens;
+pub mod pairs;
 mod records;
 mod split;
 
@@ -24,9 +25,10 @@ use anyhow::Result;
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::SeedableRng;
+use serde::{Deserialize, Serialize};
 
 use self::interactions::{Popularity, NEGATIVES};
-use self::split::part;
+pub use self::split::{tenths, Split};
 use super::{Bags, Batch, Batches, Examples, Part, Record, Records, Rows, Schema, Truth};
 
 /// The features a user or a movie may have besides its id, in the order in which the model reads them.
@@ -44,10 +46,33 @@ pub enum Source {
         /// Decides all of it.
         seed: u64,
     },
-    /// The folder of a MovieLens set.
-    Files(PathBuf),
+    /// A MovieLens set.
+    Files {
+        /// Its folder.
+        dir: PathBuf,
+        /// How it is read.
+        rules: Rules,
+    },
     /// A file of interactions: a line per user, its number and those of its items.
     Interactions(PathBuf),
+}
+
+/// How a MovieLens set becomes examples.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Rules {
+    /// The lowest rating, of 0.5 to 5 stars, that counts as liked.
+    pub like_from: f32,
+    /// How it is divided.
+    pub split: Split,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self {
+            like_from: 4.0,
+            split: Split::Hash,
+        }
+    }
 }
 
 /// A data set.
@@ -56,8 +81,10 @@ pub struct Ratings {
     pub source: Source,
     /// Its users and movies.
     pub catalog: Catalog,
-    /// In file order: the split goes by position.
+    /// In file order, or in that of time: the split goes by position.
     pub rows: Vec<Rating>,
+    /// How they are divided into parts.
+    pub split: Split,
     /// The probability each label was drawn with, where the data is generated.
     pub probabilities: Option<Vec<f64>>,
     /// What negative examples are drawn by, where all rows are positive ones.
@@ -113,7 +140,7 @@ impl Source {
     pub fn load(self) -> Result<Ratings> {
         match self {
             Self::Generated { seed } => generated::generate(seed),
-            Self::Files(dir) => movielens::read(&dir),
+            Self::Files { dir, rules } => movielens::read(&dir, rules),
             Self::Interactions(file) => interactions::read(&file),
         }
     }
@@ -122,7 +149,7 @@ impl Source {
     pub fn titles(&self) -> Result<BTreeMap<i64, String>> {
         match self {
             Self::Generated { seed } => Ok((1..).zip(generated::titles(*seed)).collect()),
-            Self::Files(dir) => movielens::titles(dir),
+            Self::Files { dir, .. } => movielens::titles(dir),
             // Their numbers say all there is to say.
             Self::Interactions(_) => Ok(BTreeMap::new()),
         }
@@ -157,6 +184,31 @@ impl Ratings {
         })
     }
 
+    /// The same ratings by the rows of another catalogue, and how many are left out, as it lacks the user or the movie.
+    pub fn in_catalog(self, catalog: &Catalog) -> (Self, usize) {
+        let row = |own: &Entities, row: u32, other: &Entities| other.row(own.ids[row as usize]);
+        let own = &self.catalog;
+        let rows: Vec<_> = self
+            .rows
+            .iter()
+            .filter_map(|rating| {
+                Some(Rating {
+                    user: row(&own.users, rating.user, &catalog.users)?,
+                    movie: row(&own.movies, rating.movie, &catalog.movies)?,
+                    liked: rating.liked,
+                })
+            })
+            .collect();
+        let left_out = self.rows.len() - rows.len();
+        let ratings = Self {
+            rows,
+            catalog: catalog.clone(),
+            probabilities: None,
+            ..self
+        };
+        (ratings, left_out)
+    }
+
     /// How many ratings of the train part each movie has, and how many of those are likes.
     pub fn examples_per_movie(&self) -> Vec<[u32; 2]> {
         let mut counts = vec![[0; 2]; self.catalog.movies.ids.len()];
@@ -168,10 +220,23 @@ impl Ratings {
         counts
     }
 
+    /// The same, drawn negative examples included.
+    pub fn all_examples_per_movie(&self) -> Vec<[u32; 2]> {
+        let mut counts = self.examples_per_movie();
+        if self.popularity.is_some() {
+            // They are drawn as often as the movie occurs.
+            for [examples, _] in &mut counts {
+                *examples *= 1 + NEGATIVES as u32;
+            }
+        }
+        counts
+    }
+
     fn select<T: Copy>(&self, wanted: Part, per_rating: &[T]) -> Vec<T> {
+        let rows = self.rows.len() as u64;
         (0..)
             .zip(per_rating)
-            .filter(|(row, _)| part(*row) == wanted)
+            .filter(|(row, _)| self.split.is_in(*row, rows, wanted))
             .map(|(_, &value)| value)
             .collect()
     }
@@ -210,7 +275,8 @@ impl Examples for Ratings {
     }
 
     fn len(&self, wanted: Part) -> usize {
-        let rows = (0..self.rows.len() as u64).filter(|&row| part(row) == wanted);
+        let all = self.rows.len() as u64;
+        let rows = (0..all).filter(|&row| self.split.is_in(row, all, wanted));
         let each = match self.popularity {
             Some(_) => 1 + NEGATIVES,
             None => 1,
@@ -371,6 +437,15 @@ fn seen(users: usize, ratings: &[Rating]) -> Bags {
     let mut seen = Bags::default();
     movies.into_iter().for_each(|movies| seen.push(movies));
     seen
+}
+
+/// The values of a feature that a text stands for, as a data set spells them: the words of a title, the region of a zip code.
+pub fn feature_values(feature: &str, text: &str) -> Vec<String> {
+    match feature {
+        "words" => title_words(text),
+        "zip" => vec![movielens::region(text)],
+        _ => vec![text.to_owned()],
+    }
 }
 
 /// The distinct words of a title, lower-cased; the year in brackets counts as a word.

@@ -16,12 +16,9 @@ use anyhow::{bail, ensure, Result};
 
 use super::records::{File, Layout};
 use super::{
-    seen, title_words, Catalog, Entities, Feature, Rating, Ratings, Source, MIN_WORD_COUNT,
-    USER_FEATURES,
+    seen, title_words, Catalog, Entities, Feature, Rating, Ratings, Rules, Source, Split,
+    MIN_WORD_COUNT, USER_FEATURES,
 };
-
-/// The lowest rating, of 0.5 to 5 stars, that counts as liked.
-const LIKED: f32 = 4.0;
 
 /// How the csv layout spells an empty list of genres.
 const NO_GENRES: &str = "(no genres listed)";
@@ -32,7 +29,7 @@ const ZIP_PREFIX: usize = 3;
 /// Gender, age, occupation and zip, as [`USER_FEATURES`] has them.
 type Demographics = [String; 4];
 
-pub fn read(dir: &Path) -> Result<Ratings> {
+pub fn read(dir: &Path, rules: Rules) -> Result<Ratings> {
     let layout = Layout::of(dir)?;
     let movies = read_movies(&layout.file(dir, "movies"))?;
     let users = layout.file(dir, "users");
@@ -41,7 +38,12 @@ pub fn read(dir: &Path) -> Result<Ratings> {
     } else {
         None
     };
-    let rated = read_ratings(&layout.file(dir, "ratings"), users.as_ref(), &movies)?;
+    let ratings = layout.file(dir, "ratings");
+    let mut rated = read_ratings(&ratings, users.as_ref(), &movies, rules)?;
+    if rules.split == Split::Time {
+        // Stable: what happened in the same second stays in file order.
+        rated.sort_by_key(|rated| rated.time);
+    }
 
     let mut left_out = Vec::new();
     let users = match users {
@@ -72,9 +74,13 @@ pub fn read(dir: &Path) -> Result<Ratings> {
         seen,
     };
     Ok(Ratings {
-        source: Source::Files(dir.to_owned()),
+        source: Source::Files {
+            dir: dir.to_owned(),
+            rules,
+        },
         catalog,
         rows: ratings,
+        split: rules.split,
         probabilities: None,
         popularity: None,
         left_out,
@@ -100,6 +106,8 @@ struct Rated {
     user: i64,
     movie: i64,
     liked: bool,
+    /// In seconds; 0 if it is not needed.
+    time: i64,
 }
 
 fn read_movies(file: &File) -> Result<BTreeMap<i64, Movie>> {
@@ -134,14 +142,13 @@ fn read_users(file: &File) -> Result<BTreeMap<i64, Demographics>> {
         );
         record.parse::<u32>(2)?;
         record.parse::<u32>(3)?;
-        let zip: String = zip.chars().take(ZIP_PREFIX).collect();
         let earlier = users.insert(
             record.parse(0)?,
             [
                 gender.to_owned(),
                 age.to_owned(),
                 occupation.to_owned(),
-                zip,
+                region(zip),
             ],
         );
         ensure!(earlier.is_none(), record.wrong(0, "appears a second time"));
@@ -150,10 +157,16 @@ fn read_users(file: &File) -> Result<BTreeMap<i64, Demographics>> {
     Ok(users)
 }
 
+/// See [`ZIP_PREFIX`].
+pub fn region(zip: &str) -> String {
+    zip.chars().take(ZIP_PREFIX).collect()
+}
+
 fn read_ratings(
     file: &File,
     users: Option<&BTreeMap<i64, Demographics>>,
     movies: &BTreeMap<i64, Movie>,
+    rules: Rules,
 ) -> Result<Vec<Rated>> {
     let mut ratings = Vec::new();
     file.each_record(["userId", "movieId", "rating", "timestamp"], |record| {
@@ -173,7 +186,11 @@ fn read_ratings(
         ratings.push(Rated {
             user,
             movie,
-            liked: stars >= LIKED,
+            liked: stars >= rules.like_from,
+            time: match rules.split {
+                Split::Time => record.parse(3)?,
+                Split::Hash => 0,
+            },
         });
         Ok(())
     })?;
@@ -224,6 +241,7 @@ fn distinct(ids: impl Iterator<Item = i64>) -> Vec<i64> {
 mod tests {
     use super::super::records::BYTE_ORDER_MARK;
     use super::*;
+    use crate::data::Part;
     use std::fs;
 
     const CSV_MOVIES: &str = "movieId,title,genres\n\
@@ -244,7 +262,7 @@ mod tests {
     }
 
     fn read_files(files: &[(&str, &[u8])]) -> Result<Ratings> {
-        read(folder(files)?.path())
+        read(folder(files)?.path(), Rules::default())
     }
 
     fn csv(movies: &str, ratings: &str) -> Result<Ratings> {
@@ -286,11 +304,46 @@ mod tests {
             ("ratings.dat", DAT_RATINGS),
         ])?;
         assert_eq!(titles(dir.path())?[&7], "Café (1995)");
-        let data = read(dir.path())?;
+        let data = read(dir.path(), Rules::default())?;
         assert_eq!(data.catalog.movies.describe("words", 1), "café");
         assert_eq!(data.catalog.users.features.len(), 4);
         assert_eq!(data.catalog.users.describe("gender", 1), "F");
         assert_eq!(data.catalog.users.describe("zip", 0), "551");
+        Ok(())
+    }
+
+    #[test]
+    fn rules_decide_what_is_liked_and_when() -> Result<()> {
+        let dir = folder(&[
+            ("movies.csv", CSV_MOVIES.as_bytes()),
+            (
+                "ratings.csv",
+                b"userId,movieId,rating,timestamp\n20,7,4.0,9\n5,3,3.5,2\n20,3,0.5,3\n",
+            ),
+        ])?;
+        let rules = Rules {
+            like_from: 3.5,
+            split: Split::Time,
+        };
+        let data = read(dir.path(), rules)?;
+        let rating = |user, movie, liked| Rating { user, movie, liked };
+        let expected = [rating(0, 0, true), rating(1, 0, false), rating(1, 1, true)];
+        assert_eq!(data.rows, expected);
+        let parts = [Part::Train, Part::Valid, Part::Test].map(|part| data.part(part).len());
+        assert_eq!(parts, [2, 0, 1]);
+        let bad = folder(&[
+            ("movies.csv", CSV_MOVIES.as_bytes()),
+            (
+                "ratings.csv",
+                b"userId,movieId,rating,timestamp\n20,7,4.0,x\n",
+            ),
+        ])?;
+        let message = error(read(bad.path(), rules));
+        assert!(
+            message.ends_with("field timestamp: `x` is not a number"),
+            "{message}"
+        );
+        read(bad.path(), Rules::default())?;
         Ok(())
     }
 
