@@ -15,7 +15,7 @@ use crate::hash::Hash;
 use crate::jagged::KeyedJaggedTensor;
 use crate::layer::{create, HashedEmbeddingBag, Stored};
 use crate::low_bit::{Bits, LowBit};
-use crate::op::{check_weights_shape, contiguous_indices};
+use crate::op::{check_weights_shape, contiguous_indices, OutDims};
 use crate::tables::Tables;
 use candle_core::{DType, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
@@ -320,7 +320,8 @@ impl HashedEmbeddingBagCollection {
         offsets: &Tensor,
         layout: JaggedLayout,
     ) -> Result<Tensor> {
-        self.by_feature(self.bag.lookup(indices, Some(offsets), layout, None)?)
+        self.bag
+            .lookup(indices, Some(offsets), layout, None, OutDims::ByFeature)
     }
 
     /// Pools jagged bags that were joined by the names of their features, `(batch, features, embedding_dim)`. If they have
@@ -377,7 +378,8 @@ impl HashedEmbeddingBagCollection {
         per_sample_weights: &Tensor,
     ) -> Result<Tensor> {
         let weights = Some(per_sample_weights);
-        self.by_feature(self.bag.lookup(indices, Some(offsets), layout, weights)?)
+        self.bag
+            .lookup(indices, Some(offsets), layout, weights, OutDims::ByFeature)
     }
 
     /// Looks up bags of equal length, with or without per-sample weights.
@@ -402,17 +404,9 @@ impl HashedEmbeddingBagCollection {
         };
         let indices = contiguous_indices(indices)?.reshape((bags, bag_len))?;
         let layout = JaggedLayout::BatchMajor;
-        let pooled = self
-            .bag
-            .lookup(&indices, None, layout, per_sample_weights.as_ref())?;
-        self.by_feature(pooled)
-    }
-
-    /// `(batch * features, embedding_dim)` to `(batch, features, embedding_dim)`.
-    fn by_feature(&self, pooled: Tensor) -> Result<Tensor> {
-        let (bags, embedding_dim) = pooled.dims2()?;
-        let features = self.bag.tables().num_features();
-        pooled.reshape((bags / features, features, embedding_dim))
+        let weights = per_sample_weights.as_ref();
+        self.bag
+            .lookup(&indices, None, layout, weights, OutDims::ByFeature)
     }
 
     /// Table `name` as a layer of its own on the same `hashed_weight`: it looks up the same rows, and trains them.
@@ -490,6 +484,15 @@ impl HashedEmbeddingBagCollection {
     pub fn with_bounds_check(self, bounds_check: BoundsCheck) -> Self {
         let bag = self.bag.with_bounds_check(bounds_check);
         Self { bag }
+    }
+
+    /// The same collection with another kind of gradient; see [`HashedEmbeddingBag::with_sparse`].
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBag::with_sparse`].
+    pub fn with_sparse(&self, sparse: bool) -> Result<Self> {
+        let bag = self.bag.with_sparse(sparse)?;
+        Ok(Self { bag })
     }
 
     /// The same collection on another weight of the same length; see [`HashedEmbeddingBag::with_hashed_weight`].

@@ -13,7 +13,9 @@ use crate::config::{HashedEmbeddingBagConfig, HashedEmbeddingConfig, HashedWeigh
 use crate::error::bail;
 use crate::hash::{Hash, Slots};
 use crate::low_bit::{quantize, Bits, LowBit};
-use crate::op::{self, check_dtype, Offsets, SparseGradient, Table, WEIGHT_DTYPES};
+use crate::op::{
+    self, check_dtype, Inputs, Offsets, OutDims, SparseGradient, Table, WEIGHT_DTYPES,
+};
 use crate::row_tensor::{self, RowTensor};
 use crate::tables::Tables;
 use candle_core::{DType, Result, Tensor};
@@ -482,7 +484,13 @@ impl HashedEmbeddingBag {
     /// Wrong ranks, dtypes or devices; with [`BoundsCheck::Error`] also a row outside `0..num_embeddings` that is not
     /// padding, and offsets that do not start at 0, decrease or exceed `nnz`. The message gives position and value.
     pub fn forward_with_offsets(&self, indices: &Tensor, offsets: &Tensor) -> Result<Tensor> {
-        self.lookup(indices, Some(offsets), JaggedLayout::BatchMajor, None)
+        self.lookup(
+            indices,
+            Some(offsets),
+            JaggedLayout::BatchMajor,
+            None,
+            OutDims::Bags,
+        )
     }
 
     /// Pools `indices` of shape `(num_bags, bag_len)`, each row multiplied by its own weight, to `(num_bags, embedding_dim)`;
@@ -497,7 +505,13 @@ impl HashedEmbeddingBag {
         per_sample_weights: &Tensor,
     ) -> Result<Tensor> {
         let layout = JaggedLayout::BatchMajor;
-        self.lookup(indices, None, layout, Some(per_sample_weights))
+        self.lookup(
+            indices,
+            None,
+            layout,
+            Some(per_sample_weights),
+            OutDims::Bags,
+        )
     }
 
     /// [`forward_with_offsets`](Self::forward_with_offsets) with each row multiplied by its own weight, as in
@@ -513,7 +527,7 @@ impl HashedEmbeddingBag {
         per_sample_weights: &Tensor,
     ) -> Result<Tensor> {
         let (layout, weights) = (JaggedLayout::BatchMajor, Some(per_sample_weights));
-        self.lookup(indices, Some(offsets), layout, weights)
+        self.lookup(indices, Some(offsets), layout, weights, OutDims::Bags)
     }
 
     pub(crate) fn lookup(
@@ -522,6 +536,7 @@ impl HashedEmbeddingBag {
         offsets: Option<&Tensor>,
         layout: JaggedLayout,
         per_sample_weights: Option<&Tensor>,
+        out_dims: OutDims,
     ) -> Result<Tensor> {
         let config = &self.config;
         let offsets = offsets.map(|offsets| Offsets {
@@ -542,9 +557,12 @@ impl HashedEmbeddingBag {
         };
         op::hashed_embedding_bag(
             &self.stored.hashed_weight,
-            indices,
-            offsets,
-            per_sample_weights,
+            Inputs {
+                indices,
+                offsets,
+                per_sample_weights,
+                out_dims,
+            },
             table,
             config.bounds_check,
             config.gradient,
@@ -711,7 +729,7 @@ impl HashedEmbeddingBag {
 impl Module for HashedEmbeddingBag {
     /// Pools `indices` of shape `(num_bags, bag_len)` to `(num_bags, embedding_dim)`.
     fn forward(&self, indices: &Tensor) -> Result<Tensor> {
-        self.lookup(indices, None, JaggedLayout::BatchMajor, None)
+        self.lookup(indices, None, JaggedLayout::BatchMajor, None, OutDims::Bags)
     }
 }
 
@@ -854,11 +872,12 @@ impl From<HashedEmbeddingBag> for HashedEmbedding {
 impl Module for HashedEmbedding {
     /// Looks up `indices` of any shape `(...)` to `(..., embedding_dim)`.
     fn forward(&self, indices: &Tensor) -> Result<Tensor> {
-        let mut dims = indices.dims().to_vec();
-        dims.push(self.bag.embedding_dim());
+        let dims = indices.dims();
         let bags_of_one = op::contiguous_indices(indices)?
             .flatten_all()?
             .unsqueeze(1)?;
-        self.bag.forward(&bags_of_one)?.reshape(dims)
+        let layout = JaggedLayout::BatchMajor;
+        self.bag
+            .lookup(&bags_of_one, None, layout, None, OutDims::Of(dims))
     }
 }

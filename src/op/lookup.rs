@@ -8,7 +8,7 @@ use crate::hash::Slots;
 use crate::low_bit::LowBit;
 use crate::row_tensor::RowTensor;
 use crate::tables::Tables;
-use candle_core::{DType, Result, Tensor};
+use candle_core::{DType, Result, Shape, Tensor};
 use std::sync::Arc;
 
 /// The virtual table of a lookup: the configuration of its layer, bound to the length of one `hashed_weight`.
@@ -48,10 +48,23 @@ impl Table {
 pub(super) struct Lookup {
     pub(super) table: Table,
     pub(super) bags: BagShape,
+    pub(super) out_shape: Shape,
     pub(super) bounds_check: BoundsCheck,
     /// Only CUDA kernels read it.
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(super) gradient: Gradient,
+}
+
+/// The shape of the output before its columns. The op itself gives it: candle's backward pass through a reshape writes and adds a
+/// whole gradient.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum OutDims<'a> {
+    /// `(num_bags,)`
+    Bags,
+    /// `(num_bags / features, features)`
+    ByFeature,
+    /// Any, of `num_bags` elements.
+    Of(&'a [usize]),
 }
 
 /// Offsets, and what they mean.
@@ -63,6 +76,15 @@ pub(crate) struct Offsets<'a> {
     pub layout: JaggedLayout,
 }
 
+/// What to look up.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Inputs<'a> {
+    pub indices: &'a Tensor,
+    pub offsets: Option<Offsets<'a>>,
+    pub per_sample_weights: Option<&'a Tensor>,
+    pub out_dims: OutDims<'a>,
+}
+
 /// Looks up and pools bags of rows.
 ///
 /// * `hashed_weight`: `(len,)`, f16, bf16, f32 or f64, of the length `table` was bound to; or the packed bytes of so many
@@ -70,17 +92,21 @@ pub(crate) struct Offsets<'a> {
 /// * `offsets`: u32, i32 or i64, `(num_bags,)`, or `(num_bags + 1,)` with `include_last_offset`
 /// * `per_sample_weights`: the shape of `indices`, the dtype of the output, mode sum only
 ///
-/// Returns `(num_bags, embedding_dim)` in the dtype of `hashed_weight`, differentiable in `hashed_weight` and
+/// Returns `(num_bags, embedding_dim)`, or the bags divided as `out_dims` says, in the dtype of `hashed_weight`, differentiable in `hashed_weight` and
 /// `per_sample_weights`; for packed bytes in the dtype that the table asks for, without a gradient.
 pub(crate) fn hashed_embedding_bag(
     hashed_weight: &Tensor,
-    indices: &Tensor,
-    offsets: Option<Offsets>,
-    per_sample_weights: Option<&Tensor>,
+    inputs: Inputs,
     table: Table,
     bounds_check: BoundsCheck,
     gradient: Gradient,
 ) -> Result<Tensor> {
+    let Inputs {
+        indices,
+        offsets,
+        per_sample_weights,
+        out_dims,
+    } = inputs;
     let features = table.tables.num_features();
     check_dtype("indices", indices, &INDEX_DTYPES)?;
     check_device("indices", indices, hashed_weight)?;
@@ -128,9 +154,18 @@ pub(crate) fn hashed_embedding_bag(
     let offsets = offsets
         .map(|offsets| contiguous_indices(offsets.offsets))
         .transpose()?;
+    let out_shape = match out_dims {
+        OutDims::Bags => Shape::from((bags.num_bags, table.embedding_dim)),
+        OutDims::ByFeature => {
+            let samples = bags.num_bags / bags.features;
+            Shape::from((samples, bags.features, table.embedding_dim))
+        }
+        OutDims::Of(dims) => Shape::from([dims, &[table.embedding_dim]].concat()),
+    };
     let lookup = Lookup {
         table,
         bags,
+        out_shape,
         bounds_check,
         gradient,
     };

@@ -30,7 +30,7 @@ mod past_32_bits;
 
 pub(crate) use lookup::{
     check_dtype, check_output, check_weights_shape, contiguous_indices, hashed_embedding_bag,
-    Offsets, Table, INDEX_DTYPES, WEIGHT_DTYPES,
+    Inputs, Offsets, OutDims, Table, INDEX_DTYPES, WEIGHT_DTYPES,
 };
 
 pub use sparse::SparseGradient;
@@ -121,10 +121,6 @@ trait Backend {
 }
 
 impl Lookup {
-    fn out_shape(&self) -> Shape {
-        (self.bags.num_bags, self.table.embedding_dim).into()
-    }
-
     /// The gradients with respect to `hashed_weight` and `per_sample_weights`; `None` for what needs none.
     fn backward(
         &self,
@@ -204,7 +200,7 @@ impl FixedBags {
             offsets: None,
             per_sample_weights: None,
         };
-        Ok((B::forward(&self.0, &operands)?, self.0.out_shape()))
+        Ok((B::forward(&self.0, &operands)?, self.0.out_shape.clone()))
     }
 }
 
@@ -320,7 +316,7 @@ impl TernaryOp for RaggedBags {
             offsets: Some(offsets),
             per_sample_weights: None,
         };
-        Ok((B::forward(&self.0, &operands)?, self.0.out_shape()))
+        Ok((B::forward(&self.0, &operands)?, self.0.out_shape.clone()))
     }
 
     fn backward(
@@ -357,7 +353,7 @@ impl TernaryOp for WeightedBags {
             };
             Ok((
                 B::forward(&self.lookup, &operands)?,
-                self.lookup.out_shape(),
+                self.lookup.out_shape.clone(),
             ))
         })
     }

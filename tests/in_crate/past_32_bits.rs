@@ -13,7 +13,8 @@ use crate::bounds::BoundsCheck;
 use crate::hash::Hash;
 use crate::op::lookup::Lookup;
 use crate::op::{
-    hashed_embedding_bag, GradPerSampleWeights, GradWeight, Gradient, Mode, Offsets, Table, Ternary,
+    hashed_embedding_bag, GradPerSampleWeights, GradWeight, Gradient, Inputs, Mode, Offsets,
+    OutDims, Table, Ternary,
 };
 use crate::tables::Tables;
 use candle_core::{DType, Device, Result, Tensor};
@@ -84,9 +85,12 @@ impl<'a> Call<'a> {
         });
         hashed_embedding_bag(
             self.weight,
-            self.indices,
-            offsets,
-            self.samples,
+            Inputs {
+                indices: self.indices,
+                offsets,
+                per_sample_weights: self.samples,
+                out_dims: OutDims::Bags,
+            },
             self.table.clone(),
             BoundsCheck::Error,
             Gradient::Fastest,
@@ -107,6 +111,7 @@ impl<'a> Call<'a> {
         let lookup = Lookup {
             table: self.table.clone(),
             bags,
+            out_shape: grad_output.shape().clone(),
             bounds_check: BoundsCheck::Off,
             gradient,
         };

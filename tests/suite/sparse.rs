@@ -281,20 +281,10 @@ fn layers_on_one_variable_share_its_gradient() -> Result<()> {
         let movie = collection.table("movie")?;
         let again = layer(&var, 40, 8, config)?.with_bounds_check(Default::default());
         let loss = |dense: bool| -> Result<Tensor> {
-            let weights = var.as_tensor().clone();
             let with = |layer: &HashedEmbeddingBag| layer.with_sparse(!dense);
             let all = with(&again)?.forward(&pairs)?;
             let movie = with(&movie)?.forward(&movies)?;
-            let collection = match dense {
-                true => {
-                    let config = HashedEmbeddingBagConfig {
-                        sparse: false,
-                        ..config
-                    };
-                    HashedEmbeddingBagCollection::new(weights, tables, 8, config)?
-                }
-                false => collection.clone(),
-            };
+            let collection = collection.with_sparse(!dense)?;
             let jagged = collection.forward_jagged(
                 &Tensor::new(&[1u32, 9, 2], device)?,
                 &Tensor::new(&[0u32, 1, 2, 3], device)?,

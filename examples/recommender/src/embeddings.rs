@@ -220,6 +220,17 @@ impl Embeddings {
         self
     }
 
+    /// The same tables, which keep a sparse gradient: see [`TableOptimizer`](crate::optimizers::TableOptimizer).
+    ///
+    /// # Errors
+    /// Those of [`HashedEmbeddingBagCollection::with_sparse`].
+    pub fn with_sparse_gradients(mut self) -> Result<Self> {
+        for kind in &mut self.collections {
+            kind.collection = kind.collection.with_sparse(true)?;
+        }
+        Ok(self)
+    }
+
     /// Of each table of the schema, the rows that share one.
     pub fn rare(&self) -> &[Option<RareRows>] {
         &self.rare

@@ -14,7 +14,8 @@
 //! | [`ops`] | its layers and its interaction as fused operations |
 //! | [`embeddings`] | the embedding tables in two collections, and how the parameters are divided among them |
 //! | [`init`] | initial values that depend on the seed alone |
-//! | [`train`] | AdamW, best epoch |
+//! | [`train`] | the loop over epochs and steps, best epoch |
+//! | [`optimizers`] | what updates the tables and the MLPs |
 //! | [`order`] | the order of the examples, and how it is divided among ranks |
 //! | [`step`] | the loss of a batch and its gradients, in shards on a CPU |
 //! | [`resident`] | the train part kept on a GPU |
@@ -54,6 +55,7 @@ pub mod evaluate;
 pub mod init;
 pub mod model;
 pub mod ops;
+pub mod optimizers;
 // Its doc comments are the help texts of the command line.
 #[allow(missing_docs)]
 pub mod options;

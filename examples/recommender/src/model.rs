@@ -195,6 +195,15 @@ impl Dlrm {
         self
     }
 
+    /// The same model, whose tables keep a sparse gradient: see [`Embeddings::with_sparse_gradients`].
+    ///
+    /// # Errors
+    /// Those of [`Embeddings::with_sparse_gradients`].
+    pub fn with_sparse_gradients(mut self) -> Result<Self> {
+        self.embeddings = self.embeddings.with_sparse_gradients()?;
+        Ok(self)
+    }
+
     /// The same model with its tables in 8 or 4 bits, for serving, and the relative error of each collection.
     ///
     /// # Errors

@@ -19,9 +19,10 @@ use crate::data::{Clicks, Data, Part, Rules, Source, Split};
 use crate::embeddings::EmbeddingConfig;
 use crate::model::{ModelConfig, Precision, HIDDEN};
 use crate::ops::TopInput;
+use crate::optimizers::{TableOptimizer, MLP_DECAY};
 use crate::ranks::Ranks;
 use crate::resume::Saving;
-use crate::train::{Settings, MLP_DECAY};
+use crate::train::Settings;
 
 const STEPS_PER_EPOCH: usize = 400;
 const LARGEST_BATCH: usize = 4096;
@@ -33,9 +34,6 @@ const MOST_AGAIN: usize = 4;
 
 /// The modulus of LMA in its package, which bounds its random numbers.
 const LMA_MODULUS: i64 = 2_038_074_743;
-
-/// The embedding tables learn this much faster than the MLPs: a row is updated by few of the examples.
-const TABLE_SPEED: f64 = 3.0;
 
 /// Weight decay of plain tables of ratings. It is high, and matters most of all settings: a user with twenty ratings has
 /// sixteen values to remember them by. Hashed tables need less, as they have fewer values to remember with.
@@ -120,7 +118,11 @@ pub struct Train {
     /// Decides the initial values, the order of the examples and the generated ratings.
     #[arg(long, default_value_t = 1)]
     pub seed: u64,
-    /// Learning rate of the embedding tables in the first step [default: 3 times --lr].
+    /// What updates the embedding tables. With all but AdamW, a step costs what it looks up, however large the tables are.
+    #[arg(long, value_enum, default_value_t = TableOptimizer::Adamw)]
+    pub table_optimizer: TableOptimizer,
+    /// Learning rate of the embedding tables in the first step [default: 3 times --lr for AdamW, 10 for Adagrad, 1 for sparse Adam, 500
+    /// for SGD].
     #[arg(long, allow_negative_numbers = true, value_parser = parse_lr)]
     table_lr: Option<f64>,
     #[command(flatten)]
@@ -604,6 +606,7 @@ impl Train {
             "epochs": settings.epochs,
             "batch-size": settings.batch_size,
             "lr": settings.lr,
+            "table-optimizer": name(&settings.table_optimizer),
             "table-lr": settings.table_lr,
             "table-decay": settings.table_decay,
             "weight-decay": settings.mlp_decay,
@@ -641,7 +644,10 @@ impl Train {
             .settings(data, self.compression(), projected, self.seed);
         let knobs = &self.knobs;
         Settings {
-            table_lr: self.table_lr.unwrap_or(TABLE_SPEED * self.fit.lr),
+            table_optimizer: self.table_optimizer,
+            table_lr: self
+                .table_lr
+                .unwrap_or(self.table_optimizer.default_lr(self.fit.lr)),
             table_decay: knobs.table_decay.unwrap_or(of_fit.table_decay),
             mlp_decay: knobs.weight_decay,
             positive_weight: knobs.positive_weight,
@@ -846,7 +852,8 @@ impl Fit {
             epochs: self.epochs.map_or(epochs, NonZeroUsize::get),
             batch_size,
             lr: self.lr,
-            table_lr: TABLE_SPEED * self.lr,
+            table_optimizer: TableOptimizer::Adamw,
+            table_lr: TableOptimizer::Adamw.default_lr(self.lr),
             table_decay,
             mlp_decay: MLP_DECAY,
             positive_weight: 1.0,

@@ -142,6 +142,7 @@ mod tests {
                 row_tensor: None,
             },
             bags,
+            out_shape: (bags.num_bags, embedding_dim).into(),
             bounds_check: BoundsCheck::Error,
             gradient: Gradient::Fastest,
         }

@@ -23,7 +23,7 @@ use candle_nn::VarMap;
 use clap::Parser;
 
 use recommender::about::{About, Reached};
-use recommender::allocator::{keep_memory, Allocator};
+use recommender::allocator::{keep_memory, keep_memory_of, Allocator};
 use recommender::baselines::compare;
 use recommender::data::{write_generated, Data, Part};
 use recommender::model::Dlrm;
@@ -67,6 +67,7 @@ fn main() -> Result<()> {
 fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
     let start = Instant::now();
     let (path, device) = (options.common.checkpoint(), options.device(world)?);
+    keep_memory_of(&device)?;
     let ranks = options.connect(world, &device)?;
     if ranks.is_first() {
         output::ensure_replaceable(&path)?;
@@ -88,6 +89,11 @@ fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
     let model = model
         .sharing_rare_rows(&counts.rows, options.min_count())
         .with_precision(options.precision())?;
+    // Ranks average tensors.
+    let model = match options.table_optimizer.is_sparse() && ranks.count() == 1 {
+        true => model.with_sparse_gradients()?,
+        false => model,
+    };
     report::introduction(&data, &model);
 
     let settings = options.settings_on(&ranks, &data);
