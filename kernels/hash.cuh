@@ -195,7 +195,8 @@ struct RowBlocks : BlockSlots {
   };
 
   __device__ __forceinline__ ColumnBlock column_block(uint32_t number) const {
-    if (tensor.row_len > 0) return {0, number, 0};
+    // A thread past the last column has a column block that no row of the table holds.
+    if (tensor.row_len > 0) return {0, min(number, tensor.row_len - 1), 0};
     uint32_t bits = number * tensor.key_bits % 64;
     return {0, start(number), bits == 0 ? tensor.keys : tensor.keys << bits | tensor.keys >> (64 - bits)};
   }
