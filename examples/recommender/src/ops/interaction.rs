@@ -172,7 +172,7 @@ impl CustomOp2 for Forward {
                 },
             ));
         }
-        // candle adds a gradient to zeros, for which parts of a tensor take five times as long as tensors of their own.
+        // candle adds a gradient to zeros, for which parts of a tensor take three times as long as tensors of their own.
         Ok((
             tracked(vectors, || gradient(0..sizes.tables))?,
             match sizes.bottom {
