@@ -92,6 +92,10 @@ impl Team {
 /// Calls `work` with each of `0..n`, on all threads of the pool. Not generic, so that it is compiled once.
 fn in_pool(n: usize, work: &(dyn Fn(usize) + Sync)) {
     if pool_threads() > num_threads() {
+        // A thread of rayon's that waits takes up other work meanwhile, which may wait for a lock that the caller holds.
+        if rayon::current_thread_index().is_some() {
+            return (0..n).for_each(work);
+        }
         (0..n).into_par_iter().with_max_len(1).for_each(work);
     } else {
         barrier_pool().execute_chunked(n, |range| range.for_each(work));

@@ -79,7 +79,8 @@ impl RowTensor {
     /// Another dtype or rank.
     pub fn new(name: &str, tensor: &Tensor) -> Result<Self> {
         check_dtype(name, tensor, &[dtype(name)])?;
-        let tensor = tensor.detach().contiguous()?;
+        // Not detached, so that a variable is still known as itself when it is saved.
+        let tensor = tensor.contiguous()?;
         let largest = match tensor.dtype() {
             DType::U32 => Some(largest_entry(&tensor)?),
             _ => None,

@@ -107,6 +107,19 @@ impl BestEpoch {
 }
 
 impl Saving {
+    /// What must be the same on all ranks: the [`facts`](Self::facts), and when a state is saved or read, in which all of them take part.
+    pub fn facts_of_ranks(&self) -> Vec<(String, String)> {
+        let every = self
+            .every
+            .map_or("none".to_owned(), |steps| steps.to_string());
+        let options = [
+            ("--save-every", every),
+            ("--resume", self.resume.to_string()),
+        ];
+        let options = options.map(|(name, value)| (name.to_owned(), value));
+        self.facts.iter().cloned().chain(options).collect()
+    }
+
     /// Whether the state is to be saved after so many steps.
     pub fn is_due(&self, steps: usize) -> bool {
         self.every

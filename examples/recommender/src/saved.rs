@@ -31,7 +31,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, bail, ensure, Context, Result};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use candle_hashed_embedding_bag::optim::named_variables;
 use candle_hashed_embedding_bag::{checkpoint, checkpoint::TableSpec, Checkpoint};
 use candle_nn::VarMap;
@@ -154,6 +154,17 @@ pub fn save(path: &Path, model: &Dlrm, vars: &VarMap, data: &Data, about: &About
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// Whether two tensors of integers are the same.
+fn is_equal(a: &Tensor, b: &Tensor) -> Result<bool> {
+    let values = |x: &Tensor| {
+        x.to_device(&Device::Cpu)?
+            .to_dtype(DType::I64)?
+            .flatten_all()?
+            .to_vec1::<i64>()
+    };
+    Ok(a.shape() == b.shape() && values(a)? == values(b)?)
+}
+
 /// Gives a new model, whose variables are `vars`, the values of the model in a checkpoint.
 ///
 /// # Errors
@@ -170,6 +181,15 @@ pub fn warm_start(path: &Path, model: &Dlrm, vars: &VarMap) -> Result<()> {
             );
             spec.check(collection)
                 .context("its tables are other ones")?;
+            // Values mean nothing at places that depend on the records of another log.
+            if let (Some(kind), Some(rows)) = (collection.hash().row_tensor(), collection.row_tensor()) {
+                let kept = checkpoint.tensor(&format!("{name}.{kind}"), &Device::Cpu)?;
+                ensure!(
+                    is_equal(&kept, rows)?,
+                    "its {kind} were made of other records: tables with --hash semantic, lma or scma can be trained further only on \
+                     the data they began with"
+                );
+            }
         }
         for (name, var) in named_variables(vars)? {
             let value = checkpoint.tensor(&name, var.device())?;

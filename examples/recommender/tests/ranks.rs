@@ -280,6 +280,10 @@ fn ranks_with_other_options_or_data_are_refused_at_the_start() {
             "m --top-mlp 9",
             "rank 1 differs from rank 0: --top-mlp is [9], not [8]",
         ),
+        (
+            "m --save-every 5",
+            "rank 1 differs from rank 0: --save-every is 5, not none",
+        ),
     ] {
         let port = free_port();
         let options = |arguments: &str| {

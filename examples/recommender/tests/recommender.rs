@@ -352,6 +352,20 @@ fn a_training_begins_where_another_ended() {
         let (_, error) = folder.fails(&format!("{log} {rows} {more} --checkpoint other"));
         assert!(error.contains(said), "{more}: {error}");
     }
+
+    // Signatures of other records lead to other slots.
+    let alike = "--hash semantic --epochs 1 --bits 32";
+    train(&format!("{alike} --checkpoint alike"));
+    train(&format!("{alike} --warm-start alike --checkpoint again"));
+    let log = fs::read_to_string(folder.path("log")).unwrap();
+    let later: Vec<_> = log.lines().skip(50).collect();
+    fs::write(folder.path("log"), later.join("\n") + "\n").unwrap();
+    let more = format!("{alike} --warm-start alike --checkpoint other");
+    let (_, error) = folder.fails(&format!("{criteo} {more}"));
+    assert!(
+        error.contains("its signatures were made of other records"),
+        "{error}"
+    );
 }
 
 #[test]

@@ -101,7 +101,7 @@ fn train_and_save(options: &options::Train, world: &World) -> Result<()> {
     if saving.every.is_some() && ranks.is_first() {
         output::ensure_replaceable(&saving.path)?;
     }
-    ranks.ensure_same(&saving.facts, &named_variables(&vars)?)?;
+    ranks.ensure_same(&saving.facts_of_ranks(), &named_variables(&vars)?)?;
     let best = train::train_on(&ranks, &saving, &model, &vars, examples, settings)?;
     let test = ranks.evaluate(&model, examples, Part::Test)?;
     let mut summary = Summary::default()
