@@ -4,7 +4,7 @@ use crate::common::{
     config, floats, integers, layer, lma, message, on_each_device, row_tensor, signature, to_vec,
     Draws, MODES,
 };
-use candle_core::{DType, Device, Module, Result, Tensor};
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_hashed_embedding_bag::{
     checkpoint, hashed_embedding_bag, hashed_embedding_bag_collection,
     hashed_embedding_bag_collection_with_row_tensor, hashed_embedding_bag_with_row_tensor, Bits,
@@ -127,6 +127,28 @@ fn a_missing_row_tensor_is_an_error_by_name() {
         let fit = HashedEmbeddingBag::fit(&zeros(&[10, 8], DType::F32), 0.5, config);
         assert_eq!(message(fit), said(&what));
     }
+}
+
+/// Such as one that was loaded into the model's `VarMap`: it is saved once.
+#[test]
+fn a_row_tensor_may_be_a_variable() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let path = folder.path().join("model.safetensors");
+    for hash in HASHES.map(|hash| hash()) {
+        let config = config(Mode::Sum, hash);
+        let name = format!("a.{}", hash.row_tensor().unwrap());
+        let tensor = row_tensor(&config, 40, 8, &zeros(&[160], DType::F32))?.unwrap();
+        let vars = VarMap::new();
+        let var = Var::from_tensor(&tensor)?;
+        vars.data().lock().unwrap().insert(name.clone(), var);
+        let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+        let layer = hashed_embedding_bag(40, 8, 0.5, config, vb.pp("a"))?;
+        checkpoint::save(&path, checkpoint::variables(&vars), [("a", &layer)])?;
+        let opened = Checkpoint::open(&path)?;
+        let saved = opened.tensor(&name, &Device::Cpu)?;
+        assert_eq!(to_vec(&saved)?, to_vec(&tensor)?);
+    }
+    Ok(())
 }
 
 /// A new layer trains `hashed_weight` alone, and a `VarBuilder` of its checkpoint has all that it needs.
