@@ -429,16 +429,9 @@ mod tests {
         let settings = Settings {
             epochs: 5,
             batch_size: 8,
-            table_optimizer: TableOptimizer::Adamw,
             lr: 0.01,
             table_lr: 0.03,
-            table_decay: 0.0,
-            mlp_decay: MLP_DECAY,
-            positive_weight: 1.0,
-            patience: None,
-            progress: Duration::MAX,
-            seed: 1,
-            resident: false,
+            ..SMALL
         };
         let train_until = |broken_in| -> Result<(Best, Metrics)> {
             let examples = Breaking {
@@ -466,25 +459,27 @@ mod tests {
         Ok(())
     }
 
-    /// A log of 10,000 lines, and settings to learn it by.
-    fn small_log(path: &Path) -> Result<(Clicks, Option<f64>, Settings)> {
+    /// What a log of 10,000 lines is learnt by.
+    const SMALL: Settings = Settings {
+        epochs: 1,
+        batch_size: 50,
+        table_optimizer: TableOptimizer::Adamw,
+        lr: 0.002,
+        table_lr: 0.006,
+        table_decay: 0.0,
+        mlp_decay: MLP_DECAY,
+        positive_weight: 1.0,
+        patience: None,
+        progress: Duration::MAX,
+        seed: 1,
+        resident: false,
+    };
+
+    /// Such a log, and the best AUC that it allows.
+    fn small_log(path: &Path) -> Result<(Clicks, Option<f64>)> {
         let truth = write_generated(path, 10_000, 1)?;
-        let settings = Settings {
-            epochs: 1,
-            batch_size: 50,
-            table_optimizer: TableOptimizer::Adamw,
-            lr: 0.002,
-            table_lr: 0.006,
-            table_decay: 0.0,
-            mlp_decay: MLP_DECAY,
-            positive_weight: 1.0,
-            patience: None,
-            progress: Duration::MAX,
-            seed: 1,
-            resident: false,
-        };
         let log = Clicks::open(path, Some(5_000), false)?;
-        Ok((log, Metrics::of_truth(&truth).auc, settings))
+        Ok((log, Metrics::of_truth(&truth).auc))
     }
 
     fn trained(log: &Clicks, settings: Settings, sparse: bool) -> Result<(VarMap, Dlrm)> {
@@ -501,12 +496,9 @@ mod tests {
     #[test]
     fn clicks_are_learnt() -> Result<()> {
         let dir = tempfile::tempdir()?;
-        let (log, best, settings) = small_log(&dir.path().join("log.gz"))?;
+        let (log, best) = small_log(&dir.path().join("log.gz"))?;
         for resident in [false, true] {
-            let settings = Settings {
-                resident,
-                ..settings
-            };
+            let settings = Settings { resident, ..SMALL };
             let (_, model) = trained(&log, settings, false)?;
             let reached = evaluate(&model, &log, Part::Test)?.auc;
             // From 8,000 examples; more bring it nearer to the best.
@@ -523,12 +515,12 @@ mod tests {
     #[test]
     fn tables_learn_with_every_optimizer() -> Result<()> {
         let dir = tempfile::tempdir()?;
-        let (log, best, settings) = small_log(&dir.path().join("log.gz"))?;
+        let (log, best) = small_log(&dir.path().join("log.gz"))?;
         for &table_optimizer in TableOptimizer::value_variants() {
             let settings = Settings {
                 table_optimizer,
-                table_lr: table_optimizer.default_lr(settings.lr),
-                ..settings
+                table_lr: table_optimizer.default_lr(SMALL.lr),
+                ..SMALL
             };
             let (dense, model) = trained(&log, settings, false)?;
             let reached = evaluate(&model, &log, Part::Test)?.auc;
