@@ -60,8 +60,8 @@ impl Interaction {
     }
 
     /// Vectors `(batch, tables, dim)` and, if there is a bottom MLP, its outputs `(batch, dim)`, to `(batch, width)`: f32 on the CPU,
-    /// on the calling thread; f32 or bf16 on CUDA, and there with zeros behind the dots, up to a multiple of 8 values, since a
-    /// product with rows of 479 values takes three times as long as one with 480.
+    /// on the calling thread; f32 or bf16 on CUDA, and there with zeros behind the dots, up to a multiple of 8 values, so that
+    /// the product that follows reads whole vectors from every row.
     ///
     /// # Errors
     /// Other shapes and dtypes, and on CUDA more than 108 vectors.

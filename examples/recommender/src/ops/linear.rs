@@ -189,8 +189,8 @@ impl CustomOp2 for WherePositive {
     }
 }
 
-/// The sums of the columns over some parts of the rows, `(parts, columns)`, f32: on CUDA, where candle's sum over rows takes twice as
-/// long.
+/// The sums of the columns over some parts of the rows, `(parts, columns)`, f32: on CUDA, where candle gives each column one thread
+/// block.
 struct ColumnSums;
 
 impl CustomOp1 for ColumnSums {
